@@ -1,0 +1,211 @@
+"""The one public operation: validate, choose a back end, hand tensors over."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from typing import NamedTuple
+
+import torch
+
+from hf_flashbsa.kernels.autograd import attend
+from hf_flashbsa.spec import AttentionSpec, Shape
+
+logger = logging.getLogger(__name__)
+
+MAX_HEAD_DIM = 256
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+BACKENDS = ("torch", "triton")
+
+
+class Backend(NamedTuple):
+    """A back end and, where it is not the fastest one known, why it was chosen."""
+
+    name: str
+    reason: str | None = None
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    spec: AttentionSpec | None = None,
+    *,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (None, None),
+    query_offset: int | torch.Tensor | None = None,
+    seqlens_q: torch.Tensor | None = None,
+    seqlens_k: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    segment_ids_q: torch.Tensor | None = None,
+    segment_ids_k: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Exact softmax attention: `dropout(softmax(softcap(scale * q @ k.T) + bias)) @ v` over the visible keys.
+
+    Differentiable in `q`, `k`, `v`, `bias`, `sinks` and the returned `lse`. The same inputs give the same bits,
+    forward and backward. Memory is linear in the lengths. A query that sees no key gives 0, gradient 0 and
+    `lse` -inf.
+
+    Args:
+        q: queries `(B, Hq, Sq, D)`, float32, float16 or bfloat16 (float64 on the torch back end); any strides
+            with a contiguous last dimension. `1 <= D <= 256`.
+        k, v: `(B, Hkv, Sk, D)` and `(B, Hkv, Sk, Dv)`, dtype and device of `q`. `Hq` is a multiple of `Hkv`;
+            query head `h` reads key head `h // (Hq // Hkv)`.
+        spec: which scores exist; instead of the ten keywords from `causal` to `mask`, which build one. A spec
+            made once and passed to many calls (the layers of a model) derives its tile tables once.
+        causal, window_size, query_offset, seqlens_q, seqlens_k, cu_seqlens_q, cu_seqlens_k, segment_ids_q,
+        segment_ids_k, mask: see `AttentionSpec`. Causality is aligned at the bottom right, as in
+            FlashAttention since 2.1.
+        bias: `(B or 1, Hq or 1, Sq or 1, Sk)`, any float dtype, added to the scaled scores. Its gradient is
+            summed over broadcast dimensions. Values at or below the lowest finite number of its dtype hide the
+            key, as Transformers' additive masks mean it. Not with `cu_seqlens_*`.
+        sinks: `(Hq,)` one extra logit for each query head that takes part in the softmax and has no value
+            (gpt-oss). Part of `lse`.
+        softmax_scale: factor >= 0; default `1 / sqrt(D)`.
+        softcap: `s -> softcap * tanh(s / softcap)` on the scaled scores (Gemma 2), > 0.
+        dropout_p: probability in [0, 1) to drop a weight, rounded to a multiple of 1/256 (at least 1/256); kept
+            weights are divided by the rounded keep probability. The mask is a function of torch's generator
+            state and of absolute (batch, head, query, key), the same on every back end.
+        return_lse: also return the log-sum-exp of the scores.
+        backend: "auto", "torch" or "triton". `choose_backend` tells what "auto" means for given tensors.
+
+    Returns:
+        `(B, Hq, Sq, Dv)` in the dtype of `q`, laid out in memory as `(B, Sq, Hq, Dv)`; with `return_lse` also
+        float32 `(B, Hq, Sq)` in natural log (float64 for float64 inputs).
+
+    Raises:
+        ValueError: an argument that does not fit; the message names it and the remedy.
+    """
+    masking = (
+        causal, window_size, query_offset, seqlens_q, seqlens_k,
+        cu_seqlens_q, cu_seqlens_k, segment_ids_q, segment_ids_k, mask,
+    )  # fmt: skip
+    if spec is None:
+        spec = AttentionSpec(*masking)
+    elif masking != _NO_MASKING:
+        raise ValueError(
+            "spec and masking keywords (causal, window_size, ..., mask) exclude each other; put all in spec."
+        )
+    shape = _validate(q, k, v, spec)
+    scale = 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
+    if not 0.0 <= scale < math.inf:
+        raise ValueError(
+            f"softmax_scale: {scale} is not a finite number >= 0; negate q for a negative scale."
+        )
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(f"softcap: {softcap} is not a finite number > 0; leave it out for no cap.")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p: {dropout_p} is not in [0, 1).")
+    if bias is not None:
+        bias = _broadcast_bias(bias, q, k, spec)
+    if sinks is not None:
+        if tuple(sinks.shape) != (q.shape[1],) or not sinks.is_floating_point() or sinks.device != q.device:
+            raise ValueError(
+                f"sinks: {tuple(sinks.shape)} {sinks.dtype} on {sinks.device}; give ({q.shape[1]},) floats on {q.device}."
+            )
+        sinks = sinks.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+    name = _resolve_backend(backend, q)
+    seed = None
+    if dropout_p > 0.0:
+        seed = torch.randint(torch.iinfo(torch.int64).max, (1,), dtype=torch.int64, device=q.device)
+    out, lse = attend(q, k, v, bias, sinks, spec, shape, scale, softcap, dropout_p, seed, name)
+    return (out, lse) if return_lse else out
+
+
+_NO_MASKING = (False, (None, None)) + (None,) * 8
+
+
+def choose_backend(device: torch.device, dtype: torch.dtype) -> Backend:
+    """What `backend="auto"` runs for tensors of this device and dtype, and why."""
+    if device.type == "cuda":
+        if dtype not in TRITON_DTYPES:
+            return Backend("torch", f"Triton kernels take float32, float16 and bfloat16, not {dtype}")
+        return Backend("triton")
+    return Backend("torch", f"Triton kernels need a CUDA device, not {device.type!r}")
+
+
+def _resolve_backend(backend: str, q: torch.Tensor) -> str:
+    if backend == "auto":
+        chosen = choose_backend(q.device, q.dtype)
+        if not torch.compiler.is_compiling():
+            _log_choice(chosen)
+        return chosen.name
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: {backend!r} is unknown; give 'auto' or one of {BACKENDS}.")
+    if backend == "triton" and q.dtype not in TRITON_DTYPES:
+        raise ValueError(
+            f"backend: 'triton' takes float32, float16 and bfloat16, not {q.dtype}; cast, or use 'torch'."
+        )
+    return backend
+
+
+@functools.cache
+def _log_choice(backend: Backend) -> None:
+    if backend.reason is not None:
+        logger.info("attention runs on the %s back end: %s", backend.name, backend.reason)
+
+
+def _validate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec) -> Shape:
+    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
+        raise ValueError(
+            f"q, k, v: shapes are {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; "
+            "give (batch, heads, length, head dim) each."
+        )
+    (batch, heads, len_q, dim), (batch_k, heads_k, len_k, dim_k), dim_v = q.shape, k.shape, v.shape[-1]
+    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
+        raise ValueError(f"q, k, v: dtypes are {q.dtype}, {k.dtype}, {v.dtype}; give one floating dtype.")
+    if not (q.device == k.device == v.device):
+        raise ValueError(f"q, k, v: on {q.device}, {k.device}, {v.device}; move them to one device.")
+    if dim != dim_k:
+        raise ValueError(f"k: head dim {dim_k} differs from q's {dim}.")
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(
+            f"v: {tuple(v.shape[:3])} (batch, heads, length) differs from k's {tuple(k.shape[:3])}."
+        )
+    for name, size in (("q and k", dim), ("v", dim_v)):
+        if not 1 <= size <= MAX_HEAD_DIM:
+            raise ValueError(
+                f"{name}: head dim {size} is outside 1..{MAX_HEAD_DIM}; use sdpa or eager for this model."
+            )
+    if heads_k == 0 or heads % heads_k:
+        raise ValueError(f"q has {heads} heads and k has {heads_k}; q's must be a multiple of k's.")
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise ValueError(
+                f"{name}: its last dimension has stride {tensor.stride(-1)}; call .contiguous() on it."
+            )
+    shape = Shape(batch, batch_k, len_q, len_k)
+    key = ("valid", shape, heads, q.device)
+    if key not in spec._cache:
+        spec.validate(shape, heads, q.device)
+        spec._cache[key] = True
+    return shape
+
+
+def _broadcast_bias(
+    bias: torch.Tensor, q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec
+) -> torch.Tensor:
+    full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    if (
+        bias.ndim != 4
+        or not bias.is_floating_point()
+        or any(b not in (1, s) for b, s in zip(bias.shape, full))
+    ):
+        raise ValueError(f"bias: {tuple(bias.shape)} {bias.dtype}; give floats that broadcast to {full}.")
+    if bias.device != q.device:
+        raise ValueError(f"bias is on {bias.device}, q on {q.device}; move it there.")
+    if spec.cu_seqlens_q is not None or spec.cu_seqlens_k is not None:
+        raise ValueError(
+            "bias: not available with cu_seqlens_*; pad the sequences and give seqlens_* instead."
+        )
+    return bias.expand(-1, -1, full[2], full[3])

@@ -1,0 +1,174 @@
+"""Registration with torch.library, and autograd.
+
+The forward and backward ops are opaque to torch.compile and take plain tensors and numbers. Eager calls go
+through a thin `torch.autograd.Function` around the op, because the autograd formula that torch.library itself
+generates costs several times as much on the host; the op carries the same formula for those who call it directly.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+
+import torch
+
+from hf_flashbsa.kernels.philox import drop_threshold
+from hf_flashbsa.kernels.state import Extras, Params
+from hf_flashbsa.spec import TILE, AttentionSpec, Shape
+
+_EXTRAS = ", ".join(f"Tensor? {name}" for name in Extras._fields)
+_PARAMS = "float scale, float softcap, int window_left, int window_right, SymInt diagonal, int drop_threshold, str backend"
+_COUNT = len(Extras._fields) + len(Params._fields)
+
+_library = torch.library.Library("hf_flashbsa", "DEF")
+_library.define(
+    f"attention_forward(Tensor q, Tensor k, Tensor v, {_EXTRAS}, {_PARAMS}) -> (Tensor out, Tensor lse)"
+)
+_library.define(
+    "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_EXTRAS}, {_PARAMS}, bool need_dbias) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"
+)
+
+
+@functools.cache
+def _backend(name: str):
+    """The module of a back end; Triton is imported only when its back end first runs."""
+    return importlib.import_module(f"hf_flashbsa.kernels.{name}_backend")
+
+
+def _split(rest: tuple) -> tuple[Extras, Params]:
+    cut = len(Extras._fields)
+    return Extras(*rest[:cut]), Params(*rest[cut:_COUNT])
+
+
+def _empty_outputs(q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Uninitialised `out` and `lse`. `out` lies in memory as `(B, Sq, Hq, Dv)`, the order models want it in."""
+    batch, heads, length, _ = q.shape
+    out = q.new_empty((batch, length, heads, v.shape[-1])).transpose(1, 2)
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return out, q.new_empty((batch, heads, length), dtype=lse_dtype)
+
+
+def _empty_gradients(q, k, v, lse, extras: Extras, need_dbias: bool) -> tuple[torch.Tensor, ...]:
+    """Uninitialised `dq, dk, dv, dbias, dsinks`; the last two are empty where there is nothing to return."""
+    dbias = dsinks = lse.new_empty(0)
+    if need_dbias:
+        dbias = torch.empty(extras.bias.shape, dtype=extras.bias.dtype, device=q.device)
+    if extras.sinks is not None:
+        dsinks = torch.empty_like(extras.sinks)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dbias, dsinks.clone()
+
+
+def _forward(q, k, v, *rest):
+    extras, params = _split(rest)
+    out, lse = _empty_outputs(q, v)
+    _backend(params.backend).forward(q, k, v, out, lse, extras, params)
+    return out, lse
+
+
+def _backward(dout, dlse, q, k, v, out, lse, *rest):
+    extras, params = _split(rest)
+    gradients = _empty_gradients(q, k, v, lse, extras, rest[-1])
+    if dout.stride(-1) != 1:
+        dout = dout.contiguous()
+    _backend(params.backend).backward(dout, dlse, q, k, v, out, lse, gradients, extras, params)
+    return gradients
+
+
+def _forward_fake(q, k, v, *rest):
+    return _empty_outputs(q, v)
+
+
+def _backward_fake(dout, dlse, q, k, v, out, lse, *rest):
+    return _empty_gradients(q, k, v, lse, _split(rest)[0], rest[-1])
+
+
+_library.impl("attention_forward", _forward, "CompositeExplicitAutograd")
+_library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("hf_flashbsa::attention_forward", _forward_fake, lib=_library)
+torch.library.register_fake("hf_flashbsa::attention_backward", _backward_fake, lib=_library)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(*args):
+        return torch.ops.hf_flashbsa.attention_forward.default(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, v, *rest = inputs
+        tensors = len(Extras._fields)
+        ctx.save_for_backward(q, k, v, *output, *rest[:tensors])
+        ctx.params = rest[tensors:]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        q, k, v, out, lse, *extras = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(out)
+        need_dbias = extras[0] is not None and ctx.needs_input_grad[3]
+        dq, dk, dv, dbias, dsinks = torch.ops.hf_flashbsa.attention_backward.default(
+            dout, dlse, q, k, v, out, lse, *extras, *ctx.params, need_dbias
+        )
+        gradients = [None] * (3 + _COUNT)
+        gradients[:3] = dq, dk, dv
+        gradients[3] = dbias if need_dbias else None
+        gradients[5] = dsinks if extras[2] is not None and ctx.needs_input_grad[5] else None
+        return tuple(gradients)
+
+
+torch.library.register_autograd(
+    "hf_flashbsa::attention_forward",
+    _Attention.backward,
+    setup_context=_Attention.setup_context,
+    lib=_library,
+)
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    spec: AttentionSpec,
+    shape: Shape,
+    scale: float,
+    softcap: float | None,
+    dropout_p: float,
+    seed: torch.Tensor | None,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attention` after validation: resolves the spec and calls the op. Returns `out` and `lse`."""
+    # The torch back end computes a whole sequence at once.
+    tile = TILE if backend == "triton" else max(shape.len_q, shape.len_k, 1)
+    needs_grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (q, k, v, bias, sinks)
+    )
+    mask = spec.mask
+    if mask is not None:
+        mask = mask.expand(shape.batch_q, q.shape[1], shape.len_q, shape.len_k)
+    left, right = spec.window
+    extras = Extras(
+        bias=bias,
+        mask=mask,
+        sinks=sinks,
+        segment_ids_q=spec.segment_ids_q,
+        segment_ids_k=spec.segment_ids_k,
+        work_q=spec.work("q", shape, q.device, tile),
+        work_k=spec.work("k", shape, q.device, tile) if needs_grad else None,
+        seed=seed,
+    )
+    params = Params(
+        scale=scale,
+        softcap=softcap or 0.0,
+        window_left=-1 if left is None else left,
+        window_right=-1 if right is None else right,
+        diagonal=spec.diagonal(shape),
+        drop_threshold=drop_threshold(dropout_p),
+        backend=backend,
+    )
+    if needs_grad:
+        return _Attention.apply(q, k, v, *extras, *params)
+    return torch.ops.hf_flashbsa.attention_forward.default(q, k, v, *extras, *params)

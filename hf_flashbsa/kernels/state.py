@@ -1,0 +1,35 @@
+"""What a call carries besides q, k and v, as the ops pass it on."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Extras(NamedTuple):
+    """Optional tensors of a call. Shapes as `attention` documents them, masks and biases expanded to Sq and Sk.
+
+    `work_q` and `work_k` are the tables of `AttentionSpec.work`; `seed` is int64 `(1,)`.
+    """
+
+    bias: torch.Tensor | None
+    mask: torch.Tensor | None
+    sinks: torch.Tensor | None
+    segment_ids_q: torch.Tensor | None
+    segment_ids_k: torch.Tensor | None
+    work_q: torch.Tensor | None
+    work_k: torch.Tensor | None
+    seed: torch.Tensor | None
+
+
+class Params(NamedTuple):
+    """Numbers of a call. 0 softcap is none, -1 is an unlimited window, `drop_threshold` counts 256ths."""
+
+    scale: float
+    softcap: float
+    window_left: int
+    window_right: int
+    diagonal: int
+    drop_threshold: int
+    backend: str

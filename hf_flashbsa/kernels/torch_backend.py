@@ -1,0 +1,168 @@
+"""The CPU back end: torch operations, tiled so that no `(Sq, Sk)` matrix of a long sequence is kept.
+
+Computes in float32 (float64 for float64 inputs), one sequence at a time where lengths are ragged, a whole batch at
+once where they are not, and recomputes the weights in the backward pass from `lse` as the Triton kernels do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from hf_flashbsa.kernels.philox import keep_mask, keep_scale
+from hf_flashbsa.kernels.state import Extras, Params
+
+#: Most scores held at once.
+MAX_SCORES = 1 << 25
+
+
+class Piece(NamedTuple):
+    """Query rows and the keys they may meet: slices of the batch and length dimensions."""
+
+    rows_q: slice
+    q: slice
+    rows_k: slice
+    k: slice
+    diagonal: int
+
+
+def _pieces(q: torch.Tensor, k: torch.Tensor, extras: Extras, params: Params) -> Iterator[Piece]:
+    (batch, heads, len_q, _), (batch_k, _, len_k, _) = q.shape, k.shape
+    if extras.work_q is None:
+        whole = [(slice(0, batch), 0, len_q, slice(0, batch_k), 0, len_k, params.diagonal)]
+    else:
+        whole = [
+            (slice(row, row + 1), begin, end, slice(other, other + 1), lo, hi, diagonal)
+            for row, begin, end, other, lo, _, _, hi, diagonal in extras.work_q.tolist()
+            if begin < end
+        ]
+    for rows_q, begin, end, rows_k, lo, hi, diagonal in whole:
+        count = rows_q.stop - rows_q.start
+        step = max(1, MAX_SCORES // max(1, count * heads * (hi - lo)))
+        for first in range(begin, end, step):
+            yield Piece(rows_q, slice(first, min(first + step, end)), rows_k, slice(lo, hi), diagonal)
+
+
+def _visible(piece: Piece, extras: Extras, params: Params, device: torch.device) -> torch.Tensor | None:
+    """bool, broadcastable to the piece's scores; None where all are visible."""
+    conditions = []
+    ahead = torch.arange(piece.k.start, piece.k.stop, device=device)
+    ahead = ahead - torch.arange(piece.q.start, piece.q.stop, device=device)[:, None] - piece.diagonal
+    if params.window_left >= 0:
+        conditions.append(ahead >= -params.window_left)
+    if params.window_right >= 0:
+        conditions.append(ahead <= params.window_right)
+    if extras.segment_ids_k is not None:
+        ids_k = extras.segment_ids_k[piece.rows_k, None, None, piece.k]
+        ids_q = 0 if extras.segment_ids_q is None else extras.segment_ids_q[piece.rows_q, None, piece.q, None]
+        conditions.append((ids_k == ids_q) & (ids_k >= 0))
+    if extras.mask is not None:
+        conditions.append(extras.mask[piece.rows_q, :, piece.q, piece.k])
+    visible = None
+    for condition in conditions:
+        visible = condition if visible is None else visible & condition
+    return visible
+
+
+def _bias_piece(bias: torch.Tensor, piece: Piece) -> torch.Tensor:
+    rows = piece.rows_q if bias.shape[0] > 1 else slice(None)
+    return bias[rows, :, piece.q, piece.k]
+
+
+def _grouped(x: torch.Tensor, heads_k: int) -> torch.Tensor:
+    """`(B, Hq, S, D)` as `(B, Hkv, group, S, D)`."""
+    return x.unflatten(1, (heads_k, -1))
+
+
+def _scores(q, k, piece: Piece, extras: Extras, params: Params) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scores of a piece `(B, Hq, m, n)`, -inf where hidden, and the derivative of the softcap (None without)."""
+    s = (_grouped(q * params.scale, k.shape[1]) @ k[:, :, None].mT).flatten(1, 2)
+    slope = None
+    if params.softcap > 0.0:
+        t = torch.tanh(s / params.softcap)
+        s, slope = params.softcap * t, 1.0 - t * t
+    if extras.bias is not None:
+        bias = _bias_piece(extras.bias, piece)
+        hidden = bias <= torch.finfo(bias.dtype).min
+        s = (s + bias).masked_fill(hidden, float("-inf"))
+    visible = _visible(piece, extras, params, q.device)
+    if visible is not None:
+        s = s.masked_fill(~visible, float("-inf"))
+    return s, slope
+
+
+def _keep(piece: Piece, heads: int, extras: Extras, params: Params) -> torch.Tensor | None:
+    """Dropout factors `(B, Hq, m, n)`: 0 or 1 / keep probability."""
+    if params.drop_threshold == 0:
+        return None
+    device = extras.seed.device
+    batch_head = torch.arange(piece.rows_q.start, piece.rows_q.stop, device=device)[:, None] * heads
+    batch_head = batch_head + torch.arange(heads, device=device)
+    queries = torch.arange(piece.q.start, piece.q.stop, device=device)
+    keep = keep_mask(extras.seed, params.drop_threshold, batch_head, queries, (piece.k.start, piece.k.stop))
+    return keep * keep_scale(params.drop_threshold)
+
+
+def _compute_dtype(q: torch.Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def forward(q, k, v, out, lse, extras: Extras, params: Params) -> None:
+    """Fills `out` and `lse`."""
+    dtype = _compute_dtype(q)
+    for piece in _pieces(q, k, extras, params):
+        q_, k_, v_ = q[piece.rows_q, :, piece.q], k[piece.rows_k, :, piece.k], v[piece.rows_k, :, piece.k]
+        q_, k_, v_ = q_.to(dtype), k_.to(dtype), v_.to(dtype)
+        s, _ = _scores(q_, k_, piece, extras, params)
+        total = torch.logsumexp(s, dim=-1)
+        if extras.sinks is not None:
+            total = torch.logaddexp(total, extras.sinks[:, None].expand_as(total))
+        p = torch.exp(s - total.masked_fill(total == float("-inf"), 0.0)[..., None])
+        keep = _keep(piece, q.shape[1], extras, params)
+        if keep is not None:
+            p = p * keep
+        o = _grouped(p, k.shape[1]) @ v_[:, :, None]
+        out[piece.rows_q, :, piece.q] = o.flatten(1, 2).to(out.dtype)
+        lse[piece.rows_q, :, piece.q] = total
+
+
+def backward(dout, dlse, q, k, v, out, lse, gradients, extras: Extras, params: Params) -> None:
+    """Fills `gradients`: dq, dk, dv, dbias, dsinks."""
+    dtype = _compute_dtype(q)
+    dq, dk, dv, dbias, dsinks = gradients
+    heads_k = k.shape[1]
+    dk_sum, dv_sum = torch.zeros(k.shape, dtype=dtype), torch.zeros(v.shape, dtype=dtype)
+    dbias_sum = torch.zeros(dbias.shape, dtype=dtype)
+    delta = (dout.to(dtype) * out.to(dtype)).sum(-1)
+    if dlse is not None:
+        delta = delta - dlse
+    for piece in _pieces(q, k, extras, params):
+        q_, k_, v_ = q[piece.rows_q, :, piece.q], k[piece.rows_k, :, piece.k], v[piece.rows_k, :, piece.k]
+        q_, k_, v_ = q_.to(dtype), k_.to(dtype), v_.to(dtype)
+        do = dout[piece.rows_q, :, piece.q].to(dtype)
+        s, slope = _scores(q_, k_, piece, extras, params)
+        total = lse[piece.rows_q, :, piece.q]
+        p = torch.exp(s - total.masked_fill(total == float("-inf"), 0.0)[..., None])
+        dp = (_grouped(do, heads_k) @ v_[:, :, None].mT).flatten(1, 2)
+        keep = _keep(piece, q.shape[1], extras, params)
+        p_kept = p
+        if keep is not None:
+            p_kept, dp = p * keep, dp * keep
+        dv_sum[piece.rows_k, :, piece.k] += (_grouped(p_kept, heads_k).mT @ _grouped(do, heads_k)).sum(2)
+        ds = p * (dp - delta[piece.rows_q, :, piece.q, None])
+        if dbias.numel() > 0:
+            part = _bias_piece(dbias_sum, piece)
+            part += ds.sum_to_size(part.shape)
+        if slope is not None:
+            ds = ds * slope
+        ds = ds * params.scale
+        dq[piece.rows_q, :, piece.q] = (_grouped(ds, heads_k) @ k_[:, :, None]).flatten(1, 2).to(dq.dtype)
+        dk_sum[piece.rows_k, :, piece.k] += (_grouped(ds, heads_k).mT @ _grouped(q_, heads_k)).sum(2)
+    dk.copy_(dk_sum)
+    dv.copy_(dv_sum)
+    dbias.copy_(dbias_sum)
+    if extras.sinks is not None:
+        share = torch.exp(extras.sinks[:, None] - lse)
+        dsinks.copy_(-(share * delta).sum((0, 2)))

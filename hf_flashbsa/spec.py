@@ -1,0 +1,298 @@
+"""Which attention scores exist, as data.
+
+An `AttentionSpec` says which keys each query may see: causality, a window, ragged lengths, packed documents,
+segment ids or an arbitrary mask. It is made once per forward pass and shared by all layers. What the kernels
+need from it, one row of bounds per tile, is derived on the tensors' own device without reading a value back,
+and kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+
+#: Rows per entry of a work table. Kernel tiles divide it, so one table serves every tile size.
+TILE = 128
+
+
+class Shape(NamedTuple):
+    """The sizes that a spec is resolved against."""
+
+    batch_q: int
+    batch_k: int
+    len_q: int
+    len_k: int
+
+
+class Sequences(NamedTuple):
+    """`n` independent attention problems. Each field is an int32 tensor `(n,)`; rows are absolute.
+
+    Query rows `[q_begin, q_end)` of batch row `q_row` see keys `[k_begin, k_end)` of batch row `k_row`; query
+    row `i` stands at key `i + diagonal`.
+    """
+
+    q_row: torch.Tensor
+    q_begin: torch.Tensor
+    q_end: torch.Tensor
+    k_row: torch.Tensor
+    k_begin: torch.Tensor
+    k_end: torch.Tensor
+    diagonal: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AttentionSpec:
+    """The mask of an attention call, in the most structured form known. All conditions apply together.
+
+    Args:
+        causal: query `i` sees keys up to its own position. Queries are aligned with the *last* keys (bottom
+            right) of their sequence unless `query_offset` says otherwise.
+        window_size: `(left, right)`, the most keys visible before and after a query's own position, both
+            inclusive; `None` is unlimited. `causal` is a right window of 0.
+        query_offset: key position of the first query, an int or an integer tensor with one element. Default:
+            number of keys minus number of queries, for each sequence.
+        seqlens_q, seqlens_k: `(B,)` integers, live rows of each batch row, counted from the start. Dead query
+            rows give zeros; dead keys are seen by nobody.
+        cu_seqlens_q, cu_seqlens_k: `(n + 1,)` integers, cumulative lengths of `n` sequences packed in one batch
+            row. Queries and keys are packed independently; a side that is not packed has `n` batch rows.
+        segment_ids_q, segment_ids_k: `(B, Sq)` and `(B, Sk)` integers; a query sees the keys of equal id.
+            Negative ids see nothing and are seen by nobody. Without `segment_ids_q` every query has id 0.
+        mask: bool `(B or 1, H or 1, Sq or 1, Sk)`, True where a key is visible. Slower than the forms above,
+            except for `(B, 1, 1, Sk)`, which is read as padding of the keys.
+    """
+
+    causal: bool = False
+    window_size: tuple[int | None, int | None] = (None, None)
+    query_offset: int | torch.Tensor | None = None
+    seqlens_q: torch.Tensor | None = None
+    seqlens_k: torch.Tensor | None = None
+    cu_seqlens_q: torch.Tensor | None = None
+    cu_seqlens_k: torch.Tensor | None = None
+    segment_ids_q: torch.Tensor | None = None
+    segment_ids_k: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    _cache: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        left, right = self.window_size
+        for side, value in (("left", left), ("right", right)):
+            if value is not None and value < 0:
+                raise ValueError(
+                    f"window_size: {side} is {value}; give a distance >= 0, or None for unlimited."
+                )
+        for side in "qk":
+            if self._get("seqlens", side) is not None and self._get("cu_seqlens", side) is not None:
+                raise ValueError(
+                    f"seqlens_{side} and cu_seqlens_{side} exclude each other; give one of them."
+                )
+        ragged = any(self._get(name, side) is not None for name in ("seqlens", "cu_seqlens") for side in "qk")
+        if self.segment_ids_q is not None and self.segment_ids_k is None:
+            raise ValueError("segment_ids_q needs segment_ids_k; give both.")
+        if ragged and self.segment_ids_k is not None:
+            raise ValueError(
+                "segment_ids_* and seqlens_*/cu_seqlens_* exclude each other; express all in one of them."
+            )
+        if ragged and self.mask is not None:
+            raise ValueError("mask and seqlens_*/cu_seqlens_* exclude each other; express all in the mask.")
+        if self.mask is not None:
+            if self.mask.dtype != torch.bool:
+                raise ValueError(
+                    f"mask: dtype is {self.mask.dtype}; give a bool mask, or additive values as `bias`."
+                )
+            if self.mask.ndim != 4:
+                raise ValueError(
+                    f"mask: shape is {tuple(self.mask.shape)}; give (B or 1, H or 1, Sq or 1, Sk)."
+                )
+            if self.segment_ids_k is None and self.mask.shape[1] == 1 and self.mask.shape[2] == 1:
+                object.__setattr__(self, "segment_ids_k", self.mask[:, 0, 0].to(torch.int32) - 1)
+                object.__setattr__(self, "mask", None)
+
+    def _get(self, name: str, side: str) -> torch.Tensor | None:
+        return getattr(self, f"{name}_{side}")
+
+    @property
+    def window(self) -> tuple[int | None, int | None]:
+        """`window_size` with causality folded in."""
+        left, right = self.window_size
+        return (left, 0) if self.causal else (left, right)
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether tiles differ in what they see beyond causality and window, so that a work table is needed."""
+        return (
+            self.segment_ids_k is not None
+            or isinstance(self.query_offset, torch.Tensor)
+            or any(self._get(name, side) is not None for name in ("seqlens", "cu_seqlens") for side in "qk")
+        )
+
+    def diagonal(self, shape: Shape) -> int:
+        """Key position of query row 0 when every sequence fills its batch row (0 where a work table says it)."""
+        if self.query_offset is None:
+            return shape.len_k - shape.len_q
+        return 0 if isinstance(self.query_offset, torch.Tensor) else self.query_offset
+
+    def validate(self, shape: Shape, heads: int, device: torch.device) -> None:
+        """Raises ValueError where the spec does not fit tensors of these sizes. Reads no tensor's values."""
+        n = self._count(shape)
+        for side, batch, length in (("q", shape.batch_q, shape.len_q), ("k", shape.batch_k, shape.len_k)):
+            if (cu := self._get("cu_seqlens", side)) is not None:
+                if batch != 1:
+                    raise ValueError(f"cu_seqlens_{side}: packed rows need batch size 1, got {batch}.")
+                self._expect(f"cu_seqlens_{side}", cu, (n + 1,), device)
+            elif batch != n:
+                raise ValueError(
+                    f"{side} has {batch} batch rows for {n} sequences; "
+                    f"give cu_seqlens_{side}, or one batch row for each sequence."
+                )
+            if (lengths := self._get("seqlens", side)) is not None:
+                self._expect(f"seqlens_{side}", lengths, (n,), device)
+            if (ids := self._get("segment_ids", side)) is not None:
+                self._expect(f"segment_ids_{side}", ids, (batch, length), device)
+        if isinstance(self.query_offset, torch.Tensor):
+            if self.query_offset.numel() != 1:
+                raise ValueError(
+                    f"query_offset: {tuple(self.query_offset.shape)} elements; give an int or one element."
+                )
+            self._expect("query_offset", self.query_offset, tuple(self.query_offset.shape), device)
+        if self.mask is not None:
+            full = (shape.batch_q, heads, shape.len_q, shape.len_k)
+            if (
+                any(m not in (1, s) for m, s in zip(self.mask.shape[:3], full))
+                or self.mask.shape[3] != full[3]
+            ):
+                raise ValueError(f"mask: shape {tuple(self.mask.shape)} does not broadcast to {full}.")
+            if self.mask.device != device:
+                raise ValueError(f"mask is on {self.mask.device}, q on {device}; move it there.")
+
+    @staticmethod
+    def _expect(name: str, tensor: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: shape is {tuple(tensor.shape)}, expected {shape}.")
+        if tensor.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{name}: dtype is {tensor.dtype}; give int32 or int64.")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, q on {device}; move it there.")
+
+    def _count(self, shape: Shape) -> int:
+        for side in "qk":
+            if (cu := self._get("cu_seqlens", side)) is not None:
+                return cu.shape[0] - 1
+        return shape.batch_q
+
+    def sequences(self, shape: Shape, device: torch.device) -> Sequences:
+        """The independent problems of this spec. Segment ids are not resolved here."""
+        n = self._count(shape)
+
+        def side(name: str, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            index = torch.arange(n, device=device, dtype=torch.int32)
+            zero = torch.zeros_like(index)
+            if (cu := self._get("cu_seqlens", name)) is not None:
+                cu = cu.to(torch.int32)
+                return zero, cu[:-1], cu[1:]
+            lengths = self._get("seqlens", name)
+            return index, zero, zero + length if lengths is None else lengths.to(torch.int32)
+
+        q_row, q_begin, q_end = side("q", shape.len_q)
+        k_row, k_begin, k_end = side("k", shape.len_k)
+        diagonal = k_end - q_end if self.query_offset is None else k_begin - q_begin + self.query_offset
+        return Sequences(q_row, q_begin, q_end, k_row, k_begin, k_end, diagonal.to(torch.int32))
+
+    def work(self, side: str, shape: Shape, device: torch.device, tile: int = TILE) -> torch.Tensor | None:
+        """The work table of one side, or None where plain arithmetic says the same.
+
+        Args:
+            side: "q" for tiles of queries that walk over keys, "k" for tiles of keys that walk over queries.
+            shape: sizes of the tensors.
+            tile: rows per entry. One entry never spans two sequences.
+
+        Returns:
+            int32 `(tiles, 9)`: `own_row, own_begin, own_end, other_row, lo, full_lo, full_hi, hi, diagonal`. Own
+            rows `[own_begin, own_end)` meet the other side's rows `[lo, hi)`, of which `[full_lo, full_hi)` are
+            all visible as far as lengths and segments go. Causality, window and mask are not resolved. Unused
+            entries have `own_begin == own_end`. Every own row is in exactly one entry; where it meets nothing,
+            `lo == hi`. Entries with the most work come first.
+        """
+        if not self.is_ragged:
+            return None
+        key = (side, shape, device, tile)
+        if key not in self._cache:
+            self._cache[key] = self._build_work(side, shape, device, tile)
+        return self._cache[key]
+
+    def _build_work(self, side: str, shape: Shape, device: torch.device, tile: int) -> torch.Tensor:
+        s = self.sequences(shape, device)
+        if side == "q":
+            row, begin, end, other_row, lo, hi = s.q_row, s.q_begin, s.q_end, s.k_row, s.k_begin, s.k_end
+            length, packed = shape.len_q, self.cu_seqlens_q is not None
+        else:
+            row, begin, end, other_row, lo, hi = s.k_row, s.k_begin, s.k_end, s.q_row, s.q_begin, s.q_end
+            length, packed = shape.len_k, self.cu_seqlens_k is not None
+        n, diagonal = row.shape[0], s.diagonal
+        count = n * -(-length // tile)
+        if packed or self._get("seqlens", side) is not None:
+            # Rows behind the last live one still need their zeros: they are sequences that meet nothing.
+            rest_row, rest_begin = (row[:1], end[-1:]) if packed else (row, end)
+            extra = rest_row.shape[0]
+            count = length // tile + n + extra if packed else count + n
+            empty = torch.zeros(extra, device=device, dtype=torch.int32)
+            row, begin = torch.cat([row, rest_row]), torch.cat([begin, rest_begin])
+            end = torch.cat([end, empty + length])
+            other_row, diagonal = torch.cat([other_row, empty]), torch.cat([diagonal, empty])
+            lo, hi = torch.cat([lo, empty]), torch.cat([hi, empty])
+        # Entry e belongs to the sequence whose cumulative number of tiles first exceeds e.
+        tiles = (end - begin + tile - 1) // tile
+        cumulative = torch.cumsum(tiles, 0)
+        entry = torch.arange(count, device=device)
+        index = torch.searchsorted(cumulative, entry, right=True)
+        used = index < cumulative.shape[0]
+        index = index.clamp(max=cumulative.shape[0] - 1)
+        nth = entry - (cumulative - tiles)[index]
+        own_begin = begin[index] + nth * tile
+        own_end = torch.minimum(own_begin + tile, end[index])
+        lo, hi = lo[index], hi[index]
+        full_lo, full_hi = lo, hi
+        if self.segment_ids_k is not None:
+            lo, full_lo, full_hi, hi = (x.reshape(-1) for x in self._segment_bounds(side, shape, tile))
+        columns = [
+            row[index],
+            own_begin,
+            own_end,
+            other_row[index],
+            lo,
+            full_lo,
+            full_hi,
+            hi,
+            diagonal[index],
+        ]
+        table = torch.stack([c.to(torch.int32) for c in columns], dim=1) * used[:, None]
+        return table[torch.argsort(table[:, 7] - table[:, 4], descending=True, stable=True)].contiguous()
+
+    def _segment_bounds(self, side: str, shape: Shape, tile: int) -> tuple[torch.Tensor, ...]:
+        """`(lo, full_lo, full_hi, hi)`, each `(B, tiles)`: hull of what a tile's ids meet, and its first full run."""
+        ids_k = self.segment_ids_k
+        ids_q = self.segment_ids_q
+        if ids_q is None:
+            ids_q = ids_k.new_zeros(1, 1).expand(ids_k.shape[0], shape.len_q)
+        own, other = (ids_q, ids_k) if side == "q" else (ids_k, ids_q)
+        length = own.shape[1]
+        tiles = -(-length // tile)
+        last = torch.arange(tiles * tile, device=own.device).clamp(max=length - 1)
+        own = own[:, last].reshape(own.shape[0], tiles, tile)
+        highest = own.amax(-1, keepdim=True)
+        lowest = own.masked_fill(own < 0, torch.iinfo(own.dtype).max).amin(-1, keepdim=True)
+        uniform = (own.amin(-1, keepdim=True) == highest) & (highest >= 0)
+        met = (other[:, None] >= lowest) & (other[:, None] <= highest) & (other[:, None] >= 0)
+        full = met & uniform
+        size = other.shape[1]
+        position = torch.arange(size, device=own.device, dtype=torch.int32)
+
+        def first(where: torch.Tensor, otherwise: int) -> torch.Tensor:
+            return torch.where(where, position, otherwise).amin(-1)
+
+        lo, full_lo = first(met, size), first(full, size)
+        hi = torch.where(met, position + 1, 0).amax(-1)
+        full_hi = first(~full & (position >= full_lo[..., None]), size)
+        nothing = hi == 0
+        return lo.masked_fill(nothing, 0), full_lo.minimum(hi), full_hi.minimum(hi), hi
