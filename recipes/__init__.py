@@ -1,0 +1,1 @@
+"""Training recipes; run from the repository, not installed."""
