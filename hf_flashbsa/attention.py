@@ -75,7 +75,7 @@ def attention(
         softcap: `s -> softcap * tanh(s / softcap)` on the scaled scores (Gemma 2), > 0.
         dropout_p: probability in [0, 1) to drop a weight, rounded to a multiple of 1/256 (at least 1/256); kept
             weights are divided by the rounded keep probability. The mask is a function of torch's generator
-            state and of absolute (batch, head, query, key), the same on every back end.
+            state, of batch row, head and query row, and of the key's place in its sequence: the same on every back end.
         return_lse: also return the log-sum-exp of the scores.
         backend: "auto", "torch" or "triton". `choose_backend` tells what "auto" means for given tensors.
 
@@ -99,9 +99,7 @@ def attention(
     shape = _validate(q, k, v, spec)
     scale = 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
     if not 0.0 <= scale < math.inf:
-        raise ValueError(
-            f"softmax_scale: {scale} is not a finite number >= 0; negate q for a negative scale."
-        )
+        raise ValueError(f"softmax_scale: {scale} is not a finite number >= 0; negate q for a negative scale.")
     if softcap is not None and not 0.0 < softcap < math.inf:
         raise ValueError(f"softcap: {softcap} is not a finite number > 0; leave it out for no cap.")
     if not 0.0 <= dropout_p < 1.0:
@@ -169,9 +167,7 @@ def _validate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Attention
     if dim != dim_k:
         raise ValueError(f"k: head dim {dim_k} differs from q's {dim}.")
     if v.shape[:3] != k.shape[:3]:
-        raise ValueError(
-            f"v: {tuple(v.shape[:3])} (batch, heads, length) differs from k's {tuple(k.shape[:3])}."
-        )
+        raise ValueError(f"v: {tuple(v.shape[:3])} (batch, heads, length) differs from k's {tuple(k.shape[:3])}.")
     for name, size in (("q and k", dim), ("v", dim_v)):
         if not 1 <= size <= MAX_HEAD_DIM:
             raise ValueError(
@@ -181,9 +177,7 @@ def _validate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Attention
         raise ValueError(f"q has {heads} heads and k has {heads_k}; q's must be a multiple of k's.")
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-            raise ValueError(
-                f"{name}: its last dimension has stride {tensor.stride(-1)}; call .contiguous() on it."
-            )
+            raise ValueError(f"{name}: its last dimension has stride {tensor.stride(-1)}; call .contiguous() on it.")
     shape = Shape(batch, batch_k, len_q, len_k)
     key = ("valid", shape, heads, q.device)
     if key not in spec._cache:
@@ -192,20 +186,16 @@ def _validate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Attention
     return shape
 
 
-def _broadcast_bias(
-    bias: torch.Tensor, q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec
-) -> torch.Tensor:
+def _broadcast_bias(bias: torch.Tensor, q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
     full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     if (
         bias.ndim != 4
         or not bias.is_floating_point()
-        or any(b not in (1, s) for b, s in zip(bias.shape, full))
+        or any(b not in (1, s) for b, s in zip(bias.shape, full, strict=True))
     ):
         raise ValueError(f"bias: {tuple(bias.shape)} {bias.dtype}; give floats that broadcast to {full}.")
     if bias.device != q.device:
         raise ValueError(f"bias is on {bias.device}, q on {q.device}; move it there.")
     if spec.cu_seqlens_q is not None or spec.cu_seqlens_k is not None:
-        raise ValueError(
-            "bias: not available with cu_seqlens_*; pad the sequences and give seqlens_* instead."
-        )
+        raise ValueError("bias: not available with cu_seqlens_*; pad the sequences and give seqlens_* instead.")
     return bias.expand(-1, -1, full[2], full[3])

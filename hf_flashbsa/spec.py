@@ -57,7 +57,7 @@ class AttentionSpec:
             rows give zeros; dead keys are seen by nobody.
         cu_seqlens_q, cu_seqlens_k: `(n + 1,)` integers, cumulative lengths of `n` sequences packed in one batch
             row. Queries and keys are packed independently; a side that is not packed has `n` batch rows.
-        segment_ids_q, segment_ids_k: `(B, Sq)` and `(B, Sk)` integers; a query sees the keys of equal id.
+        segment_ids_q, segment_ids_k: `(B or 1, Sq)` and `(B or 1, Sk)` integers; a query sees the keys of equal id.
             Negative ids see nothing and are seen by nobody. Without `segment_ids_q` every query has id 0.
         mask: bool `(B or 1, H or 1, Sq or 1, Sk)`, True where a key is visible. Slower than the forms above,
             except for `(B, 1, 1, Sk)`, which is read as padding of the keys.
@@ -79,14 +79,12 @@ class AttentionSpec:
         left, right = self.window_size
         for side, value in (("left", left), ("right", right)):
             if value is not None and value < 0:
-                raise ValueError(
-                    f"window_size: {side} is {value}; give a distance >= 0, or None for unlimited."
-                )
+                raise ValueError(f"window_size: {side} is {value}; give a distance >= 0, or None for unlimited.")
         for side in "qk":
             if self._get("seqlens", side) is not None and self._get("cu_seqlens", side) is not None:
-                raise ValueError(
-                    f"seqlens_{side} and cu_seqlens_{side} exclude each other; give one of them."
-                )
+                raise ValueError(f"seqlens_{side} and cu_seqlens_{side} exclude each other; give one of them.")
+            if (ids := self._get("segment_ids", side)) is not None and ids.ndim != 2:
+                raise ValueError(f"segment_ids_{side}: shape is {tuple(ids.shape)}; give (B or 1, length).")
         ragged = any(self._get(name, side) is not None for name in ("seqlens", "cu_seqlens") for side in "qk")
         if self.segment_ids_q is not None and self.segment_ids_k is None:
             raise ValueError("segment_ids_q needs segment_ids_k; give both.")
@@ -98,13 +96,9 @@ class AttentionSpec:
             raise ValueError("mask and seqlens_*/cu_seqlens_* exclude each other; express all in the mask.")
         if self.mask is not None:
             if self.mask.dtype != torch.bool:
-                raise ValueError(
-                    f"mask: dtype is {self.mask.dtype}; give a bool mask, or additive values as `bias`."
-                )
+                raise ValueError(f"mask: dtype is {self.mask.dtype}; give a bool mask, or additive values as `bias`.")
             if self.mask.ndim != 4:
-                raise ValueError(
-                    f"mask: shape is {tuple(self.mask.shape)}; give (B or 1, H or 1, Sq or 1, Sk)."
-                )
+                raise ValueError(f"mask: shape is {tuple(self.mask.shape)}; give (B or 1, H or 1, Sq or 1, Sk).")
             if self.segment_ids_k is None and self.mask.shape[1] == 1 and self.mask.shape[2] == 1:
                 object.__setattr__(self, "segment_ids_k", self.mask[:, 0, 0].to(torch.int32) - 1)
                 object.__setattr__(self, "mask", None)
@@ -119,13 +113,15 @@ class AttentionSpec:
         return (left, 0) if self.causal else (left, right)
 
     @property
+    def differs_by_row(self) -> bool:
+        """Whether batch rows have lengths or an offset of their own, which only a work table can say."""
+        lengths = (self.seqlens_q, self.seqlens_k, self.cu_seqlens_q, self.cu_seqlens_k)
+        return isinstance(self.query_offset, torch.Tensor) or any(x is not None for x in lengths)
+
+    @property
     def is_ragged(self) -> bool:
         """Whether tiles differ in what they see beyond causality and window, so that a work table is needed."""
-        return (
-            self.segment_ids_k is not None
-            or isinstance(self.query_offset, torch.Tensor)
-            or any(self._get(name, side) is not None for name in ("seqlens", "cu_seqlens") for side in "qk")
-        )
+        return self.segment_ids_k is not None or self.differs_by_row
 
     def diagonal(self, shape: Shape) -> int:
         """Key position of query row 0 when every sequence fills its batch row (0 where a work table says it)."""
@@ -149,7 +145,7 @@ class AttentionSpec:
             if (lengths := self._get("seqlens", side)) is not None:
                 self._expect(f"seqlens_{side}", lengths, (n,), device)
             if (ids := self._get("segment_ids", side)) is not None:
-                self._expect(f"segment_ids_{side}", ids, (batch, length), device)
+                self._expect(f"segment_ids_{side}", ids, (batch if ids.shape[0] != 1 else 1, length), device)
         if isinstance(self.query_offset, torch.Tensor):
             if self.query_offset.numel() != 1:
                 raise ValueError(
@@ -159,7 +155,7 @@ class AttentionSpec:
         if self.mask is not None:
             full = (shape.batch_q, heads, shape.len_q, shape.len_k)
             if (
-                any(m not in (1, s) for m, s in zip(self.mask.shape[:3], full))
+                any(m not in (1, s) for m, s in zip(self.mask.shape[:3], full, strict=False))
                 or self.mask.shape[3] != full[3]
             ):
                 raise ValueError(f"mask: shape {tuple(self.mask.shape)} does not broadcast to {full}.")
@@ -199,6 +195,36 @@ class AttentionSpec:
         diagonal = k_end - q_end if self.query_offset is None else k_begin - q_begin + self.query_offset
         return Sequences(q_row, q_begin, q_end, k_row, k_begin, k_end, diagonal.to(torch.int32))
 
+    def segment_ids(self, shape: Shape) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Segment ids with a batch row for every sequence."""
+        ids_q, ids_k = self.segment_ids_q, self.segment_ids_k
+        return (
+            None if ids_q is None else ids_q.expand(shape.batch_q, -1),
+            None if ids_k is None else ids_k.expand(shape.batch_k, -1),
+        )
+
+    def as_mask(self, shape: Shape, device: torch.device) -> AttentionSpec:
+        """The same spec with `seqlens_*` and a tensor `query_offset` written out as a bool `(B, 1, Sq, Sk)` mask.
+
+        For the gradient of a bias, whose tiles take part in every sequence. Not for packed sequences.
+        """
+        if ("mask", shape) not in self._cache:
+            s = self.sequences(shape, device)
+            queries = torch.arange(shape.len_q, device=device, dtype=torch.int32)[:, None]
+            keys = torch.arange(shape.len_k, device=device, dtype=torch.int32)
+            q_end, k_end, diagonal = (x[:, None, None] for x in (s.q_end, s.k_end, s.diagonal))
+            mask = (queries < q_end) & (keys < k_end)
+            ahead = keys - queries - diagonal
+            left, right = self.window
+            if left is not None:
+                mask &= ahead >= -left
+            if right is not None:
+                mask &= ahead <= right
+            mask = mask[:, None] if self.mask is None else mask[:, None] & self.mask
+            dense = AttentionSpec(segment_ids_q=self.segment_ids_q, segment_ids_k=self.segment_ids_k, mask=mask)
+            self._cache["mask", shape] = dense
+        return self._cache["mask", shape]
+
     def work(self, side: str, shape: Shape, device: torch.device, tile: int = TILE) -> torch.Tensor | None:
         """The work table of one side, or None where plain arithmetic says the same.
 
@@ -208,11 +234,12 @@ class AttentionSpec:
             tile: rows per entry. One entry never spans two sequences.
 
         Returns:
-            int32 `(tiles, 9)`: `own_row, own_begin, own_end, other_row, lo, full_lo, full_hi, hi, diagonal`. Own
-            rows `[own_begin, own_end)` meet the other side's rows `[lo, hi)`, of which `[full_lo, full_hi)` are
-            all visible as far as lengths and segments go. Causality, window and mask are not resolved. Unused
-            entries have `own_begin == own_end`. Every own row is in exactly one entry; where it meets nothing,
-            `lo == hi`. Entries with the most work come first.
+            int32 `(tiles, 10)`: `own_row, own_begin, own_end, other_row, lo, full_lo, full_hi, hi, diagonal,
+            key_origin`, the last being the first key of the sequence. Own rows `[own_begin, own_end)` meet rows
+            `[lo, hi)` of the other side, of which `[full_lo, full_hi)` are all visible as far as lengths and
+            segments go; causality, window and mask are not resolved. Unused entries have `own_begin == own_end`.
+            Every own row is in exactly one entry; where it meets nothing, `lo == hi`. Entries with the most work
+            come first.
         """
         if not self.is_ragged:
             return None
@@ -229,7 +256,7 @@ class AttentionSpec:
         else:
             row, begin, end, other_row, lo, hi = s.k_row, s.k_begin, s.k_end, s.q_row, s.q_begin, s.q_end
             length, packed = shape.len_k, self.cu_seqlens_k is not None
-        n, diagonal = row.shape[0], s.diagonal
+        n, diagonal, origin = row.shape[0], s.diagonal, s.k_begin
         count = n * -(-length // tile)
         if packed or self._get("seqlens", side) is not None:
             # Rows behind the last live one still need their zeros: they are sequences that meet nothing.
@@ -240,6 +267,7 @@ class AttentionSpec:
             row, begin = torch.cat([row, rest_row]), torch.cat([begin, rest_begin])
             end = torch.cat([end, empty + length])
             other_row, diagonal = torch.cat([other_row, empty]), torch.cat([diagonal, empty])
+            origin = torch.cat([origin, empty])
             lo, hi = torch.cat([lo, empty]), torch.cat([hi, empty])
         # Entry e belongs to the sequence whose cumulative number of tiles first exceeds e.
         tiles = (end - begin + tile - 1) // tile
@@ -265,16 +293,16 @@ class AttentionSpec:
             full_hi,
             hi,
             diagonal[index],
+            origin[index],
         ]
         table = torch.stack([c.to(torch.int32) for c in columns], dim=1) * used[:, None]
         return table[torch.argsort(table[:, 7] - table[:, 4], descending=True, stable=True)].contiguous()
 
     def _segment_bounds(self, side: str, shape: Shape, tile: int) -> tuple[torch.Tensor, ...]:
         """`(lo, full_lo, full_hi, hi)`, each `(B, tiles)`: hull of what a tile's ids meet, and its first full run."""
-        ids_k = self.segment_ids_k
-        ids_q = self.segment_ids_q
+        ids_q, ids_k = self.segment_ids(shape)
         if ids_q is None:
-            ids_q = ids_k.new_zeros(1, 1).expand(ids_k.shape[0], shape.len_q)
+            ids_q = ids_k.new_zeros(1, 1).expand(shape.batch_q, shape.len_q)
         own, other = (ids_q, ids_k) if side == "q" else (ids_k, ids_q)
         length = own.shape[1]
         tiles = -(-length // tile)

@@ -17,13 +17,13 @@ from hf_flashbsa.kernels.state import Extras, Params
 from hf_flashbsa.spec import TILE, AttentionSpec, Shape
 
 _EXTRAS = ", ".join(f"Tensor? {name}" for name in Extras._fields)
-_PARAMS = "float scale, float softcap, int window_left, int window_right, SymInt diagonal, int drop_threshold, str backend"
+_PARAMS = (
+    "float scale, float softcap, int window_left, int window_right, SymInt diagonal, int drop_threshold, str backend"
+)
 _COUNT = len(Extras._fields) + len(Params._fields)
 
 _library = torch.library.Library("hf_flashbsa", "DEF")
-_library.define(
-    f"attention_forward(Tensor q, Tensor k, Tensor v, {_EXTRAS}, {_PARAMS}) -> (Tensor out, Tensor lse)"
-)
+_library.define(f"attention_forward(Tensor q, Tensor k, Tensor v, {_EXTRAS}, {_PARAMS}) -> (Tensor out, Tensor lse)")
 _library.define(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"{_EXTRAS}, {_PARAMS}, bool need_dbias) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"
@@ -141,21 +141,22 @@ def attend(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attention` after validation: resolves the spec and calls the op. Returns `out` and `lse`."""
+    if bias is not None and bias.requires_grad and spec.differs_by_row:
+        spec = spec.as_mask(shape, q.device)
     # The torch back end computes a whole sequence at once.
     tile = TILE if backend == "triton" else max(shape.len_q, shape.len_k, 1)
-    needs_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (q, k, v, bias, sinks)
-    )
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias, sinks))
     mask = spec.mask
     if mask is not None:
         mask = mask.expand(shape.batch_q, q.shape[1], shape.len_q, shape.len_k)
     left, right = spec.window
+    segment_ids_q, segment_ids_k = spec.segment_ids(shape)
     extras = Extras(
         bias=bias,
         mask=mask,
         sinks=sinks,
-        segment_ids_q=spec.segment_ids_q,
-        segment_ids_k=spec.segment_ids_k,
+        segment_ids_q=segment_ids_q,
+        segment_ids_k=segment_ids_k,
         work_q=spec.work("q", shape, q.device, tile),
         work_k=spec.work("k", shape, q.device, tile) if needs_grad else None,
         seed=seed,

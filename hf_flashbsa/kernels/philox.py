@@ -2,7 +2,8 @@
 
 Philox4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), keyed by the
 64-bit seed. Counter `(key // 16, query, batch * heads + head, 0)` gives four 32-bit words, whose 16 bytes in
-little-endian order serve 16 consecutive keys. A weight is dropped when its byte is below the threshold. The
+little-endian order serve 16 consecutive keys. Query, batch row and head are absolute, the key counts from the
+first of its sequence. A weight is dropped when its byte is below the threshold. The
 Triton kernels draw the same bytes (`primitives.dropout_keep`), whatever their tiles.
 """
 
@@ -37,7 +38,7 @@ def keep_mask(
         threshold: see `drop_threshold`.
         batch_head: int64 `(...)`, absolute batch row * heads + head.
         queries: int64 `(Sq,)`, absolute query rows.
-        keys: `(begin, end)`, absolute keys.
+        keys: `(begin, end)`, keys counted from the first of their sequence.
 
     Returns:
         bool `(..., Sq, end - begin)`.

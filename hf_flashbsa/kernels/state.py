@@ -33,3 +33,9 @@ class Params(NamedTuple):
     diagonal: int
     drop_threshold: int
     backend: str
+
+
+def sinks_gradient(sinks: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """Gradient `(Hq,)` of the sink logits: their weight in each row times `-delta`, 0 in rows that see no key."""
+    weight = torch.exp(sinks[:, None] - lse).masked_fill(lse == float("-inf"), 0.0)
+    return -(weight * delta).sum((0, 2))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from hf_flashbsa.kernels.philox import keep_mask, keep_scale
-from hf_flashbsa.kernels.state import Extras, Params
+from hf_flashbsa.kernels.state import Extras, Params, sinks_gradient
 
 #: Most scores held at once.
 MAX_SCORES = 1 << 25
@@ -26,23 +26,24 @@ class Piece(NamedTuple):
     rows_k: slice
     k: slice
     diagonal: int
+    key_origin: int
 
 
 def _pieces(q: torch.Tensor, k: torch.Tensor, extras: Extras, params: Params) -> Iterator[Piece]:
     (batch, heads, len_q, _), (batch_k, _, len_k, _) = q.shape, k.shape
     if extras.work_q is None:
-        whole = [(slice(0, batch), 0, len_q, slice(0, batch_k), 0, len_k, params.diagonal)]
+        whole = [(slice(0, batch), 0, len_q, slice(0, batch_k), 0, len_k, params.diagonal, 0)]
     else:
         whole = [
-            (slice(row, row + 1), begin, end, slice(other, other + 1), lo, hi, diagonal)
-            for row, begin, end, other, lo, _, _, hi, diagonal in extras.work_q.tolist()
+            (slice(row, row + 1), begin, end, slice(other, other + 1), lo, hi, diagonal, origin)
+            for row, begin, end, other, lo, _, _, hi, diagonal, origin in extras.work_q.tolist()
             if begin < end
         ]
-    for rows_q, begin, end, rows_k, lo, hi, diagonal in whole:
+    for rows_q, begin, end, rows_k, lo, hi, diagonal, origin in whole:
         count = rows_q.stop - rows_q.start
         step = max(1, MAX_SCORES // max(1, count * heads * (hi - lo)))
         for first in range(begin, end, step):
-            yield Piece(rows_q, slice(first, min(first + step, end)), rows_k, slice(lo, hi), diagonal)
+            yield Piece(rows_q, slice(first, min(first + step, end)), rows_k, slice(lo, hi), diagonal, origin)
 
 
 def _visible(piece: Piece, extras: Extras, params: Params, device: torch.device) -> torch.Tensor | None:
@@ -101,8 +102,24 @@ def _keep(piece: Piece, heads: int, extras: Extras, params: Params) -> torch.Ten
     batch_head = torch.arange(piece.rows_q.start, piece.rows_q.stop, device=device)[:, None] * heads
     batch_head = batch_head + torch.arange(heads, device=device)
     queries = torch.arange(piece.q.start, piece.q.stop, device=device)
-    keep = keep_mask(extras.seed, params.drop_threshold, batch_head, queries, (piece.k.start, piece.k.stop))
+    keys = (piece.k.start - piece.key_origin, piece.k.stop - piece.key_origin)
+    keep = keep_mask(extras.seed, params.drop_threshold, batch_head, queries, keys)
     return keep * keep_scale(params.drop_threshold)
+
+
+def _softmax(s: torch.Tensor, sinks: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and log-sum-exp of scores `(B, Hq, m, n)`; 0 and -inf for rows that see no key, with or without sinks."""
+    if s.shape[-1] == 0:
+        return s, s.new_full(s.shape[:-1], float("-inf"))
+    top = s.amax(-1, keepdim=True)
+    blind = top == float("-inf")
+    top = top.masked_fill(blind, 0.0)
+    p = torch.exp(s - top)
+    total = p.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + torch.exp(sinks[:, None, None] - top)
+    p = p / total.masked_fill(blind, 1.0)
+    return p, (torch.log(total) + top).masked_fill(blind, float("-inf"))[..., 0]
 
 
 def _compute_dtype(q: torch.Tensor) -> torch.dtype:
@@ -116,10 +133,7 @@ def forward(q, k, v, out, lse, extras: Extras, params: Params) -> None:
         q_, k_, v_ = q[piece.rows_q, :, piece.q], k[piece.rows_k, :, piece.k], v[piece.rows_k, :, piece.k]
         q_, k_, v_ = q_.to(dtype), k_.to(dtype), v_.to(dtype)
         s, _ = _scores(q_, k_, piece, extras, params)
-        total = torch.logsumexp(s, dim=-1)
-        if extras.sinks is not None:
-            total = torch.logaddexp(total, extras.sinks[:, None].expand_as(total))
-        p = torch.exp(s - total.masked_fill(total == float("-inf"), 0.0)[..., None])
+        p, total = _softmax(s, extras.sinks)
         keep = _keep(piece, q.shape[1], extras, params)
         if keep is not None:
             p = p * keep
@@ -164,5 +178,4 @@ def backward(dout, dlse, q, k, v, out, lse, gradients, extras: Extras, params: P
     dv.copy_(dv_sum)
     dbias.copy_(dbias_sum)
     if extras.sinks is not None:
-        share = torch.exp(extras.sinks[:, None] - lse)
-        dsinks.copy_(-(share * delta).sum((0, 2)))
+        dsinks.copy_(sinks_gradient(extras.sinks, lse, delta))

@@ -1,0 +1,265 @@
+"""The vocabulary of the Triton kernels.
+
+Each question that a variant of attention asks has one helper here: where a tile's rows live (`work_item`), which
+rows of the other side it visits (`visits`), which scores of a block exist (`visible`), how a score is changed
+(`logits`), which weights are dropped (`dropout_keep`). Arguments that are None at launch specialise the code away.
+
+Scores are held in the layout of the loop that uses them: queries by keys, or with `TRANSPOSED`, keys by queries.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+#: Rows per entry of a work table, and its columns (`AttentionSpec.work`).
+WORK_TILE: tl.constexpr = tl.constexpr(128)
+WORK_COLUMNS: tl.constexpr = tl.constexpr(10)
+#: Keys that share one Philox counter, and its rounds (philox.py).
+COUNTER_KEYS: tl.constexpr = tl.constexpr(16)
+PHILOX_ROUNDS: tl.constexpr = tl.constexpr(7)
+
+
+class Operand(NamedTuple):
+    """A `(batch, heads, length, dim)` tensor whose last dimension is contiguous."""
+
+    ptr: object
+    stride_b: object
+    stride_h: object
+    stride_s: object
+
+
+class Matrix(NamedTuple):
+    """A `(batch, heads, queries, keys)` tensor with any strides, 0 where it is broadcast."""
+
+    ptr: object
+    stride_b: object
+    stride_h: object
+    stride_q: object
+    stride_k: object
+
+
+class Mask(NamedTuple):
+    """What hides scores. Every field may be None; segment ids are `(batch, length)`, the strides their batch's."""
+
+    window_left: object
+    window_right: object
+    segment_ids_q: object
+    segment_ids_k: object
+    ids_stride_q: object
+    ids_stride_k: object
+    dense: Matrix
+
+
+class Score(NamedTuple):
+    """How a score is made of a product of query and key, and which weights are dropped (None: not at all).
+
+    Bias values up to `bias_hidden` hide the key.
+    """
+
+    scale: object
+    softcap: object
+    bias: Matrix
+    bias_hidden: object
+    seed: object
+    drop_threshold: object
+
+
+class Item(NamedTuple):
+    """A tile of work: own rows `[begin, end)` of batch row `row` against `[lo, hi)` of `other_row`."""
+
+    row: object
+    begin: object
+    end: object
+    other_row: object
+    lo: object
+    full_lo: object
+    full_hi: object
+    hi: object
+    diagonal: object
+    key_origin: object
+
+
+class Visits(NamedTuple):
+    """Blocks to visit: `partial` blocks that need masking, `left` of them before the full ones, then full ones."""
+
+    start: object
+    left: object
+    partial: object
+    full_begin: object
+    full_end: object
+    lo: object
+    hi: object
+
+
+@triton.jit
+def work_item(work, tile, batch, len_own, len_other, diagonal, BLOCK: tl.constexpr):
+    """The `tile`-th tile of `BLOCK` own rows: from the work table, or of batch row `batch` where there is none."""
+    if work is not None:
+        PARTS: tl.constexpr = WORK_TILE // BLOCK
+        entry = work + (tile // PARTS) * WORK_COLUMNS
+        begin = tl.load(entry + 1) + (tile % PARTS) * BLOCK
+        end = tl.minimum(begin + BLOCK, tl.load(entry + 2))
+        item = Item(
+            tl.load(entry), begin, end, tl.load(entry + 3), tl.load(entry + 4), tl.load(entry + 5),
+            tl.load(entry + 6), tl.load(entry + 7), tl.load(entry + 8), tl.load(entry + 9),
+        )  # fmt: skip
+    else:
+        begin = tile * BLOCK
+        end = tl.minimum(begin + BLOCK, len_own)
+        item = Item(batch, begin, end, batch, 0, 0, len_other, len_other, diagonal, 0)
+    return item
+
+
+@triton.jit
+def visits(item, offset, before, after, KEEP_FULL: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
+    """Blocks of the other side for a tile whose row `i` meets rows `i + offset - before .. i + offset + after`.
+
+    Blocks start at a multiple of `ALIGN` rows behind the sequence's first key.
+    """
+    lo, full_lo, full_hi, hi = item.lo, item.full_lo, item.full_hi, item.hi
+    first, last = item.begin + offset, item.end - 1 + offset
+    if after is not None:
+        hi = tl.minimum(hi, last + after + 1)
+        full_hi = tl.minimum(full_hi, first + after + 1)
+    if before is not None:
+        lo = tl.maximum(lo, first - before)
+        full_lo = tl.maximum(full_lo, last - before)
+    start = lo
+    if ALIGN > 1:
+        start = item.key_origin + (lo - item.key_origin) // ALIGN * ALIGN
+    hi = tl.maximum(hi, start)
+    full_begin = start + (tl.maximum(full_lo - start, 0) + BLOCK - 1) // BLOCK * BLOCK
+    full_end = start + tl.maximum(full_hi - start, 0) // BLOCK * BLOCK
+    has_full = (full_end > full_begin) & KEEP_FULL
+    full_begin = tl.where(has_full, full_begin, start)
+    full_end = tl.where(has_full, full_end, start)
+    left = (full_begin - start) // BLOCK
+    partial = left + (hi - full_end + BLOCK - 1) // BLOCK
+    return Visits(start, left, partial, full_begin, full_end, lo, hi)
+
+
+@triton.jit
+def partial_begin(v, index, BLOCK: tl.constexpr):
+    """First row of the `index`-th partial block: those before the full blocks, then those behind them."""
+    return v.start + index * BLOCK + tl.where(index >= v.left, v.full_end - v.full_begin, 0)
+
+
+@triton.jit
+def row_pointers(x, batch, head, rows, dims):
+    """Pointers `[rows, dims]` of an Operand; add `begin * stride` (int64) to move along the sequence."""
+    base = x.ptr + tl.cast(batch, tl.int64) * x.stride_b + tl.cast(head, tl.int64) * x.stride_h
+    return base + rows[:, None] * x.stride_s + dims[None, :]
+
+
+@triton.jit
+def ahead_by(x, begin):
+    """Pointer distance of row `begin` of an Operand, in int64."""
+    return tl.cast(begin, tl.int64) * x.stride_s
+
+
+@triton.jit
+def load_rows(pointers, rows, lo, hi, dims, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, CHECK: tl.constexpr):
+    """`[rows, dims]` with 0 outside `[lo, hi)` (only where `CHECK`) and beyond `DIM`."""
+    if CHECK:
+        inside = ((rows >= lo) & (rows < hi))[:, None]
+        if DIM < BLOCK_DIM:
+            inside = inside & (dims < DIM)[None, :]
+        x = tl.load(pointers, mask=inside, other=0.0)
+    else:
+        if DIM < BLOCK_DIM:
+            x = tl.load(pointers, mask=(dims < DIM)[None, :], other=0.0)
+        else:
+            x = tl.load(pointers)
+    return x
+
+
+@triton.jit
+def matrix_pointers(x, batch, head, queries, keys):
+    """Pointers of a Matrix at broadcastable `queries` and `keys`."""
+    base = x.ptr + tl.cast(batch, tl.int64) * x.stride_b + tl.cast(head, tl.int64) * x.stride_h
+    return base + queries * tl.cast(x.stride_q, tl.int64) + keys * tl.cast(x.stride_k, tl.int64)
+
+
+@triton.jit
+def visible(mask, row_q, row_k, head, queries, keys, inside, diagonal):
+    """Which scores exist, given broadcastable `queries` and `keys`. `inside` guards rows that tensors have."""
+    ok = inside
+    ahead = keys - queries - diagonal
+    if mask.window_right is not None:
+        ok = ok & (ahead <= mask.window_right)
+    if mask.window_left is not None:
+        ok = ok & (ahead >= -mask.window_left)
+    if mask.segment_ids_k is not None:
+        id_k = tl.load(mask.segment_ids_k + tl.cast(row_k, tl.int64) * mask.ids_stride_k + keys, mask=inside, other=-1)
+        if mask.segment_ids_q is not None:
+            id_q = tl.load(
+                mask.segment_ids_q + tl.cast(row_q, tl.int64) * mask.ids_stride_q + queries, mask=inside, other=-1
+            )
+            ok = ok & (id_k == id_q)
+        else:
+            ok = ok & (id_k == 0)
+        ok = ok & (id_k >= 0)
+    if mask.dense.ptr is not None:
+        dense = tl.load(matrix_pointers(mask.dense, row_q, head, queries, keys), mask=inside, other=0)
+        ok = ok & (dense != 0)
+    return ok
+
+
+@triton.jit
+def tanh(x):
+    """tanh to float32 rounding, by its series near 0, where the quotient of exponentials cancels."""
+    x2 = x * x
+    series = x + x * x2 * (-1.0 / 3.0 + x2 * (2.0 / 15.0 + x2 * (-17.0 / 315.0 + x2 * (62.0 / 2835.0))))
+    quotient = 1.0 - 2.0 / (1.0 + tl.math.exp2(x * (2.0 * LOG2E)))
+    return tl.where(x2 < 0.0625, series, quotient)
+
+
+@triton.jit
+def logits(s, score, row_q, head, queries, keys, inside):
+    """The score that enters the softmax, divided by `log2_factor` and multiplied with log2(e); and d score / d s."""
+    slope = 1.0
+    if score.softcap is not None:
+        s = s * score.scale
+        t = tanh(s / score.softcap)
+        s = score.softcap * t
+        slope = 1.0 - t * t
+    if score.bias.ptr is not None:
+        if score.softcap is None:
+            s = s * score.scale
+        bias = tl.load(matrix_pointers(score.bias, row_q, head, queries, keys), mask=inside, other=0.0)
+        s = s + tl.where(bias <= score.bias_hidden, float("-inf"), bias.to(tl.float32))
+    return s, slope
+
+
+@triton.jit
+def log2_factor(score):
+    """What turns `logits` into exponents of 2."""
+    if (score.softcap is None) and (score.bias.ptr is None):
+        return score.scale * LOG2E
+    else:
+        return LOG2E
+
+
+@triton.jit
+def dropout_keep(score, batch_head, queries, first_key, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """bool `[BLOCK_M, BLOCK_N]`: weights that dropout keeps. `first_key` counts from the sequence's first key."""
+    groups = first_key // COUNTER_KEYS + tl.arange(0, BLOCK_N // COUNTER_KEYS)
+    c0 = tl.broadcast_to(groups[None, :], [BLOCK_M, BLOCK_N // COUNTER_KEYS]).to(tl.uint32)
+    c1 = tl.broadcast_to(queries[:, None], [BLOCK_M, BLOCK_N // COUNTER_KEYS]).to(tl.uint32)
+    c2 = tl.zeros_like(c0) + tl.cast(batch_head, tl.uint32)
+    w0, w1, w2, w3 = tl.philox(tl.load(score.seed), c0, c1, c2, tl.zeros_like(c0), n_rounds=PHILOX_ROUNDS)
+    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [BLOCK_M, BLOCK_N // 4])
+    even = tl.join(words & 255, (words >> 16) & 255)
+    odd = tl.join((words >> 8) & 255, words >> 24)
+    return tl.reshape(tl.join(even, odd), [BLOCK_M, BLOCK_N]) >= score.drop_threshold
+
+
+@triton.jit
+def dot(a, b, acc=None):
+    """Matrix product in float32; float32 operands are not rounded to tf32."""
+    return tl.dot(a, b, acc, input_precision="ieee")

@@ -1,0 +1,135 @@
+"""Launchers of the portable Triton kernels: operands, grids and configurations."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from hf_flashbsa.kernels import tuning
+from hf_flashbsa.kernels.backward import dbias_kernel, delta_kernel, dkdv_kernel, dq_kernel
+from hf_flashbsa.kernels.forward import forward_kernel
+from hf_flashbsa.kernels.primitives import WORK_TILE, Mask, Matrix, Operand, Score
+from hf_flashbsa.kernels.state import Extras, Params, sinks_gradient
+
+#: Stands in for a scale of 0, whose product with a hidden score's -inf would be NaN.
+TINY_SCALE = 1e-30
+
+
+def _operand(x: torch.Tensor) -> Operand:
+    return Operand(x, x.stride(0), x.stride(1), x.stride(2))
+
+
+def _matrix(x: torch.Tensor | None) -> Matrix:
+    if x is None:
+        return Matrix(None, None, None, None, None)
+    stride_b = 0 if x.shape[0] == 1 else x.stride(0)
+    stride_h = 0 if x.shape[1] == 1 else x.stride(1)
+    return Matrix(x, stride_b, stride_h, x.stride(2), x.stride(3))
+
+
+def _mask(extras: Extras, params: Params) -> Mask:
+    ids_q, ids_k = extras.segment_ids_q, extras.segment_ids_k
+    return Mask(
+        window_left=None if params.window_left < 0 else params.window_left,
+        window_right=None if params.window_right < 0 else params.window_right,
+        segment_ids_q=ids_q,
+        segment_ids_k=ids_k,
+        ids_stride_q=None if ids_q is None else ids_q.stride(0),
+        ids_stride_k=None if ids_k is None else ids_k.stride(0),
+        dense=_matrix(None if extras.mask is None else extras.mask.view(torch.uint8)),
+    )
+
+
+def _score(extras: Extras, params: Params) -> Score:
+    dropout = params.drop_threshold > 0
+    return Score(
+        scale=params.scale or TINY_SCALE,
+        softcap=params.softcap if params.softcap > 0.0 else None,
+        bias=_matrix(extras.bias),
+        bias_hidden=None if extras.bias is None else torch.finfo(extras.bias.dtype).min,
+        seed=extras.seed if dropout else None,
+        drop_threshold=params.drop_threshold if dropout else None,
+    )
+
+
+def _padded(dim: int) -> int:
+    return max(16, triton.next_power_of_2(dim))
+
+
+def _config(kernel: str, q: torch.Tensor, v: torch.Tensor, extras: Extras, params: Params) -> tuning.Config:
+    plain = extras.bias is None and extras.mask is None and params.softcap == 0.0 and params.drop_threshold == 0
+    block_dim = max(_padded(q.shape[-1]), _padded(v.shape[-1]))
+    return tuning.select(kernel, tuning.architecture(q.device), block_dim, q.element_size(), plain)
+
+
+def _meta(config: tuning.Config, q: torch.Tensor, v: torch.Tensor) -> dict:
+    return {
+        "HEAD_DIM": q.shape[-1],
+        "HEAD_DIM_V": v.shape[-1],
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_D": _padded(q.shape[-1]),
+        "BLOCK_DV": _padded(v.shape[-1]),
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
+def _tiles(work: torch.Tensor | None, length: int, batch: int, block: int) -> tuple[int, int]:
+    """Tiles per head, and the batch factor of the grid (a work table spans the batch)."""
+    if work is None:
+        return triton.cdiv(length, block), batch
+    return work.shape[0] * (WORK_TILE.value // block), 1
+
+
+def forward(q, k, v, out, lse, extras: Extras, params: Params) -> None:
+    """Fills `out` and `lse`."""
+    (batch, heads, len_q, _), (_, heads_k, len_k, _) = q.shape, k.shape
+    if q.numel() == 0:
+        return
+    config = _config("forward", q, v, extras, params)
+    tiles, batch = _tiles(extras.work_q, len_q, batch, config.block_m)
+    forward_kernel[(tiles * heads * batch,)](
+        _operand(q), _operand(k), _operand(v), _operand(out), lse, extras.sinks, extras.work_q,
+        _mask(extras, params), _score(extras, params), params.diagonal, heads, heads // heads_k, len_q, len_k, tiles,
+        **_meta(config, q, v),
+    )  # fmt: skip
+
+
+def backward(dout, dlse, q, k, v, out, lse, gradients, extras: Extras, params: Params) -> None:
+    """Fills `gradients`: dq, dk, dv, dbias, dsinks."""
+    (batch, heads, len_q, _), (batch_k, heads_k, len_k, _) = q.shape, k.shape
+    dq, dk, dv, dbias, dsinks = gradients
+    delta = torch.empty_like(lse)
+    mask, score, group = _mask(extras, params), _score(extras, params), heads // heads_k
+    operands = (_operand(q), _operand(k), _operand(v))
+    dout_ = _operand(dout)
+    if q.numel() > 0:
+        delta_kernel[(triton.cdiv(len_q, 64), batch * heads)](
+            _operand(out), dout_, None if dlse is None else dlse.contiguous(), delta, heads, len_q,
+            HEAD_DIM_V=v.shape[-1], BLOCK_M=64, BLOCK_DV=_padded(v.shape[-1]), num_warps=4,
+        )  # fmt: skip
+        config = _config("dq", q, v, extras, params)
+        tiles, rows = _tiles(extras.work_q, len_q, batch, config.block_m)
+        dq_kernel[(tiles * heads * rows,)](
+            dout_, _operand(dq), *operands, lse, delta, extras.work_q, mask, score, params.diagonal, heads, group,
+            len_q, len_k, tiles, **_meta(config, q, v),
+        )  # fmt: skip
+    if k.numel() > 0:
+        config = _config("dkdv", q, v, extras, params)
+        tiles, rows = _tiles(extras.work_k, len_k, batch_k, config.block_n)
+        dkdv_kernel[(tiles * heads_k * rows,)](
+            dout_, _operand(dk), _operand(dv), *operands, lse, delta, extras.work_k, mask, score, params.diagonal,
+            heads, group, len_q, len_k, tiles, **_meta(config, q, v),
+        )  # fmt: skip
+    if dbias.numel() > 0:
+        config = _config("dbias", q, v, extras, params)
+        grid = (
+            triton.cdiv(len_k, config.block_n), triton.cdiv(len_q, config.block_m), dbias.shape[0] * dbias.shape[1],
+        )  # fmt: skip
+        dbias_kernel[grid](
+            dout_, _matrix(dbias), *operands, lse, delta, mask, score, params.diagonal, batch, heads, group,
+            dbias.shape[0], dbias.shape[1], len_q, len_k, **_meta(config, q, v),
+        )  # fmt: skip
+    if extras.sinks is not None:
+        dsinks.copy_(sinks_gradient(extras.sinks, lse, delta))

@@ -1,0 +1,53 @@
+"""Launch configurations as data: `configs/<arch>.json`, nearest match for what a file does not list."""
+
+from __future__ import annotations
+
+import functools
+import json
+from importlib import resources
+from typing import NamedTuple
+
+import torch
+
+
+class Config(NamedTuple):
+    """Tile sizes and launch options of one kernel. `block_m` counts queries, `block_n` keys."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@functools.cache
+def _table(arch: str) -> dict:
+    return json.loads(resources.files("hf_flashbsa.kernels").joinpath("configs", f"{arch}.json").read_text())
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """The configuration file for a device: the newest one that its compute capability reaches."""
+    if device.type != "cuda":
+        return "interpreter"
+    return "sm_90" if torch.cuda.get_device_capability(device) >= (9, 0) else "sm_80"
+
+
+@functools.cache
+def select(kernel: str, arch: str, block_dim: int, itemsize: int, plain: bool) -> Config:
+    """The configuration of `kernel` ("forward", "dkdv", "dq", "dbias").
+
+    Args:
+        block_dim: the padded head dim, the larger of those of keys and values.
+        itemsize: bytes of an element.
+        plain: whether the scores are only scaled and masked by bounds: no bias, softcap, dropout or dense mask,
+            which need registers.
+    """
+    entries = _table(arch)[kernel]
+    for entry in entries:
+        if (
+            block_dim <= entry["head_dim"]
+            and itemsize <= entry["itemsize"]
+            and (plain or not entry.get("plain_only", False))
+        ):
+            return Config(entry["block_m"], entry["block_n"], entry["num_warps"], entry["num_stages"])
+    raise LookupError(f"configs/{arch}.json lists no {kernel} for head dim {block_dim}, {itemsize} bytes.")
