@@ -1,0 +1,86 @@
+"""Compiles the kernels for a GPU that need not be there, by way of their own launchers, and reads what ptxas did."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import tempfile
+from typing import NamedTuple
+from unittest import mock
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction, driver
+
+#: Most shared memory of one program, bytes.
+SHARED_LIMIT = {80: 166_912, 90: 232_448}
+
+
+class Compiled(NamedTuple):
+    """One compiled kernel. `spills` are bytes stored; `wgmma` and `mma` count matrix instructions."""
+
+    name: str
+    registers: int
+    spills: int
+    shared: int
+    warps: int
+    wgmma: int
+    mma: int
+
+
+class _Driver:
+    """Answers what compilation asks a driver."""
+
+    def __init__(self, arch: int):
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def compile_only(arch: int):
+    """Within, launches compile for `sm_<arch>` instead of running. Yields the list of what was compiled."""
+    compiled, run = [], JITFunction.run
+
+    def compile_(self, *args, **kwargs):
+        kwargs["warmup"] = True
+        kernel = run(self, *args, **kwargs)
+        compiled.append(_read(kernel, arch))
+        return kernel
+
+    active = driver._active
+    driver.set_active(_Driver(arch))
+    try:
+        with mock.patch.object(JITFunction, "run", compile_):
+            yield compiled
+    finally:
+        driver._active = active
+
+
+def _read(kernel, arch: int) -> Compiled:
+    ptx = kernel.asm["ptx"]
+    ptxas = os.environ.get("TRITON_PTXAS_PATH") or triton.knobs.nvidia.ptxas.path
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        name = f"sm_{arch}{'a' if arch >= 90 else ''}"
+        command = [ptxas, "-v", f"--gpu-name={name}", file.name, "-o", os.devnull]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return Compiled(
+        kernel.metadata.name,
+        int(re.search(r"Used (\d+) registers", log).group(1)),
+        int(re.search(r"(\d+) bytes spill stores", log).group(1)),
+        kernel.metadata.shared,
+        kernel.metadata.num_warps,
+        len(re.findall(r"wgmma\.mma_async", ptx)),
+        len(re.findall(r"\bmma\.sync", ptx)),
+    )
