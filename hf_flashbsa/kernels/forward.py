@@ -1,4 +1,4 @@
-"""The portable forward kernel: one program per tile of queries and head, online softmax over blocks of keys."""
+"""The portable forward kernel: one program for each tile of queries of a head, online softmax over blocks of keys."""
 
 from __future__ import annotations
 
@@ -9,35 +9,47 @@ from hf_flashbsa.kernels.primitives import (
     COUNTER_KEYS,
     LN2,
     LOG2E,
-    ahead_by,
+    Tiles,
     dot,
     dropout_keep,
-    load_rows,
+    head_of,
+    keep_scale,
+    load_tile,
     log2_factor,
     logits,
     partial_begin,
-    row_pointers,
+    span_of,
+    store_tile,
     visible,
-    visits,
     work_item,
 )
 
 
 @triton.jit
 def _attend(
-    acc, row_max, row_sum, q_tile, k_pointers, v_pointers, k, v, n0, item, v_range, mask, score, head, heads, len_q,
-    len_k, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+    acc,
+    row_max,
+    row_sum,
+    q_tile,
+    k,
+    v,
+    n0,
+    item,
+    span,
+    mask,
+    score,
+    head,
+    heads,
+    tiles: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """One block of keys from `n0`: folds its weights and values into the running softmax."""
-    offs_n = tl.arange(0, BLOCK_N)
-    queries = item.begin + tl.arange(0, BLOCK_M)
-    keys = n0 + offs_n
-    lo, hi = v_range.lo, v_range.hi
-    inside = (queries < item.end)[:, None] & ((keys >= lo) & (keys < hi))[None, :]
-    # [BLOCK_N, BLOCK_D]
-    k_block = load_rows(k_pointers + ahead_by(k, n0), keys, lo, hi, tl.arange(0, BLOCK_D), HEAD_DIM, BLOCK_D, MASKED)
-    # [BLOCK_M, BLOCK_N]
+    queries = item.begin + tl.arange(0, tiles.m)
+    keys = n0 + tl.arange(0, tiles.n)
+    inside = (queries < item.end)[:, None] & ((keys >= span.lo) & (keys < span.hi))[None, :]
+    # [n, d]
+    k_block = load_tile(k, n0, span.lo, span.hi, tiles.head_dim, tiles.n, tiles.d, MASKED)
+    # [m, n]
     s = dot(q_tile, tl.trans(k_block))
     s, _ = logits(s, score, item.row, head, queries[:, None], keys[None, :], inside)
     if MASKED:
@@ -54,58 +66,51 @@ def _attend(
     row_sum = row_sum * shrink + tl.sum(p, 1)
     acc = acc * shrink[:, None]
     if score.seed is not None:
-        keep = dropout_keep(score, item.row * heads + head, queries, n0 - item.key_origin, BLOCK_M, BLOCK_N)
+        keep = dropout_keep(score, item.row * heads + head, queries, n0 - item.key_origin, tiles.m, tiles.n)
         p = tl.where(keep, p, 0.0)
-    v_block = load_rows(
-        v_pointers + ahead_by(v, n0), keys, lo, hi, tl.arange(0, BLOCK_DV), HEAD_DIM_V, BLOCK_DV, MASKED
-    )
+    # [n, dv]
+    v_block = load_tile(v, n0, span.lo, span.hi, tiles.head_dim_v, tiles.n, tiles.dv, MASKED)
     acc = dot(p.to(v_block.dtype), v_block, acc)
     return acc, new_max, row_sum
 
 
-@triton.jit(do_not_specialize=["diagonal", "len_q", "len_k", "tiles"])
+@triton.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles"])
 def forward_kernel(
-    q, k, v, out, lse, sinks, work, mask, score, diagonal, heads, group, len_q, len_k, tiles,
+    q, k, v, out, lse, sinks, work, mask, score, diagonal, heads, group, len_q, len_k, num_tiles,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Writes `out` and `lse` `(B, Hq, Sq)`. Grid: tiles * heads * batch, tiles of one head side by side."""
+    """Writes `out` and `lse` `(B, Hq, Sq)`. Grid: tiles * heads * batch, the tiles of a head side by side."""
+    tiles: tl.constexpr = Tiles(BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV)
+    ALIGN: tl.constexpr = 1 if score.seed is None else COUNTER_KEYS
     pid = tl.program_id(0)
-    head = (pid // tiles) % heads
-    # Under causality the last tiles have the most keys: they start first.
-    item = work_item(work, tiles - 1 - pid % tiles, pid // (tiles * heads), len_q, len_k, diagonal, BLOCK_M)
+    head = (pid // num_tiles) % heads
+    tile = pid % num_tiles
+    if work is None:
+        # Under causality the last tiles have the most keys: they start first. Work tables are sorted so.
+        tile = num_tiles - 1 - tile
+    item = work_item(work, tile, pid // (num_tiles * heads), len_q, len_k, diagonal, BLOCK_M)
     if item.begin >= item.end:
         return
-    ALIGN: tl.constexpr = 1 if score.seed is None else COUNTER_KEYS
-    v_range = visits(item, item.diagonal, mask.window_left, mask.window_right, mask.dense.ptr is None, ALIGN, BLOCK_N)
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
-    queries = item.begin + offs_m
-    q_pointers = row_pointers(q, item.row, head, offs_m, offs_d) + ahead_by(q, item.begin)
-    q_tile = load_rows(q_pointers, queries, 0, item.end, offs_d, HEAD_DIM, BLOCK_D, True)
-    k_pointers = row_pointers(k, item.other_row, head // group, offs_n, offs_d)
-    v_pointers = row_pointers(v, item.other_row, head // group, offs_n, offs_dv)
+    span = span_of(item, item.diagonal, mask.window_left, mask.window_right, mask.dense.ptr is None, ALIGN, BLOCK_N)
+    q_tile = load_tile(head_of(q, item.row, head), item.begin, 0, item.end, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+    k_head = head_of(k, item.other_row, head // group)
+    v_head = head_of(v, item.other_row, head // group)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    for index in range(0, v_range.partial):
+    for index in range(0, span.partial):
+        n0 = partial_begin(span, index, BLOCK_N)
         acc, row_max, row_sum = _attend(
-            acc, row_max, row_sum, q_tile, k_pointers, v_pointers, k, v, partial_begin(v_range, index, BLOCK_N), item,
-            v_range, mask, score, head, heads, len_q, len_k,
-            HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True,
-        )  # fmt: skip
-    for n0 in range(v_range.full_begin, v_range.full_end, BLOCK_N):
+            acc, row_max, row_sum, q_tile, k_head, v_head, n0, item, span, mask, score, head, heads, tiles, True
+        )
+    for n0 in range(span.full_begin, span.full_end, BLOCK_N):
         acc, row_max, row_sum = _attend(
-            acc, row_max, row_sum, q_tile, k_pointers, v_pointers, k, v, n0, item,
-            v_range, mask, score, head, heads, len_q, len_k,
-            HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False,
-        )  # fmt: skip
+            acc, row_max, row_sum, q_tile, k_head, v_head, n0, item, span, mask, score, head, heads, tiles, False
+        )
     if sinks is not None:
-        sink = tl.load(sinks + head) * LOG2E
         # A row that sees no key stays without weights.
-        sink = tl.where(row_max == float("-inf"), float("-inf"), sink)
+        sink = tl.where(row_max == float("-inf"), float("-inf"), tl.load(sinks + head) * LOG2E)
         top = tl.maximum(row_max, sink)
         top = tl.where(top == float("-inf"), 0.0, top)
         shrink = tl.math.exp2(row_max - top)
@@ -114,11 +119,9 @@ def forward_kernel(
         row_max = top
     inverse = tl.where(row_sum > 0.0, 1.0 / row_sum, 0.0)
     if score.seed is not None:
-        inverse = inverse * (256.0 / (256 - score.drop_threshold))
-    acc = acc * inverse[:, None]
-    live = queries < item.end
-    lse_row = lse + (tl.cast(item.row, tl.int64) * heads + head) * len_q + queries
-    tl.store(lse_row, (row_max + tl.math.log2(row_sum)) * LN2, mask=live)
-    out_pointers = row_pointers(out, item.row, head, offs_m, offs_dv) + ahead_by(out, item.begin)
-    inside = live[:, None] & (offs_dv < HEAD_DIM_V)[None, :]
-    tl.store(out_pointers, acc.to(out.ptr.dtype.element_ty), mask=inside)
+        inverse = inverse * keep_scale(score)
+    queries = item.begin + tl.arange(0, BLOCK_M)
+    place = (tl.cast(item.row, tl.int64) * heads + head) * len_q + queries
+    tl.store(lse + place, (row_max + tl.math.log2(row_sum)) * LN2, mask=queries < item.end)
+    out_head = head_of(out, item.row, head)
+    store_tile(out_head, item.begin, item.end, acc * inverse[:, None], HEAD_DIM_V, BLOCK_M, BLOCK_DV)

@@ -1,7 +1,7 @@
 """The vocabulary of the Triton kernels.
 
 Each question that a variant of attention asks has one helper here: where a tile's rows live (`work_item`), which
-rows of the other side it visits (`visits`), which scores of a block exist (`visible`), how a score is changed
+rows of the other side it visits (`span_of`), which scores of a block exist (`visible`), how a score is changed
 (`logits`), which weights are dropped (`dropout_keep`). Arguments that are None at launch specialise the code away.
 
 Scores are held in the layout of the loop that uses them: queries by keys, or with `TRANSPOSED`, keys by queries.
@@ -31,6 +31,24 @@ class Operand(NamedTuple):
     stride_b: object
     stride_h: object
     stride_s: object
+
+
+class Head(NamedTuple):
+    """One head of an Operand: pointer to its row 0, and the distance between rows."""
+
+    base: object
+    stride: object
+
+
+class Tiles(NamedTuple):
+    """Compile-time sizes of a kernel: blocks of queries and keys, head dims, and the powers of 2 that hold them."""
+
+    m: object
+    n: object
+    head_dim: object
+    head_dim_v: object
+    d: object
+    dv: object
 
 
 class Matrix(NamedTuple):
@@ -84,7 +102,7 @@ class Item(NamedTuple):
     key_origin: object
 
 
-class Visits(NamedTuple):
+class Span(NamedTuple):
     """Blocks to visit: `partial` blocks that need masking, `left` of them before the full ones, then full ones."""
 
     start: object
@@ -116,7 +134,7 @@ def work_item(work, tile, batch, len_own, len_other, diagonal, BLOCK: tl.constex
 
 
 @triton.jit
-def visits(item, offset, before, after, KEEP_FULL: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
+def span_of(item, offset, before, after, KEEP_FULL: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
     """Blocks of the other side for a tile whose row `i` meets rows `i + offset - before .. i + offset + after`.
 
     Blocks start at a multiple of `ALIGN` rows behind the sequence's first key.
@@ -140,42 +158,53 @@ def visits(item, offset, before, after, KEEP_FULL: tl.constexpr, ALIGN: tl.const
     full_end = tl.where(has_full, full_end, start)
     left = (full_begin - start) // BLOCK
     partial = left + (hi - full_end + BLOCK - 1) // BLOCK
-    return Visits(start, left, partial, full_begin, full_end, lo, hi)
+    return Span(start, left, partial, full_begin, full_end, lo, hi)
 
 
 @triton.jit
-def partial_begin(v, index, BLOCK: tl.constexpr):
+def partial_begin(span, index, BLOCK: tl.constexpr):
     """First row of the `index`-th partial block: those before the full blocks, then those behind them."""
-    return v.start + index * BLOCK + tl.where(index >= v.left, v.full_end - v.full_begin, 0)
+    return span.start + index * BLOCK + tl.where(index >= span.left, span.full_end - span.full_begin, 0)
 
 
 @triton.jit
-def row_pointers(x, batch, head, rows, dims):
-    """Pointers `[rows, dims]` of an Operand; add `begin * stride` (int64) to move along the sequence."""
-    base = x.ptr + tl.cast(batch, tl.int64) * x.stride_b + tl.cast(head, tl.int64) * x.stride_h
-    return base + rows[:, None] * x.stride_s + dims[None, :]
+def head_of(x, batch, head):
+    """One head of an Operand."""
+    return Head(x.ptr + tl.cast(batch, tl.int64) * x.stride_b + tl.cast(head, tl.int64) * x.stride_h, x.stride_s)
 
 
 @triton.jit
-def ahead_by(x, begin):
-    """Pointer distance of row `begin` of an Operand, in int64."""
-    return tl.cast(begin, tl.int64) * x.stride_s
+def tile_pointers(x, begin, BLOCK: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """Pointers `[BLOCK, BLOCK_DIM]` of a Head from row `begin` on; 64-bit where a sequence's length enters."""
+    offsets = tl.arange(0, BLOCK)[:, None] * x.stride + tl.arange(0, BLOCK_DIM)[None, :]
+    return x.base + tl.cast(begin, tl.int64) * x.stride + offsets
 
 
 @triton.jit
-def load_rows(pointers, rows, lo, hi, dims, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, CHECK: tl.constexpr):
-    """`[rows, dims]` with 0 outside `[lo, hi)` (only where `CHECK`) and beyond `DIM`."""
+def load_tile(x, begin, lo, hi, DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_DIM: tl.constexpr, CHECK: tl.constexpr):
+    """Rows from `begin` of a Head, `[BLOCK, BLOCK_DIM]`: 0 outside `[lo, hi)` (where `CHECK`) and beyond `DIM`."""
+    pointers = tile_pointers(x, begin, BLOCK, BLOCK_DIM)
+    dims = tl.arange(0, BLOCK_DIM)
     if CHECK:
+        rows = begin + tl.arange(0, BLOCK)
         inside = ((rows >= lo) & (rows < hi))[:, None]
         if DIM < BLOCK_DIM:
             inside = inside & (dims < DIM)[None, :]
-        x = tl.load(pointers, mask=inside, other=0.0)
+        tile = tl.load(pointers, mask=inside, other=0.0)
     else:
         if DIM < BLOCK_DIM:
-            x = tl.load(pointers, mask=(dims < DIM)[None, :], other=0.0)
+            tile = tl.load(pointers, mask=(dims < DIM)[None, :], other=0.0)
         else:
-            x = tl.load(pointers)
-    return x
+            tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def store_tile(x, begin, end, tile, DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """Writes rows `[begin, end)` of a Head."""
+    pointers = tile_pointers(x, begin, BLOCK, BLOCK_DIM)
+    inside = (begin + tl.arange(0, BLOCK) < end)[:, None] & (tl.arange(0, BLOCK_DIM) < DIM)[None, :]
+    tl.store(pointers, tile.to(x.base.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -257,6 +286,12 @@ def dropout_keep(score, batch_head, queries, first_key, BLOCK_M: tl.constexpr, B
     even = tl.join(words & 255, (words >> 16) & 255)
     odd = tl.join((words >> 8) & 255, words >> 24)
     return tl.reshape(tl.join(even, odd), [BLOCK_M, BLOCK_N]) >= score.drop_threshold
+
+
+@triton.jit
+def keep_scale(score):
+    """What kept weights are multiplied with."""
+    return 256.0 / (256 - score.drop_threshold)
 
 
 @triton.jit

@@ -108,7 +108,7 @@ def _keep(piece: Piece, heads: int, extras: Extras, params: Params) -> torch.Ten
 
 
 def _softmax(s: torch.Tensor, sinks: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights and log-sum-exp of scores `(B, Hq, m, n)`; 0 and -inf for rows that see no key, with or without sinks."""
+    """Weights and log-sum-exp of scores `(B, Hq, m, n)`; 0 and -inf for rows that see no key, even with sinks."""
     if s.shape[-1] == 0:
         return s, s.new_full(s.shape[:-1], float("-inf"))
     top = s.amax(-1, keepdim=True)

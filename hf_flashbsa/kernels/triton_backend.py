@@ -105,7 +105,7 @@ def backward(dout, dlse, q, k, v, out, lse, gradients, extras: Extras, params: P
     operands = (_operand(q), _operand(k), _operand(v))
     dout_ = _operand(dout)
     if q.numel() > 0:
-        delta_kernel[(triton.cdiv(len_q, 64), batch * heads)](
+        delta_kernel[(triton.cdiv(len_q, 64) * batch * heads,)](
             _operand(out), dout_, None if dlse is None else dlse.contiguous(), delta, heads, len_q,
             HEAD_DIM_V=v.shape[-1], BLOCK_M=64, BLOCK_DV=_padded(v.shape[-1]), num_warps=4,
         )  # fmt: skip
