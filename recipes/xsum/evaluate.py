@@ -109,9 +109,9 @@ def generate_summaries(
     was_training = module.training
     module.eval()
     batches = _share(dataset["length"][:], config.per_device_eval_batch_size, accelerator)
-    shown = progress.track(batches, description="Generating summaries") if progress else batches
+    task = progress.add_task("Generating summaries", total=len(batches)) if progress else None
     written = []
-    for indices, counts in shown:
+    for indices, counts in batches:
         # Left padding lets a decoder-only model go on from the last token; an encoder does not mind it on the right.
         side = "right" if module.config.is_encoder_decoder else "left"
         rows = pad_without_fast_tokenizer_warning(
@@ -125,6 +125,10 @@ def generate_summaries(
         texts = tokenizer.batch_decode(output, skip_special_tokens=True)
         if counts:
             written += [(index, " ".join(text.split())) for index, text in zip(indices, texts, strict=True)]
+        if progress:
+            progress.advance(task)
+    if progress:
+        progress.remove_task(task)
     module.train(was_training)
     return [text for _, text in sorted(gather_object(written))]
 
