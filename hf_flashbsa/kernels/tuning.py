@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+from collections.abc import Iterator
 from importlib import resources
 from typing import NamedTuple
 
@@ -32,7 +34,21 @@ def architecture(device: torch.device) -> str:
     return "sm_90" if torch.cuda.get_device_capability(device) >= (9, 0) else "sm_80"
 
 
-@functools.cache
+_overrides: dict[str, Config] = {}
+
+
+@contextlib.contextmanager
+def override(kernel: str, config: Config) -> Iterator[None]:
+    """Within, `select` gives `config` for `kernel`, whatever the problem. For the tuner and for tests."""
+    before = dict(_overrides)
+    _overrides[kernel] = config
+    try:
+        yield
+    finally:
+        _overrides.clear()
+        _overrides.update(before)
+
+
 def select(kernel: str, arch: str, block_dim: int, itemsize: int, plain: bool) -> Config:
     """The configuration of `kernel` ("forward", "dkdv", "dq", "dbias").
 
@@ -42,8 +58,12 @@ def select(kernel: str, arch: str, block_dim: int, itemsize: int, plain: bool) -
         plain: whether the scores are only scaled and masked by bounds: no bias, softcap, dropout or dense mask,
             which need registers.
     """
-    entries = _table(arch)[kernel]
-    for entry in entries:
+    return _overrides.get(kernel) or _lookup(kernel, arch, block_dim, itemsize, plain)
+
+
+@functools.cache
+def _lookup(kernel: str, arch: str, block_dim: int, itemsize: int, plain: bool) -> Config:
+    for entry in _table(arch)[kernel]:
         if (
             block_dim <= entry["head_dim"]
             and itemsize <= entry["itemsize"]
