@@ -1,0 +1,203 @@
+"""Transformers' attention contract, translated once into a call of `hf_flashbsa.attention`."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers.integrations.flash_attention import get_target_dtype
+from transformers.utils import logging
+
+from hf_flashbsa.attention import attention, choose_backend
+from hf_flashbsa.integration.mask import MaskSpec
+from hf_flashbsa.integration.usage import note_backend
+from hf_flashbsa.spec import AttentionSpec
+
+logger = logging.get_logger(__name__)
+
+#: Keywords that change the result and are not honoured, with what to do instead.
+_UNSUPPORTED = {
+    "indices": "sparse key indices (DeepSeek sparse attention)",
+    "block_indices": "sparse block indices",
+    "sinks": "sinks that differ by query; gpt-oss passes `s_aux`",
+    "cache": "a paged cache (continuous batching)",
+    "head_mask": "a head mask",
+    "layer_head_mask": "a head mask",
+}
+
+
+def bsa_dense_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: MaskSpec | torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """The attention function of Transformers' `AttentionInterface`, exact and with gradients for all inputs.
+
+    Args:
+        module: the attention layer; its `is_causal`, `is_decoder` and config say which role it has.
+        query, key, value: `(B, Hq, Q, D)`, `(B, Hkv, K, D)` and `(B, Hkv, K, Dv)`.
+        attention_mask: what `bsa_mask` returned; a bool `(B or 1, H or 1, Q, K)`, True where visible; a float mask of
+            that shape, added to the scores; a bool or integer `(B, K)`, 0 at padding; or None. A mask that says
+            which keys are visible overrides `is_causal` and `sliding_window`.
+        dropout, scaling, softcap, s_aux: `dropout_p`, `softmax_scale`, `softcap` and `sinks` of `attention`.
+        is_causal: without a mask or with a 2-D one, whether queries see no later keys; default `module.is_causal`.
+            The last query then stands at the last key, whatever the lengths.
+        sliding_window: without a mask or with a 2-D one, most keys seen on each side, the current token included.
+        position_bias: `(B or 1, H, Q, K)` added to the scores (T5). T5's cross-attention passes zeros; they are
+            skipped.
+        position_ids: `(B or 1, Q)`. Documents whose positions restart are kept apart, see `MaskSpec.by_document`.
+        cu_seq_lens_q, cu_seq_lens_k: `(n + 1,)` cumulative lengths of `n` documents in one row. They overrule
+            `position_ids`.
+        kwargs: names that change no result are ignored, others raise.
+
+    Returns:
+        `(B, Q, Hq, Dv)` without a copy, and None for the weights.
+
+    Raises:
+        ValueError: a keyword that would change the result and is not supported; masks that do not fit.
+    """
+    for name, meaning in _UNSUPPORTED.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name}: bsa_dense does not support {meaning}; use attn_implementation='eager'.")
+    if kwargs.get("output_attentions") and not torch.compiler.is_compiling():
+        logger.warning_once("bsa_dense keeps no attention weights; use attn_implementation='eager' to see them.")
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if position_bias is not None and _is_cross(module, causal) and not _learns_bias(module):
+        position_bias = None
+    query, key, value = _one_dtype(module, query, key, value)
+
+    if _is_additive(attention_mask):
+        position_bias = attention_mask if position_bias is None else _masked_bias(position_bias, attention_mask)
+    mask = _as_mask_spec(attention_mask, query, key, causal, sliding_window)
+    if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
+        _check_packing(module, causal, query, key, cu_seq_lens_q, cu_seq_lens_k)
+        spec = mask.packed_by(cu_seq_lens_q, cu_seq_lens_k, dense=position_bias is not None)
+    elif position_ids is not None and not _is_4d(attention_mask):
+        spec = mask.by_document(position_ids)
+    else:
+        spec = mask.spec
+
+    out = attention(
+        query,
+        key,
+        value,
+        spec,
+        bias=position_bias,
+        sinks=s_aux,
+        softmax_scale=scaling,
+        softcap=softcap,
+        dropout_p=dropout,
+    )
+    if not torch.compiler.is_compiling():
+        note_backend(module, choose_backend(query.device, query.dtype).name)
+    return out.transpose(1, 2), None
+
+
+def _is_cross(module: torch.nn.Module, causal: bool) -> bool:
+    return getattr(module, "is_decoder", False) and not causal
+
+
+def _learns_bias(module: torch.nn.Module) -> bool:
+    return getattr(module, "has_relative_attention_bias", True)
+
+
+def _one_dtype(module: torch.nn.Module, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors in the dtype that Transformers' flash attention would run in, under autocast or when they differ."""
+    query = tensors[0]
+    autocast = torch.is_autocast_enabled(query.device.type)
+    if autocast or any(t.dtype != query.dtype for t in tensors):
+        target = torch.get_autocast_dtype(query.device.type) if autocast else get_target_dtype(query, module)
+        if target is not None and query.dtype != torch.float64:
+            return tuple(t.to(target) for t in tensors)
+    return tensors
+
+
+def _is_4d(mask: MaskSpec | torch.Tensor | None) -> bool:
+    return isinstance(mask, torch.Tensor) and mask.ndim == 4
+
+
+def _is_additive(mask: MaskSpec | torch.Tensor | None) -> bool:
+    return _is_4d(mask) and mask.is_floating_point()
+
+
+def _masked_bias(bias: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Their sum, in which what the mask hides stays at the lowest number."""
+    total = bias + mask
+    return total.masked_fill(mask <= torch.finfo(mask.dtype).min, torch.finfo(total.dtype).min)
+
+
+#: `MaskSpec`s of the bool masks that callers pass themselves. They hold an alias of the mask, so that an entry goes
+#: when the caller drops the tensor.
+_MASKS = WeakTensorKeyDictionary()
+
+
+def _as_mask_spec(
+    mask: MaskSpec | torch.Tensor | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    causal: bool,
+    sliding_window: int | None,
+) -> MaskSpec:
+    if isinstance(mask, MaskSpec):
+        return mask
+    shape = (query.shape[0], 1, query.shape[2], key.shape[2])
+    if _is_additive(mask):
+        return MaskSpec(AttentionSpec(), shape, query.device)
+    if mask is None or mask.ndim == 2:
+        reach = None if sliding_window is None else sliding_window - 1
+        ids = None
+        if mask is not None:
+            if mask.is_floating_point() or tuple(mask.shape) != (shape[0], shape[3]):
+                raise ValueError(
+                    f"attention_mask: {tuple(mask.shape)} {mask.dtype}; a 2-D mask must be bool or integer and "
+                    f"(batch, keys) = {(shape[0], shape[3])}."
+                )
+            ids = mask.to(torch.bool).to(torch.int32) - 1
+        spec = AttentionSpec(causal=causal, window_size=(reach, None if causal else reach), segment_ids_k=ids)
+        return MaskSpec(spec, shape, query.device)
+    if mask.ndim != 4 or mask.dtype != torch.bool:
+        raise ValueError(f"attention_mask: {tuple(mask.shape)} {mask.dtype}; give 4-D bool or float, or 2-D padding.")
+    if torch.compiler.is_compiling() or mask.is_inference():
+        return MaskSpec(AttentionSpec(mask=mask), shape, query.device)
+    version, known = _MASKS.get(mask, (None, None))
+    if version != mask._version:
+        known = MaskSpec(AttentionSpec(mask=mask.detach()), shape, query.device)
+        _MASKS[mask] = (mask._version, known)
+    return known
+
+
+def _check_packing(
+    module: torch.nn.Module,
+    causal: bool,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    cu_seq_lens_q: torch.Tensor | None,
+    cu_seq_lens_k: torch.Tensor | None,
+) -> None:
+    if cu_seq_lens_q is None or cu_seq_lens_k is None:
+        raise ValueError("cu_seq_lens_q and cu_seq_lens_k belong together; give both.")
+    if query.shape[0] != 1:
+        raise ValueError(f"cu_seq_lens_*: packed documents lie in one row, but the batch has {query.shape[0]}.")
+    seq2seq = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
+    if _is_cross(module, causal) or (seq2seq and getattr(module, "is_decoder", False)):
+        raise ValueError(
+            "cu_seq_lens_*: Transformers hands the same lengths to the encoder, the decoder and the cross-attention, "
+            "whose documents differ in length; pad encoder-decoder batches instead."
+        )
+    if query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"cu_seq_lens_*: {query.shape[2]} queries meet {key.shape[2]} keys; packing is for self-attention "
+            "without cached keys."
+        )
