@@ -1,6 +1,6 @@
 """The portable backward kernels. All recompute the weights from `lse`; none uses atomics, so results repeat bitwise.
 
-`delta_kernel` reduces `out * dout`; `dkdv_kernel` walks over queries for a tile of keys, for every head that shares
+`rowwise_kernel` prepares what depends on a query alone; `dkdv_kernel` walks over queries for a tile of keys, for every head that shares
 it; `dq_kernel` walks over keys for a tile of queries; `dbias_kernel` sums a tile of score gradients over the
 dimensions that the bias is broadcast in.
 """
@@ -31,10 +31,15 @@ from hf_flashbsa.kernels.primitives import (
 
 
 @triton.jit(do_not_specialize=["len_q"])
-def delta_kernel(
-    out, dout, dlse, delta, heads, len_q, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr
-):
-    """`delta = sum(out * dout) - dlse`, `(B, Hq, Sq)`. Grid: tiles of queries * heads * batch."""
+def rowwise_kernel(
+    out, dout, lse, dlse, delta, lse_log2, heads, len_q,
+    HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Writes what the other kernels need of each query, `(B, Hq, Sq)`: `delta = sum(out * dout) - dlse`, and `lse` in
+    log2 units, +inf for rows that see no key, so that all their weights come out as 0.
+
+    Grid: tiles of queries * heads * batch.
+    """
     num_tiles = tl.cdiv(len_q, BLOCK_M)
     row = tl.program_id(0) // num_tiles
     begin = tl.program_id(0) % num_tiles * BLOCK_M
@@ -45,24 +50,34 @@ def delta_kernel(
     total = tl.sum(o * do, 1)
     queries = begin + tl.arange(0, BLOCK_M)
     place = tl.cast(row, tl.int64) * len_q + queries
+    live = queries < len_q
     if dlse is not None:
-        total -= tl.load(dlse + place, mask=queries < len_q, other=0.0)
-    tl.store(delta + place, total, mask=queries < len_q)
+        total -= tl.load(dlse + place, mask=live, other=0.0)
+    row_lse = tl.load(lse + place, mask=live, other=0.0)
+    tl.store(delta + place, total, mask=live)
+    tl.store(lse_log2 + place, tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2E), mask=live)
 
 
 @triton.jit
-def _load_rowwise(lse, delta, batch_head, len_q, queries, live):
-    """`lse` in log2 units and `delta`. Rows that see nothing, or do not exist, get +inf: all their weights are 0."""
-    place = tl.cast(batch_head, tl.int64) * len_q + queries
-    lse_log2 = tl.load(lse + place, mask=live, other=float("-inf")) * LOG2E
-    lse_log2 = tl.where(lse_log2 == float("-inf"), float("inf"), lse_log2)
-    return lse_log2, tl.load(delta + place, mask=live, other=0.0)
+def _load_rowwise(lse_log2, delta, batch_head, begin, lo, hi, len_q, BLOCK: tl.constexpr, CHECK: tl.constexpr):
+    """`lse_log2` and `delta` of rows from `begin`; +inf and 0 outside `[lo, hi)` (where `CHECK`)."""
+    # Scalar bases leave 32-bit offsets to the threads, of which each holds many rows where scores are transposed.
+    base = tl.cast(batch_head, tl.int64) * len_q + begin
+    offsets = tl.arange(0, BLOCK)
+    if CHECK:
+        live = (begin + offsets >= lo) & (begin + offsets < hi)
+        row_lse = tl.load(lse_log2 + base + offsets, mask=live, other=float("inf"))
+        row_delta = tl.load(delta + base + offsets, mask=live, other=0.0)
+    else:
+        row_lse = tl.load(lse_log2 + base + offsets)
+        row_delta = tl.load(delta + base + offsets)
+    return row_lse, row_delta
 
 
 @triton.jit
 def _dkdv_block(
-    dk, dv, k_tile, v_tile, q, dout, lse, delta, m0, item, span, mask, score, head, heads, len_q, tiles: tl.constexpr,
-    MASKED: tl.constexpr,
+    dk, dv, k_tile, v_tile, q, dout, lse_log2, delta, m0, item, span, mask, score, head, heads, len_q,
+    tiles: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One block of queries from `m0`: adds its part to `dk` (before the scale) and `dv`. Scores are `[n, m]`."""
     queries = m0 + tl.arange(0, tiles.m)
@@ -72,14 +87,14 @@ def _dkdv_block(
     batch_head = item.other_row * heads + head
     # [m, d]
     q_block = load_tile(q, m0, span.lo, span.hi, tiles.head_dim, tiles.m, tiles.d, MASKED)
-    lse_log2, delta_row = _load_rowwise(lse, delta, batch_head, len_q, queries, live)
+    row_lse, row_delta = _load_rowwise(lse_log2, delta, batch_head, m0, span.lo, span.hi, len_q, tiles.m, MASKED)
     # [n, m]
     s = dot(k_tile, tl.trans(q_block))
     s, slope = logits(s, score, item.other_row, head, queries[None, :], keys[:, None], inside)
     if MASKED:
         ok = visible(mask, item.other_row, item.row, head, queries[None, :], keys[:, None], inside, item.diagonal)
         s = tl.where(ok, s, float("-inf"))
-    p = tl.math.exp2(s * log2_factor(score) - lse_log2[None, :])
+    p = tl.math.exp2(s * log2_factor(score) - row_lse[None, :])
     # [m, dv]
     do_block = load_tile(dout, m0, span.lo, span.hi, tiles.head_dim_v, tiles.m, tiles.dv, MASKED)
     dp = dot(v_tile, tl.trans(do_block))
@@ -90,14 +105,14 @@ def _dkdv_block(
         p_kept = tl.where(keep, p * keep_scale(score), 0.0)
         dp = tl.where(keep, dp * keep_scale(score), 0.0)
     dv = dot(p_kept.to(do_block.dtype), do_block, dv)
-    ds = p * (dp - delta_row[None, :]) * slope
+    ds = p * (dp - row_delta[None, :]) * slope
     dk = dot(ds.to(q_block.dtype), q_block, dk)
     return dk, dv
 
 
 @triton.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles"])
 def dkdv_kernel(
-    dout, dk_out, dv_out, q, k, v, lse, delta, work, mask, score, diagonal, heads, group, len_q, len_k, num_tiles,
+    dout, dk_out, dv_out, q, k, v, lse_log2, delta, work, mask, score, diagonal, heads, group, len_q, len_k, num_tiles,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -122,13 +137,13 @@ def dkdv_kernel(
         for index in range(0, span.partial):
             m0 = partial_begin(span, index, BLOCK_M)
             dk, dv = _dkdv_block(
-                dk, dv, k_tile, v_tile, q_head, dout_head, lse, delta, m0, item, span, mask, score, head, heads, len_q,
-                tiles, True,
+                dk, dv, k_tile, v_tile, q_head, dout_head, lse_log2, delta, m0, item, span, mask, score, head, heads,
+                len_q, tiles, True,
             )  # fmt: skip
         for m0 in range(span.full_begin, span.full_end, BLOCK_M):
             dk, dv = _dkdv_block(
-                dk, dv, k_tile, v_tile, q_head, dout_head, lse, delta, m0, item, span, mask, score, head, heads, len_q,
-                tiles, False,
+                dk, dv, k_tile, v_tile, q_head, dout_head, lse_log2, delta, m0, item, span, mask, score, head, heads,
+                len_q, tiles, False,
             )  # fmt: skip
     dk_head = head_of(dk_out, item.row, head_k)
     dv_head = head_of(dv_out, item.row, head_k)
@@ -138,7 +153,7 @@ def dkdv_kernel(
 
 @triton.jit
 def _score_gradient(
-    q_tile, do_tile, lse_log2, delta_row, k_block, v_block, queries, n0, key_origin, inside, row_q, row_k, diagonal,
+    q_tile, do_tile, row_lse, row_delta, k_block, v_block, queries, n0, key_origin, inside, row_q, row_k, diagonal,
     mask, score, head, heads, tiles: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """`[m, n]` gradients of the biased score for keys from `n0`, and the softcap's slope."""
@@ -148,17 +163,17 @@ def _score_gradient(
     if MASKED:
         ok = visible(mask, row_q, row_k, head, queries[:, None], keys[None, :], inside, diagonal)
         s = tl.where(ok, s, float("-inf"))
-    p = tl.math.exp2(s * log2_factor(score) - lse_log2[:, None])
+    p = tl.math.exp2(s * log2_factor(score) - row_lse[:, None])
     dp = dot(do_tile, tl.trans(v_block))
     if score.seed is not None:
         keep = dropout_keep(score, row_q * heads + head, queries, n0 - key_origin, tiles.m, tiles.n)
         dp = tl.where(keep, dp * keep_scale(score), 0.0)
-    return p * (dp - delta_row[:, None]), slope
+    return p * (dp - row_delta[:, None]), slope
 
 
 @triton.jit
 def _dq_block(
-    dq, q_tile, do_tile, lse_log2, delta_row, k, v, n0, item, span, mask, score, head, heads, tiles: tl.constexpr,
+    dq, q_tile, do_tile, row_lse, row_delta, k, v, n0, item, span, mask, score, head, heads, tiles: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """One block of keys from `n0`: adds its part to `dq` (before the scale)."""
@@ -168,7 +183,7 @@ def _dq_block(
     k_block = load_tile(k, n0, span.lo, span.hi, tiles.head_dim, tiles.n, tiles.d, MASKED)
     v_block = load_tile(v, n0, span.lo, span.hi, tiles.head_dim_v, tiles.n, tiles.dv, MASKED)
     ds, slope = _score_gradient(
-        q_tile, do_tile, lse_log2, delta_row, k_block, v_block, queries, n0, item.key_origin, inside,
+        q_tile, do_tile, row_lse, row_delta, k_block, v_block, queries, n0, item.key_origin, inside,
         item.row, item.other_row, item.diagonal, mask, score, head, heads, tiles, MASKED,
     )  # fmt: skip
     return dot((ds * slope).to(k_block.dtype), k_block, dq)
@@ -176,7 +191,7 @@ def _dq_block(
 
 @triton.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles"])
 def dq_kernel(
-    dout, dq_out, q, k, v, lse, delta, work, mask, score, diagonal, heads, group, len_q, len_k, num_tiles,
+    dout, dq_out, q, k, v, lse_log2, delta, work, mask, score, diagonal, heads, group, len_q, len_k, num_tiles,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -197,19 +212,19 @@ def dq_kernel(
     dout_head = head_of(dout, item.row, head)
     q_tile = load_tile(head_of(q, item.row, head), item.begin, 0, item.end, HEAD_DIM, BLOCK_M, BLOCK_D, True)
     do_tile = load_tile(dout_head, item.begin, 0, item.end, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True)
-    lse_log2, delta_row = _load_rowwise(lse, delta, batch_head, len_q, queries, queries < item.end)
+    row_lse, row_delta = _load_rowwise(lse_log2, delta, batch_head, item.begin, 0, item.end, len_q, BLOCK_M, True)
     k_head = head_of(k, item.other_row, head // group)
     v_head = head_of(v, item.other_row, head // group)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for index in range(0, span.partial):
         n0 = partial_begin(span, index, BLOCK_N)
         dq = _dq_block(
-            dq, q_tile, do_tile, lse_log2, delta_row, k_head, v_head, n0, item, span, mask, score, head, heads, tiles,
+            dq, q_tile, do_tile, row_lse, row_delta, k_head, v_head, n0, item, span, mask, score, head, heads, tiles,
             True,
         )  # fmt: skip
     for n0 in range(span.full_begin, span.full_end, BLOCK_N):
         dq = _dq_block(
-            dq, q_tile, do_tile, lse_log2, delta_row, k_head, v_head, n0, item, span, mask, score, head, heads, tiles,
+            dq, q_tile, do_tile, row_lse, row_delta, k_head, v_head, n0, item, span, mask, score, head, heads, tiles,
             False,
         )  # fmt: skip
     dq_head = head_of(dq_out, item.row, head)
@@ -218,8 +233,8 @@ def dq_kernel(
 
 @triton.jit(do_not_specialize=["diagonal", "len_q", "len_k", "batch", "bias_batch"])
 def dbias_kernel(
-    dout, dbias, q, k, v, lse, delta, mask, score, diagonal, batch, heads, group, bias_batch, bias_heads, len_q, len_k,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    dout, dbias, q, k, v, lse_log2, delta, mask, score, diagonal, batch, heads, group, bias_batch, bias_heads, len_q,
+    len_k, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Writes `dbias`, a Matrix. Grid: tiles of keys, tiles of queries, bias batch * bias heads. Lengths are full."""
@@ -242,13 +257,13 @@ def dbias_kernel(
     for index in range(0, rounds):
         row = bias_row + index // (heads // bias_heads)
         head = bias_head + index % (heads // bias_heads)
-        lse_log2, delta_row = _load_rowwise(lse, delta, row * heads + head, len_q, queries, live)
+        row_lse, row_delta = _load_rowwise(lse_log2, delta, row * heads + head, m0, 0, len_q, len_q, BLOCK_M, True)
         q_tile = load_tile(head_of(q, row, head), m0, 0, len_q, HEAD_DIM, BLOCK_M, BLOCK_D, True)
         do_tile = load_tile(head_of(dout, row, head), m0, 0, len_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True)
         k_block = load_tile(head_of(k, row, head // group), n0, 0, len_k, HEAD_DIM, BLOCK_N, BLOCK_D, True)
         v_block = load_tile(head_of(v, row, head // group), n0, 0, len_k, HEAD_DIM_V, BLOCK_N, BLOCK_DV, True)
         ds, _ = _score_gradient(
-            q_tile, do_tile, lse_log2, delta_row, k_block, v_block, queries, n0, 0, inside, row, row, diagonal,
+            q_tile, do_tile, row_lse, row_delta, k_block, v_block, queries, n0, 0, inside, row, row, diagonal,
             mask, score, head, heads, tiles, True,
         )  # fmt: skip
         total += ds

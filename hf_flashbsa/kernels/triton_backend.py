@@ -6,7 +6,7 @@ import torch
 import triton
 
 from hf_flashbsa.kernels import tuning
-from hf_flashbsa.kernels.backward import dbias_kernel, delta_kernel, dkdv_kernel, dq_kernel
+from hf_flashbsa.kernels.backward import dbias_kernel, dkdv_kernel, dq_kernel, rowwise_kernel
 from hf_flashbsa.kernels.forward import forward_kernel
 from hf_flashbsa.kernels.primitives import WORK_TILE, Mask, Matrix, Operand, Score
 from hf_flashbsa.kernels.state import Extras, Params, sinks_gradient
@@ -100,26 +100,27 @@ def backward(dout, dlse, q, k, v, out, lse, gradients, extras: Extras, params: P
     """Fills `gradients`: dq, dk, dv, dbias, dsinks."""
     (batch, heads, len_q, _), (batch_k, heads_k, len_k, _) = q.shape, k.shape
     dq, dk, dv, dbias, dsinks = gradients
-    delta = torch.empty_like(lse)
+    delta, lse_log2 = torch.empty_like(lse), torch.empty_like(lse)
     mask, score, group = _mask(extras, params), _score(extras, params), heads // heads_k
     operands = (_operand(q), _operand(k), _operand(v))
     dout_ = _operand(dout)
     if q.numel() > 0:
-        delta_kernel[(triton.cdiv(len_q, 64) * batch * heads,)](
-            _operand(out), dout_, None if dlse is None else dlse.contiguous(), delta, heads, len_q,
+        rowwise_kernel[(triton.cdiv(len_q, 64) * batch * heads,)](
+            _operand(out), dout_, lse, None if dlse is None else dlse.contiguous(), delta, lse_log2,
+            heads, len_q,
             HEAD_DIM_V=v.shape[-1], BLOCK_M=64, BLOCK_DV=_padded(v.shape[-1]), num_warps=4,
         )  # fmt: skip
         config = _config("dq", q, v, extras, params)
         tiles, rows = _tiles(extras.work_q, len_q, batch, config.block_m)
         dq_kernel[(tiles * heads * rows,)](
-            dout_, _operand(dq), *operands, lse, delta, extras.work_q, mask, score, params.diagonal, heads, group,
+            dout_, _operand(dq), *operands, lse_log2, delta, extras.work_q, mask, score, params.diagonal, heads, group,
             len_q, len_k, tiles, **_meta(config, q, v),
         )  # fmt: skip
     if k.numel() > 0:
         config = _config("dkdv", q, v, extras, params)
         tiles, rows = _tiles(extras.work_k, len_k, batch_k, config.block_n)
         dkdv_kernel[(tiles * heads_k * rows,)](
-            dout_, _operand(dk), _operand(dv), *operands, lse, delta, extras.work_k, mask, score, params.diagonal,
+            dout_, _operand(dk), _operand(dv), *operands, lse_log2, delta, extras.work_k, mask, score, params.diagonal,
             heads, group, len_q, len_k, tiles, **_meta(config, q, v),
         )  # fmt: skip
     if dbias.numel() > 0:
@@ -128,7 +129,7 @@ def backward(dout, dlse, q, k, v, out, lse, gradients, extras: Extras, params: P
             triton.cdiv(len_k, config.block_n), triton.cdiv(len_q, config.block_m), dbias.shape[0] * dbias.shape[1],
         )  # fmt: skip
         dbias_kernel[grid](
-            dout_, _matrix(dbias), *operands, lse, delta, mask, score, params.diagonal, batch, heads, group,
+            dout_, _matrix(dbias), *operands, lse_log2, delta, mask, score, params.diagonal, batch, heads, group,
             dbias.shape[0], dbias.shape[1], len_q, len_k, **_meta(config, q, v),
         )  # fmt: skip
     if extras.sinks is not None:
