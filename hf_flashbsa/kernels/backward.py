@@ -1,8 +1,8 @@
 """The portable backward kernels. All recompute the weights from `lse`; none uses atomics, so results repeat bitwise.
 
-`rowwise_kernel` prepares what depends on a query alone; `dkdv_kernel` walks over queries for a tile of keys, for every head that shares
-it; `dq_kernel` walks over keys for a tile of queries; `dbias_kernel` sums a tile of score gradients over the
-dimensions that the bias is broadcast in.
+`rowwise_kernel` prepares what depends on a query alone; `dkdv_kernel` walks over queries for a tile of keys, for
+every head that shares it; `dq_kernel` walks over keys for a tile of queries; `dbias_kernel` sums a tile of score
+gradients over the dimensions that the bias is broadcast in.
 """
 
 from __future__ import annotations
@@ -207,7 +207,6 @@ def dq_kernel(
     if item.begin >= item.end:
         return
     span = span_of(item, item.diagonal, mask.window_left, mask.window_right, mask.dense.ptr is None, ALIGN, BLOCK_N)
-    queries = item.begin + tl.arange(0, BLOCK_M)
     batch_head = item.row * heads + head
     dout_head = head_of(dout, item.row, head)
     q_tile = load_tile(head_of(q, item.row, head), item.begin, 0, item.end, HEAD_DIM, BLOCK_M, BLOCK_D, True)
