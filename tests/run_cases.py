@@ -11,25 +11,23 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
-import multiprocessing
 import sys
 import time
-import traceback
 from collections.abc import Iterator
-from multiprocessing.connection import Connection, wait
 from typing import NamedTuple
 from unittest import mock
 
 import cases
 import torch
 
+from hf_flashbsa.bench.workers import JobError, run_jobs
+
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DIMS = (8, 16, 32, 40, 59, 64, 80, 96, 100, 111, 128, 160, 192, 256)
 #: Cases whose outputs are compared bit by bit over many runs.
 REPEATED_CASES = 12
-#: Longest that one job may take before its worker is taken for hung, seconds.
-JOB_SECONDS = 180
 
 
 class Job(NamedTuple):
@@ -37,16 +35,6 @@ class Job(NamedTuple):
 
     kind: str
     seed: int
-
-
-@dataclasses.dataclass
-class Worker:
-    """A process that takes jobs from `pipe`, one at a time, and the job it is at."""
-
-    process: multiprocessing.Process
-    pipe: Connection
-    job: Job | None = None
-    started: float = 0.0
 
 
 @contextlib.contextmanager
@@ -97,96 +85,30 @@ def repeat(case: cases.Case, options: argparse.Namespace) -> list[str]:
 
 
 def run_job(job: Job, options: argparse.Namespace) -> dict:
-    """The row of one job. Errors become part of it; "dead" tells that the process can run no further job."""
-    case = case_of(job.seed, options)
-    row = {"kind": job.kind, **dataclasses.asdict(case), "dtype": str(case.dtype).removeprefix("torch.")}
-    begin = time.perf_counter()
-    try:
-        if job.kind == "case":
-            row["ratios"] = cases.worst_ratio(case, options.device, options.backend)
-            row["ok"] = all(ratio <= 1.0 for ratio in row["ratios"].values())
-        else:
-            row["differing"] = repeat(case, options)
-            row["ok"] = not row["differing"]
-    except Exception as error:
-        row |= {"ok": False, "error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-        row["dead"] = not usable(options.device)
-    row["seconds"] = round(time.perf_counter() - begin, 3)
-    return row
-
-
-def usable(device: str) -> bool:
-    """Whether the device still answers: an illegal access by a kernel leaves a process without its GPU."""
-    try:
-        torch.zeros(1, device=device).item()
-    except RuntimeError:
-        return False
-    return True
-
-
-def work(pipe: Connection, options: argparse.Namespace) -> None:
-    """What a worker process does: takes jobs and sends rows until it is told None."""
+    """The outcome of one job, in a worker process."""
     torch.set_num_threads(1)
-    if options.integers:
-        cases.make_problem = with_integers(cases.make_problem)
-    with poisoned_memory():
-        while (job := pipe.recv()) is not None:
-            row = run_job(job, options)
-            pipe.send(row)
-            if row.get("dead"):
-                return
-
-
-def start_worker(options: argparse.Namespace) -> Worker:
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=work, args=(there, options), daemon=True)
-    process.start()
-    there.close()
-    return Worker(process, here)
+    case = case_of(job.seed, options)
+    make = with_integers(cases.make_problem) if options.integers else cases.make_problem
+    begin = time.perf_counter()
+    with poisoned_memory(), mock.patch.object(cases, "make_problem", make):
+        if job.kind == "case":
+            ratios = cases.worst_ratio(case, options.device, options.backend)
+            outcome = {"ok": all(ratio <= 1.0 for ratio in ratios.values()), "ratios": ratios}
+        else:
+            differing = repeat(case, options)
+            outcome = {"ok": not differing, "differing": differing}
+    return {**outcome, "seconds": round(time.perf_counter() - begin, 3)}
 
 
 def rows_of(jobs: list[Job], options: argparse.Namespace) -> Iterator[dict]:
-    """Runs the jobs in worker processes and yields their rows until all are done or the time is up.
-
-    A worker that dies or hangs costs its own job a failure; another takes its place.
-    """
-    deadline = time.monotonic() + options.seconds
-    waiting = jobs[::-1]
-    workers = [start_worker(options) for _ in range(min(options.workers, len(jobs)))]
-    try:
-        while (waiting or any(worker.job for worker in workers)) and time.monotonic() < deadline:
-            for worker in workers:
-                if worker.job is None and waiting:
-                    worker.job, worker.started = waiting.pop(), time.monotonic()
-                    with contextlib.suppress(OSError):  # It died meanwhile: receiving will tell.
-                        worker.pipe.send(worker.job)
-            busy = {worker.pipe: worker for worker in workers if worker.job is not None}
-            for pipe in wait(list(busy), timeout=0.2):
-                worker = busy[pipe]
-                try:
-                    row = pipe.recv()
-                except (EOFError, OSError):
-                    worker.process.join()
-                    row = failure(worker.job, options, f"the worker died with exit code {worker.process.exitcode}")
-                worker.job = None
-                if row.pop("dead", False) or not worker.process.is_alive():
-                    workers[workers.index(worker)] = start_worker(options)
-                yield row
-            for index, worker in enumerate(workers):
-                if worker.job is not None and time.monotonic() - worker.started > JOB_SECONDS:
-                    worker.process.kill()
-                    workers[index] = start_worker(options)
-                    yield failure(worker.job, options, f"no answer within {JOB_SECONDS} s")
-    finally:
-        for worker in workers:
-            worker.process.kill()
-
-
-def failure(job: Job, options: argparse.Namespace, error: str) -> dict:
-    case = case_of(job.seed, options)
-    fields = dataclasses.asdict(case) | {"dtype": str(case.dtype).removeprefix("torch.")}
-    return {"kind": job.kind, **fields, "ok": False, "error": error}
+    """Runs the jobs in worker processes; one row for each that came to an end, well or not."""
+    work = functools.partial(run_job, options=options)
+    for job, outcome in run_jobs(work, jobs, workers=options.workers, seconds=options.seconds):
+        if isinstance(outcome, JobError):
+            outcome = {"ok": False, "error": outcome.message, "traceback": outcome.traceback}
+        fields = dataclasses.asdict(case_of(job.seed, options))
+        fields["dtype"] = str(fields["dtype"]).removeprefix("torch.")
+        yield {"kind": job.kind, **fields, **outcome}
 
 
 def summarise(rows: list[dict], jobs: list[Job], options: argparse.Namespace) -> int:

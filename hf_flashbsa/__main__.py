@@ -1,0 +1,35 @@
+"""`python -m hf_flashbsa COMMAND`: doctor, bench, tune."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+COMMANDS = {
+    "doctor": ("hf_flashbsa.doctor", "what this machine can run, and why not"),
+    "bench": ("hf_flashbsa.bench.run", "time attention beside other implementations"),
+    "tune": ("hf_flashbsa.bench.tune", "search launch configurations for this GPU"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="python -m hf_flashbsa", description="Triton attention for Transformers.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, (module, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        if arguments[:1] == [name]:  # Others stay unimported: doctor must run where bench cannot.
+            module = importlib.import_module(module)
+            command.description = module.__doc__
+            module.add_arguments(command)
+            command.set_defaults(main=module.main)
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 0
+    return options.main(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
