@@ -173,3 +173,24 @@ def assert_matches_eager(name: str, inputs: dict, extra: dict | None = None, **c
     """bsa_dense gives the logits and gradients of eager attention on the same inputs."""
     results = [run(tiny(name, how, **changes), inputs, **(extra or {})) for how in ("bsa_dense", "eager")]
     assert_same(*results)
+
+
+def assert_dropout_is_applied(p: float = 0.25) -> None:
+    """The registered function drops weights with probability `p`, rescales the rest and follows torch's generator."""
+    q, k = (torch.randn(2, 4, 64, 8, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    values = torch.eye(64).expand(2, 4, 64, 64)
+    layer = nn.Module()
+
+    def weights(dropout: float, seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        function = transformers.AttentionInterface()["bsa_dense"]
+        return function(layer, q, k, values, None, dropout=dropout, is_causal=False)[0]
+
+    full, dropped = weights(0.0, 0), weights(p, 0)
+    kept = dropped != 0
+    assert abs(float(kept.float().mean()) - (1 - p)) <= 5 * (p * (1 - p) / kept.numel()) ** 0.5
+    torch.testing.assert_close(dropped, full * kept / (1 - p))
+    assert torch.equal(weights(p, 0), dropped)
+    assert not torch.equal(weights(p, 1) != 0, kept)
+    by_head = kept.float().mean((0, 1, 3)), kept.float().mean((0, 2, 3)), kept.float().mean((0, 1, 2))
+    assert all(((rate - (1 - p)).abs() <= 0.06).all() for rate in by_head), "some head, query or key is treated apart"

@@ -150,9 +150,11 @@ def _as_mask_spec(
     causal: bool,
     sliding_window: int | None,
 ) -> MaskSpec:
-    if isinstance(mask, MaskSpec):
-        return mask
     shape = (query.shape[0], 1, query.shape[2], key.shape[2])
+    if isinstance(mask, MaskSpec):
+        if mask.shape[2:] != shape[2:]:
+            raise ValueError(f"attention_mask: made for {mask.shape[2:]} queries and keys, the layer has {shape[2:]}.")
+        return mask
     if _is_additive(mask):
         return MaskSpec(AttentionSpec(), shape, query.device)
     if mask is None or mask.ndim == 2:

@@ -1,0 +1,150 @@
+"""The comparison with eager attention notices mistakes: each is planted on purpose, and the comparison must fail."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AttentionInterface
+from transformers_models import assert_dropout_is_applied, assert_matches_eager, batch_for
+
+from hf_flashbsa.integration.mask import MaskSpec
+from hf_flashbsa.spec import AttentionSpec
+
+EXACT = AttentionInterface()["bsa_dense"]
+
+
+def _spec(mask: MaskSpec, **changes) -> MaskSpec:
+    """The mask with some fields of its spec changed."""
+    names = ("causal", "window_size", "query_offset", "segment_ids_q", "segment_ids_k")
+    fields = {name: getattr(mask.spec, name) for name in names} | changes
+    return MaskSpec(AttentionSpec(**fields), mask.shape, mask.device)
+
+
+def padding_ignored(module, query, key, value, mask, **kwargs):
+    return EXACT(module, query, key, value, _spec(mask, segment_ids_k=None), **kwargs)
+
+
+def mask_dropped(module, query, key, value, mask, **kwargs):
+    return EXACT(module, query, key, value, None, **kwargs)
+
+
+def causality_dropped(module, query, key, value, mask, **kwargs):
+    return EXACT(module, query, key, value, _spec(mask, causal=False), **kwargs)
+
+
+def window_dropped(module, query, key, value, mask, **kwargs):
+    return EXACT(module, query, key, value, _spec(mask, window_size=(None, None)), **kwargs)
+
+
+def window_off_by_one(module, query, key, value, mask, **kwargs):
+    left, right = mask.spec.window_size
+    shifted = (None if left is None else left + 1, right)
+    return EXACT(module, query, key, value, _spec(mask, window_size=shifted), **kwargs)
+
+
+def alignment_off_by_one(module, query, key, value, mask, **kwargs):
+    offset = mask.spec.query_offset
+    return EXACT(module, query, key, value, _spec(mask, query_offset=None if offset is None else offset - 1), **kwargs)
+
+
+def scale_wrong(module, query, key, value, mask, scaling, **kwargs):
+    return EXACT(module, query, key, value, mask, scaling=1.01 * scaling, **kwargs)
+
+
+def softcap_dropped(module, query, key, value, mask, softcap=None, **kwargs):
+    return EXACT(module, query, key, value, mask, **kwargs)
+
+
+def position_bias_dropped(module, query, key, value, mask, position_bias=None, **kwargs):
+    return EXACT(module, query, key, value, mask, **kwargs)
+
+
+def position_bias_without_gradient(module, query, key, value, mask, position_bias, **kwargs):
+    return EXACT(module, query, key, value, mask, position_bias=position_bias.detach(), **kwargs)
+
+
+def sinks_dropped(module, query, key, value, mask, s_aux=None, **kwargs):
+    return EXACT(module, query, key, value, mask, **kwargs)
+
+
+def sinks_without_gradient(module, query, key, value, mask, s_aux, **kwargs):
+    return EXACT(module, query, key, value, mask, s_aux=s_aux.detach(), **kwargs)
+
+
+def dropout_ignored(module, query, key, value, mask, dropout=0.0, **kwargs):
+    return EXACT(module, query, key, value, mask, **kwargs)
+
+
+def dropout_without_rescaling(module, query, key, value, mask, dropout=0.0, **kwargs):
+    out, weights = EXACT(module, query, key, value, mask, dropout=dropout, **kwargs)
+    return out * (1.0 - dropout), weights
+
+
+def dropout_of_whole_keys(module, query, key, value, mask, dropout=0.0, **kwargs):
+    return EXACT(module, query, key, torch.nn.functional.dropout(value, dropout), mask, **kwargs)
+
+
+def key_heads_interleaved(module, query, key, value, mask, **kwargs):
+    group = query.shape[1] // key.shape[1]
+    return EXACT(module, query, key.repeat(1, group, 1, 1), value.repeat(1, group, 1, 1), mask, **kwargs)
+
+
+def cross_queries_unpadded_with_the_key_mask(module, query, key, value, mask, **kwargs):
+    """What Transformers' flash_attention_2 does: it slices the queries' padding from the end of the keys' padding."""
+    out, weights = EXACT(module, query, key, value, mask, **kwargs)
+    live = mask.spec.segment_ids_k
+    if live is not None and query.shape[2] not in (1, key.shape[2]):
+        out = out * (live[:, -query.shape[2] :] >= 0)[:, :, None, None]
+    return out, weights
+
+
+FAULTS = [
+    (padding_ignored, "bart", "right"),
+    (padding_ignored, "bert", "left"),
+    (padding_ignored, "llama", "holes"),
+    (mask_dropped, "t5", "right"),
+    (causality_dropped, "bart", "none"),
+    (causality_dropped, "t5", "none"),
+    (causality_dropped, "llama", "none"),
+    (window_dropped, "mistral", "none"),
+    (window_dropped, "modernbert", "none"),
+    (window_off_by_one, "mistral", "none"),
+    (window_off_by_one, "gemma2", "none"),
+    (alignment_off_by_one, "llama", "none"),
+    (scale_wrong, "bart", "none"),
+    (scale_wrong, "t5", "none"),
+    (scale_wrong, "llama", "none"),
+    (softcap_dropped, "gemma2", "none"),
+    (position_bias_dropped, "t5", "none"),
+    (position_bias_without_gradient, "t5", "none"),
+    (sinks_dropped, "gpt_oss", "none"),
+    (sinks_without_gradient, "gpt_oss", "none"),
+    (key_heads_interleaved, "llama", "none"),
+    (cross_queries_unpadded_with_the_key_mask, "bart", "right"),
+    (cross_queries_unpadded_with_the_key_mask, "pegasus", "right"),
+]
+
+
+@pytest.fixture
+def plant(monkeypatch):
+    def plant(fault) -> None:
+        monkeypatch.setitem(AttentionInterface._global_mapping, "bsa_dense", fault)
+
+    return plant
+
+
+@pytest.mark.parametrize(("fault", "name", "padding"), FAULTS)
+def test_the_comparison_notices(plant, fault, name, padding):
+    inputs = batch_for(name, padding)
+    assert_matches_eager(name, inputs)
+    plant(fault)
+    with pytest.raises(AssertionError):
+        assert_matches_eager(name, inputs)
+
+
+@pytest.mark.parametrize("fault", [dropout_ignored, dropout_without_rescaling, dropout_of_whole_keys])
+def test_the_dropout_statistics_notice(plant, fault):
+    assert_dropout_is_applied()
+    plant(fault)
+    with pytest.raises(AssertionError):
+        assert_dropout_is_applied()
