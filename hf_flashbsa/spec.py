@@ -9,6 +9,7 @@ and kept.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -195,6 +196,16 @@ class AttentionSpec:
         diagonal = k_end - q_end if self.query_offset is None else k_begin - q_begin + self.query_offset
         return Sequences(q_row, q_begin, q_end, k_row, k_begin, k_end, diagonal.to(torch.int32))
 
+    def kept(self, name: str, arguments: tuple, make: Callable[[], object]):
+        """`make()`, kept for the next call with equal arguments.
+
+        Arguments are compared, not hashed: sizes may be symbolic under `torch.compile`, and a hash would fix them.
+        """
+        known = self._cache.get(name)
+        if known is None or known[0] != arguments:
+            known = self._cache[name] = (arguments, make())
+        return known[1]
+
     def segment_ids(self, shape: Shape) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Segment ids with a batch row for every sequence."""
         ids_q, ids_k = self.segment_ids_q, self.segment_ids_k
@@ -208,22 +219,22 @@ class AttentionSpec:
 
         For the gradient of a bias, whose tiles take part in every sequence. Not for packed sequences.
         """
-        if ("mask", shape) not in self._cache:
-            s = self.sequences(shape, device)
-            queries = torch.arange(shape.len_q, device=device, dtype=torch.int32)[:, None]
-            keys = torch.arange(shape.len_k, device=device, dtype=torch.int32)
-            q_end, k_end, diagonal = (x[:, None, None] for x in (s.q_end, s.k_end, s.diagonal))
-            mask = (queries < q_end) & (keys < k_end)
-            ahead = keys - queries - diagonal
-            left, right = self.window
-            if left is not None:
-                mask &= ahead >= -left
-            if right is not None:
-                mask &= ahead <= right
-            mask = mask[:, None] if self.mask is None else mask[:, None] & self.mask
-            dense = AttentionSpec(segment_ids_q=self.segment_ids_q, segment_ids_k=self.segment_ids_k, mask=mask)
-            self._cache["mask", shape] = dense
-        return self._cache["mask", shape]
+        return self.kept("mask", (shape, device), lambda: self._build_mask(shape, device))
+
+    def _build_mask(self, shape: Shape, device: torch.device) -> AttentionSpec:
+        s = self.sequences(shape, device)
+        queries = torch.arange(shape.len_q, device=device, dtype=torch.int32)[:, None]
+        keys = torch.arange(shape.len_k, device=device, dtype=torch.int32)
+        q_end, k_end, diagonal = (x[:, None, None] for x in (s.q_end, s.k_end, s.diagonal))
+        mask = (queries < q_end) & (keys < k_end)
+        ahead = keys - queries - diagonal
+        left, right = self.window
+        if left is not None:
+            mask &= ahead >= -left
+        if right is not None:
+            mask &= ahead <= right
+        mask = mask[:, None] if self.mask is None else mask[:, None] & self.mask
+        return AttentionSpec(segment_ids_q=self.segment_ids_q, segment_ids_k=self.segment_ids_k, mask=mask)
 
     def work(self, side: str, shape: Shape, device: torch.device, tile: int = TILE) -> torch.Tensor | None:
         """The work table of one side, or None where plain arithmetic says the same.
@@ -243,10 +254,7 @@ class AttentionSpec:
         """
         if not self.is_ragged:
             return None
-        key = (side, shape, device, tile)
-        if key not in self._cache:
-            self._cache[key] = self._build_work(side, shape, device, tile)
-        return self._cache[key]
+        return self.kept(side, (shape, device, tile), lambda: self._build_work(side, shape, device, tile))
 
     def _build_work(self, side: str, shape: Shape, device: torch.device, tile: int) -> torch.Tensor:
         s = self.sequences(shape, device)
