@@ -1,0 +1,260 @@
+"""The recipe's options: one flat, frozen `Config`, read from a YAML file and then the command line, which wins."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import functools
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message names it and what to do."""
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: Sequence[str] = (),
+) -> Any:
+    """A field with its help text and limits: `low <= value`, `above < value < below`, `value in choices`."""
+    metadata = {"help": help, "low": low, "above": above, "below": below, "choices": tuple(choices)}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every option of a run. Raises `ConfigError` where a value or a combination cannot work."""
+
+    # Model
+    model: str | None = option(None, "Hub name or local folder of pre-trained weights (or give model_config)")
+    model_config: dict | None = option(None, "train from scratch: model_type and any field of its Transformers config")
+    attn_implementation: str = option("bsa_dense", "eager, sdpa, flash_attention_2, bsa_dense, ...")
+    dropout: float | None = option(
+        None, "residual, embedding and activation dropout; none = the model's", low=0, below=1
+    )
+    attention_dropout: float | None = option(None, "dropout of attention weights; none = the model's", low=0, below=1)
+    gradient_checkpointing: bool = option(False, "recompute each layer in the backward pass instead of storing it")
+
+    # Data
+    dataset: str = option("generated", "where documents come from", choices=("generated", "hub", "files"))
+    dataset_name: str = option("EdinburghNLP/xsum", "dataset: hub: the data set's name on the Hub")
+    train_file: str | None = option(
+        None, "dataset: files: JSON lines (or .jsonl.gz) with a document and a summary each"
+    )
+    validation_file: str | None = option(None, "dataset: files: as train_file")
+    test_file: str | None = option(None, "dataset: files: as train_file")
+    text_column: str = option("document", "column that holds the document")
+    summary_column: str = option("summary", "column that holds the summary")
+    generated_examples: int = option(2000, "dataset: generated: number of training documents", low=1)
+    corpus_seed: int = option(0, "dataset: generated: which corpus", low=0)
+    max_train_examples: int | None = option(None, "use only the first documents of the training split", low=1)
+    max_eval_examples: int | None = option(None, "use only the first documents of a held-out split", low=1)
+    tokenizer: str | None = option(
+        None, "Hub name or folder; none = the model's own, or a BPE of the training documents"
+    )
+    vocab_size: int = option(4096, "size of a BPE vocabulary made from the training documents", low=300)
+    max_source_length: int = option(512, "tokens of a document; longer ones are cut", low=2)
+    max_target_length: int = option(64, "tokens of a summary; longer ones are cut", low=2)
+    prompt_template: str = option("{document}\nTL;DR:", "decoder-only models: what stands before the summary")
+    group_by_length: bool = option(True, "batch documents of similar length: less padding")
+
+    # Optimisation
+    seed: int = option(0, "initial weights, data order and dropout", low=0)
+    max_steps: int | None = option(None, "number of optimiser steps; wins over num_epochs", low=1)
+    num_epochs: int = option(1, "passes over the training documents", low=1)
+    per_device_batch_size: int = option(8, "documents of a forward pass on one device", low=1)
+    gradient_accumulation_steps: int = option(1, "forward passes of an optimiser step", low=1)
+    learning_rate: float = option(3e-5, "peak learning rate of AdamW", above=0)
+    warmup_steps: int = option(0, "steps over which the learning rate rises from 0", low=0)
+    lr_scheduler: str = option("linear", "decay after the warm-up", choices=("linear", "cosine", "constant"))
+    weight_decay: float = option(0.01, "decoupled weight decay; never on biases and norms", low=0)
+    adam_betas: list[float] = option([0.9, 0.999], "AdamW's two averaging factors", low=0, below=1)
+    max_grad_norm: float = option(1.0, "clip the gradient's norm to this", above=0)
+    label_smoothing: float = option(0.0, "share of the target spread over the vocabulary", low=0, below=1)
+    mixed_precision: str = option("no", "bf16: autocast with float32 weights", choices=("no", "bf16"))
+    require_cuda: bool = option(False, "refuse to train without a GPU")
+
+    # Evaluation
+    eval_every: int | None = option(
+        None, "steps between evaluations on the validation split; none = only at the end", low=1
+    )
+    rouge: str = option("end", "when to generate summaries and score them", choices=("never", "end", "every_eval"))
+    final_split: str = option("test", "held-out split of the evaluation at the end", choices=("validation", "test"))
+    eval_untrained: bool = option(False, "also score the model before its first step")
+    per_device_eval_batch_size: int = option(16, "documents of an evaluation batch on one device", low=1)
+    num_beams: int = option(4, "beams of the search; 1 = greedy", low=1)
+    max_new_tokens: int = option(60, "longest summary", low=1)
+    min_new_tokens: int = option(0, "shortest summary", low=0)
+    length_penalty: float = option(1.0, "above 0 favours longer summaries (beam search)")
+    no_repeat_ngram_size: int = option(0, "never repeat an n-gram of this size; 0 = allow", low=0)
+    bootstrap_samples: int = option(1000, "resamplings for ROUGE's 95 % interval", low=1)
+
+    # Run
+    output_dir: str = option("runs/xsum", "folder of everything the run writes")
+    log_every: int = option(10, "steps between lines of metrics.jsonl", low=1)
+    save_every: int = option(500, "steps between checkpoints", low=1)
+    keep_checkpoints: int = option(2, "newest checkpoints to keep", low=1)
+    report_to: list[str] = option(["tensorboard"], "Accelerate's trackers; [] = none")
+
+    def __post_init__(self) -> None:
+        for spec in fields(self):
+            _check_limits(spec.name, getattr(self, spec.name), spec.metadata)
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        if (self.model is None) == (self.model_config is None):
+            raise ConfigError(
+                "give either model (pre-trained weights) or model_config (train from scratch), one of them"
+            )
+        if self.model_config is not None and "model_type" not in self.model_config:
+            raise ConfigError("model_config needs model_type, for example {model_type: bart, d_model: 128}")
+        files = ("train_file", "validation_file", "test_file")
+        if self.dataset == "files":
+            missing = [name for name in files[:2] if getattr(self, name) is None]
+            if self.rouge != "never" and self.final_split == "test" and self.test_file is None:
+                missing.append("test_file (or final_split: validation)")
+            if missing:
+                raise ConfigError(f"dataset: files needs {', '.join(missing)}")
+        elif given := [name for name in files if getattr(self, name) is not None]:
+            raise ConfigError(f"{given[0]} is read only with dataset: files, not with dataset: {self.dataset}")
+        if len(self.adam_betas) != 2:
+            raise ConfigError(f"adam_betas needs two numbers, got {self.adam_betas}")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ConfigError(f"min_new_tokens {self.min_new_tokens} is above max_new_tokens {self.max_new_tokens}")
+        if self.eval_untrained and self.rouge == "never":
+            raise ConfigError("eval_untrained scores summaries, so it needs rouge: end or every_eval")
+        if "flash_attention" in self.attn_implementation and self.mixed_precision == "no":
+            raise ConfigError(f"{self.attn_implementation} computes in bfloat16 only: set mixed_precision: bf16")
+
+    @functools.cached_property
+    def architecture(self) -> str:
+        """ "seq2seq" or "causal" (decoder-only), read from the model's Transformers config."""
+        from recipes.xsum.model import transformers_config
+
+        return "seq2seq" if transformers_config(self).is_encoder_decoder else "causal"
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
+
+
+_TYPES = typing.get_type_hints(Config)
+NAMES = tuple(spec.name for spec in fields(Config))
+
+
+def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read `path` (YAML), apply `overrides` (name -> value or text; `model_config.x` reaches inside), check all.
+
+    Raises:
+        ConfigError: unreadable file, unknown name (with the nearest valid one), wrong type, value out of range.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read config {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold `name: value` lines")
+    for name, value in (overrides or {}).items():
+        outer, _, inner = name.partition(".")
+        if inner and outer == "model_config":
+            values[outer] = {**(values.get(outer) or {}), inner: _from_text(value)}
+        else:
+            values[name] = value
+    for name in values:
+        if name not in NAMES:
+            raise ConfigError(f"unknown option {name!r}{suggest(name, NAMES)}")
+    return Config(**{name: _coerce(name, value, _TYPES[name]) for name, value in values.items()})
+
+
+def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict]:
+    """Parse `argv` with the script's own arguments and one `--name VALUE` for each field of `Config`.
+
+    Returns the script's namespace and the overrides for `load_config`. Raises `ConfigError` for unknown options.
+    """
+    group = parser.add_argument_group("options of the config file (the command line wins)")
+    for spec in fields(Config):
+        default = spec.default if spec.default is not MISSING else spec.default_factory()
+        choices = f" ({', '.join(spec.metadata['choices'])})" if spec.metadata["choices"] else ""
+        help_text = f"{spec.metadata['help']}{choices} [{default!r}]".replace("%", "%%")
+        group.add_argument(f"--{spec.name}", metavar="VALUE", default=argparse.SUPPRESS, help=help_text)
+    namespace, unknown = parser.parse_known_args(argv)
+    overrides = {name: vars(namespace).pop(name) for name in NAMES if name in namespace}
+    own = [flag.removeprefix("--") for action in parser._actions for flag in action.option_strings]
+    while unknown:
+        name, separator, value = unknown.pop(0).partition("=")
+        key = name.removeprefix("--")
+        if not key.startswith("model_config.") or not (separator or unknown):
+            raise ConfigError(f"unknown argument {name!r}{suggest(key, own, '--')}")
+        overrides[key] = value if separator else unknown.pop(0)
+    return namespace, overrides
+
+
+def suggest(name: str, valid: Iterable[str], prefix: str = "") -> str:
+    """ "; did you mean ...?", or nothing where no valid name is near."""
+    near = difflib.get_close_matches(name, list(valid), n=1)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+def _from_text(value: Any) -> Any:
+    """YAML's reading of command-line text, with `3e-5` a number (YAML 1.1 takes it for a word)."""
+    if not isinstance(value, str):
+        return value
+    value = yaml.safe_load(value)
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _coerce(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the field's type; text is read where the type is not text."""
+    if isinstance(hint, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+            return None
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    if typing.get_origin(hint) is list:
+        value = _from_text(value)
+        value = value.split(",") if isinstance(value, str) else value
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{name} must be a list, got {value!r}")
+        return [_coerce(name, item, typing.get_args(hint)[0]) for item in value]
+    parsed = value if hint is str else _from_text(value)
+    if hint is float and isinstance(parsed, int) and not isinstance(parsed, bool):
+        parsed = float(parsed)
+    if not isinstance(parsed, hint) or (hint is int and isinstance(parsed, bool)):
+        kind = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a mapping"}[hint]
+        raise ConfigError(f"{name} must be {kind}, got {value!r}")
+    return parsed
+
+
+def _check_limits(name: str, value: Any, limits: Mapping[str, Any]) -> None:
+    for item in value if isinstance(value, list) else [value]:
+        if limits["choices"] and item not in limits["choices"]:
+            raise ConfigError(f"{name} must be one of {', '.join(limits['choices'])}; got {item!r}")
+        if not isinstance(item, (int, float)) or isinstance(item, bool):
+            continue
+        if not math.isfinite(item):
+            raise ConfigError(f"{name} must be finite, got {item}")
+        for limit, wrong, words in (
+            (limits["low"], lambda x, bound: x < bound, "at least"),
+            (limits["above"], lambda x, bound: x <= bound, "above"),
+            (limits["below"], lambda x, bound: x >= bound, "below"),
+        ):
+            if limit is not None and wrong(item, limit):
+                raise ConfigError(f"{name} must be {words} {limit}, got {item}")

@@ -1,0 +1,74 @@
+"""What a run shows while it works: a progress bar in a terminal, one line per logged step anywhere else."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+
+class _Numbers(ProgressColumn):
+    """Loss and speed of the training task; other tasks have none."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields.get("numbers", ""))
+
+
+class Display:
+    """Progress of training with loss, tokens per second and remaining time; silent unless `enabled`.
+
+    `progress` is rich's, for further tasks below the training bar.
+    """
+
+    def __init__(self, total_steps: int, *, enabled: bool) -> None:
+        self.total_steps = total_steps
+        self.console = Console(quiet=not enabled, soft_wrap=True, highlight=False)
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _Numbers(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not (enabled and self.console.is_terminal),
+        )
+        self._task = self.progress.add_task("Training", total=total_steps)
+        self._previous = {"step": 0, "seconds": 0.0, "source_tokens": 0, "target_tokens": 0}
+
+    def start(self, counters: dict[str, Any]) -> None:
+        """Begin at the counters of a new or resumed run."""
+        self._previous = counters
+        self.progress.start()
+        self.step(counters["step"])
+
+    def stop(self) -> None:
+        self.progress.stop()
+
+    def step(self, step: int) -> None:
+        self.progress.update(self._task, completed=step)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Show a training line of metrics.jsonl."""
+        steps, seconds, *tokens = (
+            record[key] - self._previous[key] for key in ("step", "seconds", "source_tokens", "target_tokens")
+        )
+        self._previous = record
+        numbers = f"loss {record['loss']:.3f}  {sum(tokens) / seconds:,.0f} tokens/s"
+        self.progress.update(self._task, numbers=numbers)
+        if self.progress.disable:
+            left = timedelta(seconds=round((self.total_steps - record["step"]) * seconds / steps))
+            self.say(f"step {record['step']}/{self.total_steps}  {numbers}  {left} left")
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)

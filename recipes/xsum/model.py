@@ -1,0 +1,225 @@
+"""The model of a run: its Transformers config, its weights, its attention layers, its loss."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch.distributed.fsdp import register_fsdp_forward_method
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import is_flash_attn_2_available
+
+import hf_flashbsa
+from recipes.xsum.config import Config, ConfigError, suggest
+
+IGNORED_LABEL = -100  # a position of the labels where no token is predicted
+# What the model families of Transformers call the two kinds of dropout.
+DROPOUT_NAMES = ("dropout", "activation_dropout", "dropout_rate", "resid_pdrop", "embd_pdrop")
+ATTENTION_DROPOUT_NAMES = ("attention_dropout", "attn_pdrop")
+
+
+def check_attention(config: Config, device: torch.device) -> None:
+    """Raise `ConfigError` where `config.attn_implementation` is unknown or cannot run on `device`."""
+    name = config.attn_implementation
+    known = ["eager", *(key for key in sorted(ALL_ATTENTION_FUNCTIONS.valid_keys()) if not key.startswith("paged|"))]
+    if name not in known:
+        raise ConfigError(f"unknown attn_implementation {name!r}; known here: {', '.join(known)}")
+    needs_cuda = "require_cuda: true" if config.require_cuda else name if "flash_attention" in name else None
+    if needs_cuda and device.type != "cuda":
+        raise ConfigError(
+            f"{needs_cuda} needs a CUDA device, but this run would be on {device.type}; "
+            "use a GPU machine, or attn_implementation: bsa_dense or sdpa with require_cuda: false"
+        )
+    if name == "flash_attention_2" and not is_flash_attn_2_available():
+        raise ConfigError("flash_attention_2 needs flash-attn: pip install flash-attn --no-build-isolation")
+
+
+def transformers_config(config: Config) -> PreTrainedConfig:
+    """The Transformers config of `model` or `model_config`, before a tokenizer is known.
+
+    Raises `ConfigError` for a model that cannot be found, an unknown model type, and unknown or unfit fields.
+    """
+    if config.model is not None:
+        try:
+            return AutoConfig.from_pretrained(config.model)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cannot load model {config.model!r}: {_first_line(error)}") from error
+    values = dict(config.model_config)
+    kind = values.pop("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise ConfigError(f"unknown model_type {kind!r}{suggest(str(kind), CONFIG_MAPPING)}")
+    default = CONFIG_MAPPING[kind]()
+    valid = {*default.to_dict(), *default.attribute_map}
+    for name in values:
+        if name not in valid:
+            raise ConfigError(f"{kind} has no model_config field {name!r}{suggest(name, valid)}")
+    try:
+        return CONFIG_MAPPING[kind](**values)
+    except Exception as error:  # each family validates its own fields, with its own kinds of error
+        raise ConfigError(f"model_config does not make a {kind} config: {_first_line(error)}") from error
+
+
+def build_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model in float32 on the CPU. From scratch, torch's generator alone decides the weights.
+
+    Raises `ConfigError` where model, tokenizer and lengths do not fit together.
+    """
+    model_config = transformers_config(config)
+    if config.model_config is not None:
+        _adopt_tokenizer(model_config, config.model_config, tokenizer)
+    _set_dropout(model_config, "dropout", config.dropout, DROPOUT_NAMES)
+    _set_dropout(model_config, "attention_dropout", config.attention_dropout, ATTENTION_DROPOUT_NAMES)
+    _check_lengths(config, model_config)
+    if len(tokenizer) > model_config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {len(tokenizer)} entries, but the model's vocab_size is {model_config.vocab_size}; "
+            "use the model's own tokenizer (tokenizer: none) or a larger vocab_size"
+        )
+    auto = AutoModelForSeq2SeqLM if config.architecture == "seq2seq" else AutoModelForCausalLM
+    options = {"attn_implementation": config.attn_implementation, "dtype": torch.float32}
+    try:
+        if config.model is None:
+            model = auto.from_config(model_config, **options)
+        else:
+            model = auto.from_pretrained(config.model, config=model_config, **options)
+    except (OSError, ValueError, ImportError) as error:
+        what = config.model or model_config.model_type
+        raise ConfigError(
+            f"cannot build {what} with attn_implementation {config.attn_implementation}: {_first_line(error)}"
+        ) from error
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _adopt_tokenizer(model_config: PreTrainedConfig, given: dict, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Take vocabulary size and special tokens from the tokenizer, except those that the user gave."""
+    # Families start the decoder with the end token (BART) or with padding (T5, Pegasus).
+    starts_with_eos = getattr(model_config, "decoder_start_token_id", None) == model_config.eos_token_id
+    values = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    if model_config.is_encoder_decoder:
+        values["decoder_start_token_id"] = tokenizer.eos_token_id if starts_with_eos else tokenizer.pad_token_id
+    if getattr(model_config, "forced_eos_token_id", None) is not None:
+        values["forced_eos_token_id"] = tokenizer.eos_token_id
+    for name, value in values.items():
+        if name not in given:
+            setattr(model_config, name, value)
+
+
+def _set_dropout(model_config: PreTrainedConfig, option: str, value: float | None, names: tuple[str, ...]) -> None:
+    if value is None:
+        return
+    present = [name for name in names if hasattr(model_config, name)]
+    if not present:
+        raise ConfigError(f"{model_config.model_type} has no {option} of its own to override; set {option}: none")
+    for name in present:
+        setattr(model_config, name, value)
+
+
+def _check_lengths(config: Config, model_config: PreTrainedConfig) -> None:
+    positions = getattr(model_config, "max_position_embeddings", None)
+    if positions is None:  # relative positions, as T5's
+        return
+    longest = max(config.max_source_length, config.max_target_length)
+    if not model_config.is_encoder_decoder:
+        longest = config.max_source_length + config.max_target_length
+    if longest > positions:
+        raise ConfigError(
+            f"max_source_length {config.max_source_length} and max_target_length {config.max_target_length} need "
+            f"{longest} positions, but the model has {positions} (max_position_embeddings)"
+        )
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups: matrices decay, vectors (biases and norms) do not."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def prepare(
+    accelerator: Accelerator, model: PreTrainedModel, optimizer: torch.optim.Optimizer
+) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """`accelerator.prepare`, and what FSDP2 needs to train an encoder-decoder and to generate with it."""
+    if not accelerator.is_fsdp2:
+        return accelerator.prepare(model, optimizer)
+    # Accelerate shards input and output embedding apart from the rest, but BART's encoder and decoder hold the same
+    # weight once more, and a weight belongs to one group. Out of its sight they all stay in the root's group.
+    model.get_input_embeddings = model.get_output_embeddings = lambda: None
+    model, optimizer = accelerator.prepare(model, optimizer)
+    del model.get_input_embeddings, model.get_output_embeddings
+    register_fsdp_forward_method(model, "generate")  # it calls the encoder without the model's own forward
+    return model, optimizer
+
+
+def attention_layers(model: torch.nn.Module) -> int:
+    """Number of attention layers; an encoder-decoder counts encoder, decoder and cross-attention each."""
+
+    def is_attention(module: torch.nn.Module) -> bool:
+        return type(module).__name__.endswith("Attention")
+
+    # T5 and BERT wrap the layer that attends in others whose names end the same way: count the innermost.
+    return sum(
+        is_attention(module) and not any(is_attention(inner) for inner in module.modules() if inner is not module)
+        for module in model.modules()
+    )
+
+
+def attention_record(model: torch.nn.Module, implementation: str) -> dict[str, Any]:
+    """What attends: the implementation's name, layers by back end that ran (ours alone tells), number of layers.
+
+    Raises `RuntimeError` where one of our implementations did not run in every attention layer.
+    """
+    layers = attention_layers(model)
+    if not implementation.startswith("bsa_"):
+        return {"implementation": implementation, "backends": {}, "layers": layers}
+    backends = Counter(hf_flashbsa.backends_used(model).values())
+    if backends.total() != layers:
+        raise RuntimeError(
+            f"{implementation} ran in {backends.total()} of {layers} attention layers; "
+            "the others would attend some other way unnoticed"
+        )
+    return {"implementation": implementation, "backends": dict(sorted(backends.items())), "layers": layers}
+
+
+def summed_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor], smoothing: float) -> torch.Tensor:
+    """Label-smoothed cross-entropy summed over the target tokens of a batch; float32, `()`.
+
+    `batch` holds the model's inputs and `labels`, `(B, T)`, with -100 where no token is predicted. A share
+    `smoothing` of each target is spread evenly over the vocabulary, as in Transformers' `LabelSmoother`.
+    """
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    labels = batch["labels"]
+    logits = model(**inputs, use_cache=False).logits
+    if "decoder_input_ids" not in batch:  # decoder-only: each position predicts the next token
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    return F.cross_entropy(
+        logits.flatten(0, 1).float(),
+        labels.flatten(),
+        ignore_index=IGNORED_LABEL,
+        label_smoothing=smoothing,
+        reduction="sum",
+    )

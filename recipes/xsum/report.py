@@ -1,0 +1,244 @@
+"""Compare runs: a table and plots, from nothing but their run directories.
+
+    python recipes/xsum/report.py runs/* [--out report]
+
+Writes OUT/report.md and the figures that it shows. What a run lacks is said in the report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from recipes.xsum.plots import ROUGE_LABELS, draw_plots
+
+COUNTERS = ("examples", "source_tokens", "target_tokens")
+
+
+class ReportError(ValueError):
+    """The arguments name no run."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory as read; `missing` says in words what was not there."""
+
+    name: str
+    config: dict[str, Any]
+    train: list[dict[str, Any]] = field(default_factory=list)
+    evals: list[dict[str, Any]] = field(default_factory=list)
+    rouge: dict[str, Any] | None = None
+    env: dict[str, Any] | None = None
+    missing: tuple[str, ...] = ()
+
+    def rate(self, what: str) -> float | None:
+        """Per second of training: "tokens" or "examples"; from the first logged line to the last."""
+        if len(self.train) < 2:
+            return None
+        keys = ("source_tokens", "target_tokens") if what == "tokens" else (what,)
+        first, last = self.train[0], self.train[-1]
+        return sum(last[key] - first[key] for key in keys) / (last["seconds"] - first["seconds"])
+
+    @property
+    def final_loss(self) -> float | None:
+        """Mean training loss over the last tenth of the logged lines, each weighted by its target tokens."""
+        lines = self.train[-max(1, len(self.train) // 10) :]
+        before = self.train[-len(lines) - 1]["target_tokens"] if len(self.train) > len(lines) else 0
+        total = weight = 0.0
+        for line in lines:
+            tokens, before = line["target_tokens"] - before, line["target_tokens"]
+            total, weight = total + tokens * line["loss"], weight + tokens
+        return total / weight if weight else None
+
+    def same_data_order(self, other: Run) -> bool:
+        """Whether both saw the same numbers of documents and tokens by each logged step they share."""
+        seen = {line["step"]: [line[key] for key in COUNTERS] for line in other.train}
+        shared = [(seen[line["step"]], [line[key] for key in COUNTERS]) for line in self.train if line["step"] in seen]
+        return bool(shared) and all(a == b for a, b in shared)
+
+
+def read_run(path: Path) -> Run:
+    """Read a run directory, finished or not. Raises `ReportError` where it has no config.yaml."""
+    if not (path / "config.yaml").is_file():
+        raise ReportError(f"{path} is no run directory: it has no config.yaml")
+    config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    missing, records = [], []
+    if not (path / "metrics.jsonl").is_file():
+        missing.append("no metrics.jsonl: training never started")
+    else:
+        lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        if lines and not lines[-1].endswith("\n"):
+            lines.pop()
+            missing.append("the last line of metrics.jsonl is cut: killed while writing")
+        records = [json.loads(line) for line in lines]
+        if not any("loss" in record for record in records):
+            missing.append("no training step logged")
+    train = [record for record in records if "loss" in record]
+    evals = [record for record in records if "eval_loss" in record]
+    if not (path / "model").is_dir():
+        missing.append("unfinished: no trained model" + (f", last logged step {train[-1]['step']}" if train else ""))
+    rouge, env = _read_json(path / "rouge.json"), _read_json(path / "env.json")
+    if rouge is None or "rouge1" not in rouge:
+        never = config.get("rouge") == "never"
+        missing.append("no ROUGE scores" + (" (rouge: never)" if never else ": no rouge.json of the trained model"))
+        rouge = None
+    if not evals:
+        missing.append("no evaluation loss")
+    return Run(path.resolve().name, config, train, evals, rouge, env, tuple(missing))
+
+
+def _read_json(path: Path) -> dict | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def write_report(paths: Sequence[Path], out: Path) -> Path:
+    """Write `out`/report.md and its figures; returns the report's path."""
+    runs = _unique_names([read_run(path) for path in paths])
+    out.mkdir(parents=True, exist_ok=True)
+    plots = draw_plots(runs, out)
+    parts = [
+        "# Runs compared",
+        "## Summary",
+        _table(runs, SETTING_COLUMNS),
+        _table(runs, RESULT_COLUMNS),
+        "Loss: nats per target token; the training loss is the mean over the last tenth of the logged lines. "
+        "Tokens: source and target without padding. Wall clock, rates and peak memory are of training alone, "
+        "without evaluation and checkpoints; rates leave out everything up to the first logged line.",
+        "## ROUGE",
+        _rouge_table(runs),
+    ]
+    if notes := [f"- **{run.name}**: {note}" for run in runs for note in run.missing]:
+        parts += ["## Missing", "\n".join(notes)]
+    if len(runs) > 1:
+        parts += ["## Data order", _order_note(runs)]
+    parts.append("## Plots")
+    parts += [f"![{caption}]({name})\n\n{caption}" for name, caption in plots] or ["Nothing was logged to plot."]
+    report = out / "report.md"
+    report.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return report
+
+
+def _unique_names(runs: list[Run]) -> list[Run]:
+    names = [run.name for run in runs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ReportError(f"two run directories are called {name}: the report could not tell them apart")
+    return runs
+
+
+def _backend(run: Run) -> str:
+    backends = run.train[-1]["attention"]["backends"] if run.train else {}
+    return ", ".join(f"{name} ({layers} layers)" for name, layers in backends.items()) or "not recorded"
+
+
+def _model(run: Run) -> str:
+    given = run.config["model_config"]
+    return run.config["model"] or f"{given['model_type']}, from scratch"
+
+
+def _batch(run: Run) -> str:
+    config = run.config
+    parts = [config["per_device_batch_size"], config["gradient_accumulation_steps"]]
+    parts.append((run.env or {}).get("processes", 1))
+    return f"{parts[0] * parts[1] * parts[2]}" + (f" = {' × '.join(map(str, parts))}" if parts[1:] != [1, 1] else "")
+
+
+def _dataset(run: Run) -> str:
+    names = {"hub": run.config["dataset_name"], "files": Path(run.config["train_file"] or "").name}
+    return names.get(run.config["dataset"], run.config["dataset"])
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _last(run: Run, key: str) -> Any:
+    return run.train[-1][key] if run.train else None
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest:02d} s"
+
+
+SETTING_COLUMNS = {
+    "attention": lambda run: run.config["attn_implementation"],
+    "back end": _backend,
+    "model": _model,
+    "dataset": _dataset,
+    "batch": _batch,
+    "precision": lambda run: {"no": "fp32"}.get(run.config["mixed_precision"], run.config["mixed_precision"]),
+    "device": lambda run: (run.env or {}).get("device", "–"),
+}
+RESULT_COLUMNS = {
+    "steps": lambda run: _number(_last(run, "step"), ",d"),
+    "train loss": lambda run: _number(run.final_loss, ".4f"),
+    "eval loss": lambda run: f"{run.evals[-1]['eval_loss']:.4f} ({run.evals[-1]['split']})" if run.evals else "–",
+    "tokens/s": lambda run: _number(run.rate("tokens"), ",.0f"),
+    "examples/s": lambda run: _number(run.rate("examples"), ",.1f"),
+    "peak memory": lambda run: "–" if not run.train else f"{_last(run, 'peak_memory_gib'):.2f} GiB",
+    "wall clock": lambda run: _duration(_last(run, "seconds")),
+}
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
+    rule = ["---" if column < left else "---:" for column in range(len(header))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
+
+
+def _table(runs: Sequence[Run], columns: dict) -> str:
+    left = len(columns) + 1 if columns is SETTING_COLUMNS else 1
+    return _markdown(["run", *columns], [[run.name, *(cell(run) for cell in columns.values())] for run in runs], left)
+
+
+def _rouge_table(runs: Sequence[Run]) -> str:
+    rows = []
+    for run in runs:
+        for label, scores in (("trained", run.rouge), ("untrained", (run.rouge or {}).get("untrained"))):
+            if scores:
+                values = (scores[name] for name in ROUGE_LABELS)
+                cells = (f"{value['score']:.2f} ({value['low']:.2f} to {value['high']:.2f})" for value in values)
+                rows.append([run.name, label, *cells])
+    if not rows:
+        return "No run has ROUGE scores."
+    table = _markdown(["run", "model", *ROUGE_LABELS.values()], rows, 2)
+    return f"{table}\n\nF-measure from 0 to 100 with stemming; in brackets the 95 % bootstrap interval."
+
+
+def _order_note(runs: Sequence[Run]) -> str:
+    first = runs[0].name
+    same = [run.name for run in runs[1:] if run.same_data_order(runs[0])]
+    other = [run.name for run in runs[1:] if run.name not in same]
+    parts = [f"Same documents in the same order as {first}: {', '.join(same)}."] if same else []
+    if other:
+        parts.append(f"Not the same data order as {first}, so left out of the loss differences: {', '.join(other)}.")
+    return " ".join(parts)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", type=Path, help="run directories; the first one is the reference")
+    parser.add_argument("--out", type=Path, default=Path("report"), help="folder to write to [report]")
+    arguments = parser.parse_args(argv)
+    try:
+        print(write_report(arguments.runs, arguments.out))
+    except ReportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

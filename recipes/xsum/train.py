@@ -1,0 +1,390 @@
+"""Train a summarisation model, evaluate it, and leave everything in one run directory.
+
+    python recipes/xsum/train.py --config recipes/xsum/configs/smoke.yaml
+    accelerate launch --config_file recipes/accelerate/multi_gpu.yaml recipes/xsum/train.py \\
+        --config recipes/xsum/configs/bsa_dense.yaml --output_dir runs/bsa_dense
+
+`--help` lists every option; any of them may follow `--config`, and wins over the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # run as a file: the repository's root is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import ProjectConfiguration, send_to_device, set_seed
+from torch.utils.data import DataLoader
+
+import hf_flashbsa  # noqa: F401 - registers bsa_dense
+from recipes.xsum.checkpoint import check_run_dir, load_checkpoint, open_run_dir, save_checkpoint
+from recipes.xsum.config import Config, ConfigError, load_config, parse_arguments
+from recipes.xsum.data import (
+    CausalCollator,
+    DataError,
+    Seq2SeqCollator,
+    epoch_batches,
+    load_records,
+    load_tokenizer,
+    tokenize_records,
+)
+from recipes.xsum.display import Display
+from recipes.xsum.evaluate import (
+    evaluate_loss,
+    generate_summaries,
+    loss_batches,
+    write_scores,
+    write_untrained_scores,
+)
+from recipes.xsum.loop import Interrupted, StopSignal, learning_rate_at, on_main
+from recipes.xsum.metrics import GIB, Meter, MetricsLog, TrainingState, Window, environment
+from recipes.xsum.model import (
+    IGNORED_LABEL,
+    attention_record,
+    build_model,
+    check_attention,
+    parameter_groups,
+    prepare,
+    summed_loss,
+)
+from recipes.xsum.rouge import rouge_scores
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and what to change."""
+
+
+def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> Path:
+    """Train, save and evaluate as `config` says; returns the run directory.
+
+    Nothing is written, and with `overwrite` nothing deleted, before device, data, tokenizer and model are known
+    to fit together.
+
+    Raises:
+        ConfigError, DataError: something does not fit; the message names it.
+        TrainingError: the loss is no longer a number.
+        Interrupted: SIGINT or SIGTERM came; the message names the checkpoint to resume from.
+    """
+    known = [str(name) for name in get_available_trackers()]
+    for name in config.report_to:
+        if name not in known:
+            raise ConfigError(f"report_to: {name!r} is not installed or unknown; installed: {', '.join(known) or '-'}")
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        log_with=config.report_to,
+        project_config=ProjectConfiguration(logging_dir=str(Path(config.output_dir) / "trackers")),
+    )
+    check_attention(config, accelerator.device)
+    checkpoint = on_main(accelerator, lambda: check_run_dir(config, resume=resume, overwrite=overwrite))
+    training = Training(config, accelerator, checkpoint)
+    try:
+        training.open()
+        training.fit()
+        training.finish()
+    finally:
+        training.close()
+    return training.run_dir
+
+
+class Training:
+    """A run in memory: data, model, optimiser, counters; continued from `checkpoint` unless that is None."""
+
+    def __init__(self, config: Config, accelerator: Accelerator, checkpoint: Path | None) -> None:
+        self.config, self.accelerator, self.checkpoint = config, accelerator, checkpoint
+        self.run_dir = Path(config.output_dir)
+        self._load_data()
+        set_seed(config.seed)
+        model = build_model(config, self.tokenizer)
+        collator = Seq2SeqCollator if config.architecture == "seq2seq" else CausalCollator
+        self.collator = collator(self.tokenizer, model=model)
+        groups = parameter_groups(model, config.weight_decay)
+        optimizer = torch.optim.AdamW(groups, config.learning_rate, tuple(config.adam_betas), fused=True)
+        self.model, self.optimizer = prepare(accelerator, model, optimizer)
+        set_seed(config.seed, device_specific=True)  # the same weights on every process, but not the same dropout
+        self.state, self.metrics_bytes = TrainingState(), 0
+        if checkpoint is not None:
+            self.state, self.metrics_bytes = load_checkpoint(accelerator, checkpoint, self.lengths)
+        if self.state.step > self.total_steps:
+            raise ConfigError(f"{checkpoint} has more steps than this run is to have, {self.total_steps}")
+        self.window = Window()
+        self.meter = Meter(accelerator.device, self.state.seconds, self.state.peak_memory_bytes)
+        self.display = Display(self.total_steps, enabled=accelerator.is_main_process)
+        self.stop = StopSignal()
+        self.log: MetricsLog | None = None  # the main process'
+        self.attention: dict[str, Any] | None = None  # known once the model has run
+
+    def _load_data(self) -> None:
+        config = self.config
+        splits = {"train", config.final_split} | ({"validation"} if config.eval_every else set())
+        with self.accelerator.main_process_first():
+            self.records = {split: load_records(config, split) for split in sorted(splits)}
+            # The vocabulary of a resumed run is the one it began with.
+            saved = {} if self.checkpoint is None else {"tokenizer": str(self.run_dir / "tokenizer")}
+            self.tokenizer = load_tokenizer(replace(config, **saved), self.records["train"])
+            self.tokens = {
+                split: tokenize_records(records, self.tokenizer, config, config.architecture)
+                for split, records in self.records.items()
+            }
+        self.lengths = list(self.tokens["train"]["length"])
+        self.batch_size = (
+            config.per_device_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
+        )
+        self.steps_per_epoch = len(self.lengths) // self.batch_size
+        if self.steps_per_epoch == 0:
+            raise ConfigError(
+                f"{len(self.lengths)} training documents do not fill one batch of {self.batch_size} "
+                "(per_device_batch_size x gradient_accumulation_steps x processes)"
+            )
+        self.total_steps = config.max_steps or config.num_epochs * self.steps_per_epoch
+
+    # Phases
+
+    def open(self) -> None:
+        """Begin or continue the run directory, and score the untrained model if asked to."""
+        config, accelerator, resume = self.config, self.accelerator, self.checkpoint is not None
+        if accelerator.is_main_process:
+            open_run_dir(config, environment(accelerator.device, accelerator.num_processes), resume=resume)
+            self.tokenizer.save_pretrained(self.run_dir / "tokenizer")
+            self.log = MetricsLog(self.run_dir / "metrics.jsonl", self.metrics_bytes)
+        # TensorBoard drops what it holds from this step on: the steps that were taken after the checkpoint.
+        accelerator.init_trackers("xsum", init_kwargs={"tensorboard": {"purge_step": self.state.step + 1}})
+        self.display.start(asdict(self.state))
+        if config.eval_untrained and not resume:
+            self.display.say(f"scoring the untrained model on the {config.final_split} split")
+            with self.stop, self._aside():
+                _, scores = self._score(config.final_split)
+            if accelerator.is_main_process:
+                write_untrained_scores(self.run_dir, config.final_split, self.records[config.final_split], scores)
+
+    def fit(self) -> None:
+        """Every optimiser step still to take, with log lines, evaluations and checkpoints."""
+        config, state = self.config, self.state
+        self.model.train()
+        with self.stop:
+            self.meter.start()
+            for micro_batches in islice(self._batches(), self.total_steps - state.step):
+                grad_norm, learning_rate = self._optimiser_step(micro_batches)
+                state.step += 1
+                self.display.step(state.step)
+                last = state.step == self.total_steps
+                logged = last or state.step % config.log_every == 0
+                if logged:
+                    self._log_step(grad_norm, learning_rate)
+                if config.eval_every and state.step % config.eval_every == 0:
+                    self._evaluate("validation", with_rouge=config.rouge == "every_eval")
+                # Several processes agree on stopping only where they wait for each other anyway.
+                stopping = (logged or self.accelerator.num_processes == 1) and self._stopping()
+                if last or stopping or state.step % config.save_every == 0:
+                    self._save_checkpoint()
+                if stopping:
+                    raise Interrupted(stopping, f"{self.checkpoint} is saved; continue with --resume")
+            self.meter.pause()
+
+    def finish(self) -> None:
+        """Save model/ and score it on the held-out split."""
+        self.accelerator.unwrap_model(self.model).save_pretrained(
+            self.run_dir / "model",
+            state_dict=self.accelerator.get_state_dict(self.model),
+            is_main_process=self.accelerator.is_main_process,
+            save_function=self.accelerator.save,
+        )
+        with self.stop:
+            self._evaluate(self.config.final_split, with_rouge=self.config.rouge != "never", final=True)
+        self.display.say(f"finished: {self.run_dir}")
+
+    def close(self) -> None:
+        self.display.stop()
+        if self.log is not None:
+            self.log.close()
+        self.accelerator.end_training()
+
+    # Steps
+
+    def _batches(self) -> Iterator[list[dict[str, torch.Tensor]]]:
+        """This process' micro-batches of each step, from the state's step on, without end.
+
+        Which documents a step sees depends on the global batch size alone, not on how devices and accumulation
+        split it. Documents that do not fill an epoch's last batch are left out of that epoch.
+        """
+        config, accelerator = self.config, self.accelerator
+        size = config.per_device_batch_size
+        epoch, done = divmod(self.state.step, self.steps_per_epoch)
+        while True:
+            batches = epoch_batches(
+                self.lengths, self.batch_size, seed=config.seed, epoch=epoch, group_by_length=config.group_by_length
+            )
+            batches = [batch for batch in batches if len(batch) == self.batch_size][done:]
+            shares = [batch[i : i + size] for batch in batches for i in range(0, self.batch_size, size)]
+            loader = DataLoader(
+                self.tokens["train"],
+                batch_sampler=shares[accelerator.process_index :: accelerator.num_processes],
+                collate_fn=self.collator,
+                pin_memory=accelerator.device.type == "cuda",
+                generator=torch.Generator(),  # else the loader draws from the generator that dropout uses
+            )
+            micro_batches = iter(loader)
+            for _ in batches:
+                yield list(islice(micro_batches, config.gradient_accumulation_steps))
+            epoch, done = epoch + 1, 0
+
+    def _optimiser_step(self, micro_batches: list[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, float]:
+        """Descend the mean loss per target token of all micro-batches; returns gradient norm and learning rate."""
+        accelerator = self.accelerator
+        learning_rate = learning_rate_at(self.state.step + 1, self.total_steps, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        targets = sum(int((batch["labels"] != IGNORED_LABEL).sum()) for batch in micro_batches)
+        targets = accelerator.reduce(torch.tensor(float(targets), device=accelerator.device), "sum")
+        # Gradients are averaged over the processes, the tokens counted over all of them.
+        scale = accelerator.num_processes / targets.clamp(min=1)
+        for batch in micro_batches:
+            with nullcontext() if batch is micro_batches[-1] else accelerator.no_sync(self.model):
+                inputs = send_to_device(batch, accelerator.device, non_blocking=True)
+                loss = summed_loss(self.model, inputs, self.config.label_smoothing)
+                accelerator.backward(loss * scale)
+            self.window.add(batch, loss)
+        grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return grad_norm, learning_rate
+
+    def _stopping(self) -> int:
+        """The signal that came to any process, else 0."""
+        flag = torch.tensor([self.stop.received or 0], device=self.accelerator.device)
+        return int(self.accelerator.gather(flag).max())
+
+    # Records
+
+    def _count(self) -> None:
+        """Bring the state up to the last step."""
+        self.window.flush(self.state, self.accelerator)
+        self.state.seconds, peak = self.meter.read()
+        peaks = self.accelerator.gather(torch.tensor([peak], device=self.accelerator.device))
+        self.state.peak_memory_bytes = int(peaks.max())
+
+    def _log_step(self, grad_norm: torch.Tensor, learning_rate: float) -> None:
+        self._count()
+        state = self.state
+        loss = state.window_loss / max(1, state.window_tokens)
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss} at step {state.step}; go back with --resume, or start again with a lower "
+                "learning_rate or max_grad_norm"
+            )
+        state.window_loss, state.window_tokens = 0.0, 0
+        if self.attention is None:
+            model = self.accelerator.unwrap_model(self.model)
+            self.attention = attention_record(model, self.config.attn_implementation)
+        record = {
+            "step": state.step,
+            "epoch": state.step / self.steps_per_epoch,
+            "examples": state.examples,
+            "source_tokens": state.source_tokens,
+            "target_tokens": state.target_tokens,
+            "padded_tokens": state.padded_tokens,
+            "seconds": state.seconds,
+            "loss": loss,
+            "grad_norm": float(grad_norm),
+            "learning_rate": learning_rate,
+            "peak_memory_gib": state.peak_memory_bytes / GIB,
+            "attention": self.attention,
+        }
+        self._write(record, {name: record[name] for name in ("loss", "grad_norm", "learning_rate")}, "train")
+        self.display.log(record)
+
+    def _write(self, record: dict[str, Any], tracked: dict[str, float], prefix: str) -> None:
+        if self.log is not None:
+            self.log.write(record)
+        self.accelerator.log({f"{prefix}/{name}": value for name, value in tracked.items()}, step=self.state.step)
+
+    def _save_checkpoint(self) -> None:
+        self.meter.pause()
+        self._count()
+        size = self.log.size if self.log is not None else 0
+        self.checkpoint = save_checkpoint(self.accelerator, self.config, self.state, self.lengths, size)
+        self.meter.start()
+
+    # Evaluation
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Work beside training: it takes none of its time, draws none of its random numbers, may be interrupted."""
+        running = self.meter.pause()
+        device = self.accelerator.device
+        saved = f"{self.checkpoint} is saved; continue with --resume" if self.checkpoint else "nothing is saved yet"
+        with self.stop.at_once(saved), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+        if running:
+            self.meter.start()
+
+    def _score(self, split: str) -> tuple[list[str], dict[str, dict[str, float]]]:
+        """The model's summaries of a held-out split and their ROUGE."""
+        config, tokens = self.config, self.tokens[split]
+        predictions = generate_summaries(
+            self.model, self.tokenizer, tokens, config, self.accelerator, self.display.progress
+        )
+        references = self.records[split]["summary"]
+        samples = config.bootstrap_samples
+        return predictions, rouge_scores(predictions, references, bootstrap_samples=samples, seed=config.seed)
+
+    def _evaluate(self, split: str, *, with_rouge: bool, final: bool = False) -> None:
+        config, records = self.config, self.records[split]
+        self.display.say(f"step {self.state.step}: evaluating on {len(records)} {split} documents")
+        with self._aside():
+            batches = loss_batches(
+                self.tokens[split], self.collator, config.per_device_eval_batch_size, self.accelerator
+            )
+            loss = evaluate_loss(self.model, batches, self.accelerator)
+            predictions, scores = self._score(split) if with_rouge else ([], None)
+        record = {
+            "step": self.state.step,
+            "epoch": self.state.step / self.steps_per_epoch,
+            "split": split,
+            "eval_loss": loss,
+            "rouge": scores,
+        }
+        points = {kind: value["score"] for kind, value in (scores or {}).items()}
+        self._write(record, {"loss": loss, **points}, f"eval_{split}")
+        self.display.say("  ".join([f"{split} loss {loss:.3f}", *(f"{kind} {x:.2f}" for kind, x in points.items())]))
+        if final and scores is not None and self.accelerator.is_main_process:
+            write_scores(self.run_dir, split, records, predictions, scores)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, type=Path, help="YAML file, see recipes/xsum/configs")
+    parser.add_argument("--resume", action="store_true", help="continue the run in output_dir")
+    parser.add_argument("--overwrite", action="store_true", help="remove the earlier run in output_dir first")
+    speaks = os.environ.get("RANK", "0") == "0"  # torchrun's; every process meets the same error
+    try:
+        arguments, overrides = parse_arguments(parser, argv)
+        config = load_config(arguments.config, overrides)
+        train(config, resume=arguments.resume, overwrite=arguments.overwrite)
+    except (ConfigError, DataError, TrainingError) as error:
+        if speaks:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (Interrupted, KeyboardInterrupt) as stop:
+        if speaks:
+            print(stop if isinstance(stop, Interrupted) else "stopped", file=sys.stderr)
+        return stop.exit_code if isinstance(stop, Interrupted) else 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

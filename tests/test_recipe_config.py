@@ -1,0 +1,162 @@
+"""The recipe's config: YAML and command line, types, limits, and the shipped files."""
+
+import argparse
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from recipes.xsum.config import Config, ConfigError, load_config, parse_arguments
+
+CONFIGS = Path(__file__).resolve().parents[1] / "recipes" / "xsum" / "configs"
+TINY = {"model_config": {"model_type": "bart", "d_model": 32}}
+# study_base.yaml leaves its files to the command line.
+FILES = {"train_file": "a.jsonl", "validation_file": "b.jsonl"}
+
+
+@pytest.fixture
+def path(tmp_path):
+    def write(**values):
+        file = tmp_path / "config.yaml"
+        file.write_text(yaml.safe_dump(TINY | values))
+        return file
+
+    return write
+
+
+def parse(*argv):
+    return parse_arguments(argparse.ArgumentParser(allow_abbrev=False), argv)[1]
+
+
+def test_command_line_wins_over_file_and_file_over_default(path):
+    config = load_config(path(seed=3, learning_rate=0.5), parse("--seed", "7"))
+    assert (config.seed, config.learning_rate, config.num_epochs) == (7, 0.5, 1)
+
+
+@pytest.mark.parametrize(
+    ("argv", "name", "value"),
+    [
+        (["--learning_rate", "3e-5"], "learning_rate", 3e-5),
+        (["--learning_rate=1"], "learning_rate", 1.0),
+        (["--max_steps", "12"], "max_steps", 12),
+        (["--max_steps", "none"], "max_steps", None),
+        (["--group_by_length", "false"], "group_by_length", False),
+        (["--output_dir", "2024"], "output_dir", "2024"),
+        (["--report_to", "tensorboard,wandb"], "report_to", ["tensorboard", "wandb"]),
+        (["--report_to", "[]"], "report_to", []),
+        (["--adam_betas", "[0.8, 0.9]"], "adam_betas", [0.8, 0.9]),
+        (["--attention_dropout", "0"], "attention_dropout", 0.0),
+        (["--prompt_template", "{document} =>"], "prompt_template", "{document} =>"),
+        (["--model_config.d_model", "64"], "model_config", {"model_type": "bart", "d_model": 64}),
+        (["--model_config.init_std=8e-2"], "model_config", TINY["model_config"] | {"init_std": 0.08}),
+    ],
+    ids=str,
+)
+def test_command_line_text_becomes_the_fields_type(path, argv, name, value):
+    read = getattr(load_config(path(max_steps=5), parse(*argv)), name)
+    assert read == value and type(read) is type(value)
+
+
+def test_yaml_exponent_without_point_is_a_number(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("model: facebook/bart-large\nlearning_rate: 3e-5\n")
+    assert load_config(file).learning_rate == 3e-5
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"learnig_rate": 1}, "unknown option 'learnig_rate'; did you mean learning_rate?"),
+        ({"seed": "many"}, "seed must be a whole number, got 'many'"),
+        ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
+        ({"seed": True}, "seed must be a whole number, got True"),
+        ({"seed": None}, "seed must be a whole number, got None"),
+        ({"learning_rate": "fast"}, "learning_rate must be a number, got 'fast'"),
+        ({"learning_rate": float("nan")}, "learning_rate must be finite"),
+        ({"learning_rate": 0}, "learning_rate must be above 0"),
+        ({"group_by_length": "maybe"}, "group_by_length must be true or false, got 'maybe'"),
+        ({"output_dir": 5}, "output_dir must be text, got 5"),
+        ({"report_to": 5}, "report_to must be a list, got 5"),
+        ({"dropout": 1.0}, "dropout must be below 1, got 1.0"),
+        ({"attention_dropout": -0.1}, "attention_dropout must be at least 0, got -0.1"),
+        ({"per_device_batch_size": 0}, "per_device_batch_size must be at least 1, got 0"),
+        ({"lr_scheduler": "step"}, "lr_scheduler must be one of linear, cosine, constant; got 'step'"),
+        ({"adam_betas": [0.9]}, "adam_betas needs two numbers"),
+        ({"adam_betas": [0.9, 1.0]}, "adam_betas must be below 1, got 1.0"),
+        ({"model": "facebook/bart-large"}, "give either model .* or model_config"),
+        ({"model_config": None}, "give either model .* or model_config"),
+        ({"model_config": {"d_model": 8}}, "model_config needs model_type"),
+        ({"model_config": "bart"}, "model_config must be a mapping, got 'bart'"),
+        ({"dataset": "files"}, "dataset: files needs train_file, validation_file, test_file"),
+        ({"train_file": "a.jsonl"}, "train_file is read only with dataset: files"),
+        ({"min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens 9 is above max_new_tokens 8"),
+        ({"eval_untrained": True, "rouge": "never"}, "eval_untrained scores summaries"),
+        ({"attn_implementation": "flash_attention_2"}, "flash_attention_2 computes in bfloat16 only"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_wrong_values_are_named(path, values, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(path(**values))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--learnig_rate", "1"], "unknown argument '--learnig_rate'; did you mean --learning_rate?"),
+        (["--seeds", "1"], "unknown argument '--seeds'; did you mean --seed?"),
+        (["config.yaml"], "unknown argument 'config.yaml'"),
+        (["--model_config.d_model"], "unknown argument '--model_config.d_model'"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_unknown_arguments_are_named(argv, message):
+    with pytest.raises(ConfigError, match=message):
+        parse(*argv)
+
+
+def test_file_problems_are_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot read config .*none\.yaml: No such file"):
+        load_config(tmp_path / "none.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("model: [")
+    with pytest.raises(ConfigError, match=r"broken\.yaml is not valid YAML"):
+        load_config(broken)
+    broken.write_text("just words")
+    with pytest.raises(ConfigError, match="must hold `name: value` lines"):
+        load_config(broken)
+
+
+def test_resolved_config_reads_back_equal(path, tmp_path):
+    config = load_config(path(learning_rate=3e-5, report_to=[], prompt_template="{document}\nTL;DR:"))
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(config.to_yaml())
+    assert load_config(resolved) == config
+
+
+def test_every_option_is_documented_in_help():
+    text = argparse.ArgumentParser()
+    parse_arguments(text, [])
+    help_text = text.format_help()
+    for spec in fields(Config):
+        assert f"--{spec.name} VALUE" in help_text and spec.metadata["help"]
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_shipped_configs_load(file):
+    overrides = FILES if file.stem == "study_base" else {}
+    config = load_config(file, overrides)
+    assert config.attn_implementation in ("eager", "sdpa", "flash_attention_2", "bsa_dense")
+    # What a file does not say is a default, so every line of it should say something.
+    assert set(yaml.safe_load(file.read_text())) <= set(asdict(config))
+
+
+def test_xsum_configs_differ_in_attention_alone():
+    configs = [
+        asdict(load_config(CONFIGS / f"{name}.yaml")) for name in ("eager", "sdpa", "flash_attention_2", "bsa_dense")
+    ]
+    for config in configs:
+        assert config["output_dir"] == f"runs/{config.pop('attn_implementation')}"
+        del config["output_dir"]
+    assert configs[1:] == configs[:-1]
