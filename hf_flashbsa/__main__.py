@@ -20,7 +20,11 @@ def main(arguments: list[str] | None = None) -> int:
     for name, (module, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         if arguments[:1] == [name]:  # Others stay unimported: doctor must run where bench cannot.
-            module = importlib.import_module(module)
+            try:
+                module = importlib.import_module(module)
+            except ModuleNotFoundError as error:
+                print(f"{name} needs {error.name}; run: pip install 'hf_flashbsa[recipes]'", file=sys.stderr)
+                return 1
             command.description = module.__doc__
             module.add_arguments(command)
             command.set_defaults(main=module.main)

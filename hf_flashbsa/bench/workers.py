@@ -100,7 +100,9 @@ def run_jobs(
                 job, worker.job = worker.job, None
                 if isinstance(result, JobError):
                     worker.process.kill()
-                    crew[crew.index(worker)] = _start(work)
+                    crew.remove(worker)
+                    if waiting:
+                        crew.append(_start(work))
                 yield job, result
     finally:
         for worker in crew:

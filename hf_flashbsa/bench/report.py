@@ -1,0 +1,128 @@
+"""Result rows: a JSON Lines file that only grows, a table, a plot."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.table import Table
+
+#: What tells one problem from another; with the provider it identifies a measurement, of which the newest counts.
+PROBLEM = (
+    "gpu", "clock", "pass", "mask", "window", "head_dim", "dtype", "heads", "heads_k", "dropout_p", "bias", "batch",
+    "length",
+)  # fmt: skip
+
+
+def append(path: Path, row: dict) -> None:
+    """Adds one row to a JSON Lines file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read(paths: Iterable[Path]) -> list[dict]:
+    """Rows of JSON Lines files; a later measurement replaces an earlier one of the same problem and provider."""
+    newest = {}
+    for path in paths:
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            newest[(*problem(row), row["provider"])] = row
+    return list(newest.values())
+
+
+def problem(row: dict) -> tuple:
+    return tuple(row[name] for name in PROBLEM)
+
+
+def _features(row: dict) -> str:
+    """What a problem has beyond its mask and sizes."""
+    text = f" group {row['heads'] // row['heads_k']}" if row["heads_k"] != row["heads"] else ""
+    text += f" dropout {row['dropout_p']}" if row["dropout_p"] else ""
+    return text + (" bias" if row["bias"] else "")
+
+
+def _label(row: dict) -> str:
+    return f"{row['mask']} B{row['batch']} H{row['heads']} N{row['length']} D{row['head_dim']}{_features(row)}"
+
+
+def _panel(row: dict) -> str:
+    return f"{row['mask']}, head dim {row['head_dim']}{_features(row)}"
+
+
+def table(rows: list[dict], baseline: str) -> Table:
+    """One line for each problem, one column for each provider: median ms, TFLOP/s, speed relative to the baseline."""
+    providers = list(dict.fromkeys(row["provider"] for row in rows))
+    result = Table("pass", "problem", *providers, caption=f"ms, TFLOP/s (host: ms per call), x: speed over {baseline}")
+    lines: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        lines.setdefault(problem(row), {})[row["provider"]] = row
+    for found in lines.values():
+        base = found.get(baseline, {}).get("ms")
+        first = next(iter(found.values()))
+        name = first["pass"] if first["clock"] == "device" else f"{first['pass']}, host"
+        result.add_row(name, _label(first), *(_cell(found.get(provider), base) for provider in providers))
+    return result
+
+
+def _cell(row: dict | None, base: float | None) -> str:
+    if row is None:
+        return ""
+    if row["ms"] is None:
+        return "error" if "error" in row else "unsupported"
+    text = f"{row['ms']:.3f}"
+    if row["tflops"] is not None:
+        text += f" {row['tflops']:.0f} TF"
+    return text if base is None else f"{text} {base / row['ms']:.2f}x"
+
+
+def reasons(rows: list[dict]) -> list[str]:
+    """Why providers did not run, each reason once."""
+    found = {}
+    for row in rows:
+        if row["ms"] is None:
+            reason = row.get("unsupported") or row["error"]
+            found.setdefault((row["provider"], reason), _label(row))
+    return [f"{provider}: {reason} (first at {label})" for (provider, reason), label in found.items()]
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """TFLOP/s over length: one panel for each pass and kind of problem, one line for each provider."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    timed = [row for row in rows if row["tflops"] is not None]
+    if not timed:
+        raise ValueError("nothing to plot: no provider was timed on the device clock.")
+    passes = list(dict.fromkeys(row["pass"] for row in timed))
+    panels = list(dict.fromkeys(_panel(row) for row in timed))
+    providers = list(dict.fromkeys(row["provider"] for row in timed))
+    size = (3.2 * len(panels) + 1, 2.6 * len(passes) + 1)
+    figure, axes = pyplot.subplots(len(passes), len(panels), figsize=size, squeeze=False, layout="constrained")
+    lines = {}
+    for (i, pass_), (j, panel) in itertools.product(enumerate(passes), enumerate(panels)):
+        axis, here = axes[i, j], [row for row in timed if (row["pass"], _panel(row)) == (pass_, panel)]
+        axis.set_title(f"{pass_}, {panel}", fontsize=9)
+        for index, provider in enumerate(providers):
+            points = sorted((row["length"], row["tflops"]) for row in here if row["provider"] == provider)
+            if points:
+                (lines[provider],) = axis.plot(*zip(*points, strict=True), marker="o", color=f"C{index}")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(sorted({row["length"] for row in here}))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    for axis in axes[-1]:
+        axis.set_xlabel("sequence length")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("TFLOP/s on live scores")
+    figure.legend(lines.values(), lines, loc="outside upper center", ncol=len(lines), fontsize=9)
+    first = timed[0]
+    figure.supxlabel(f"{first['gpu']}, {first['dtype']}, torch {first['torch']}, triton {first['triton']}", fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
