@@ -11,11 +11,11 @@ from torch import nn
 import hf_flashbsa  # noqa: F401  registers bsa_dense
 
 SIZE = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32)
-DECODER = dict(SIZE, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+DECODER = dict(SIZE, num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 SEQ2SEQ = dict(vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2)
 BART = dict(
     SEQ2SEQ, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
-    encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64, dropout=0.0,
+    encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=256, dropout=0.0,
 )  # fmt: skip
 T5 = dict(SEQ2SEQ, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4, dropout_rate=0.0)
 
@@ -145,7 +145,7 @@ def run(model: nn.Module, inputs: dict, **extra) -> tuple[torch.Tensor, dict[str
     model.zero_grad()
     logits = live_logits(model, inputs, use_cache=False, **extra)
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
-    (logits.float() * weights).sum().backward()
+    (logits.float() * weights.to(logits.device)).sum().backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return logits.detach(), gradients
 
@@ -169,10 +169,10 @@ def assert_same(result: tuple, expected: tuple, tolerance: float = TOLERANCE) ->
         assert error <= tolerance, f"{name}: relative error {error:.1e}"
 
 
-def assert_matches_eager(name: str, inputs: dict, extra: dict | None = None, **changes) -> None:
+def assert_matches_eager(name: str, inputs: dict, device: str = "cpu") -> None:
     """bsa_dense gives the logits and gradients of eager attention on the same inputs."""
-    results = [run(tiny(name, how, **changes), inputs, **(extra or {})) for how in ("bsa_dense", "eager")]
-    assert_same(*results)
+    inputs = {key: value.to(device) for key, value in inputs.items()}
+    assert_same(*(run(tiny(name, how).to(device), inputs) for how in ("bsa_dense", "eager")))
 
 
 def assert_dropout_is_applied(p: float = 0.25) -> None:

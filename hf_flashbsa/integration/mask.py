@@ -34,7 +34,7 @@ class MaskSpec:
         spec: which scores exist.
         shape: `(B, 1, Q, K)`.
         device: where the queries are.
-        packed: whether `spec.segment_ids_*` say only which document a token belongs to.
+        packed: whether `spec.segment_ids_*` are there and say only which document a token belongs to.
     """
 
     dtype = torch.bool
@@ -126,8 +126,8 @@ class MaskSpec:
         spec = self.spec
 
         def packed() -> AttentionSpec:
-            told = self.packed or spec.segment_ids_k is None
-            if told and spec.mask is None and not dense:
+            unpadded = self.packed or spec.segment_ids_k is None
+            if unpadded and spec.mask is None and not dense:
                 return AttentionSpec(
                     causal=spec.causal,
                     window_size=spec.window_size,
@@ -142,7 +142,7 @@ class MaskSpec:
                 .expand(self.shape[0], -1)
                 for cu, length in zip((cu_seqlens_q, cu_seqlens_k), self.shape[2:], strict=True)
             )
-            if not told:
+            if not unpadded:
                 ids_k = torch.where(spec.segment_ids_k >= 0, ids_k, -1)
             return _replace(spec, segment_ids_q=ids_q, segment_ids_k=ids_k)
 
@@ -326,7 +326,7 @@ def bsa_mask(
     structure = recognise(mask_function)
     if structure is not None and (structure.documents is None or structure.chunks is None):
         spec = _structured_spec(structure, live, q_length, kv_length, q_offset, kv_offset, device)
-        packed = structure.documents is not None
+        packed = structure.documents is not None and live is None
     else:
         mask = masking_utils.sdpa_mask(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
