@@ -25,10 +25,11 @@ class _Worker:
     process: multiprocessing.Process
     pipe: Connection
     job: Any = None
-    started: float = 0.0
+    #: When it began on the job; not before its process is up.
+    started: float = math.inf
 
     def give(self, job: Any) -> None:
-        self.job, self.started = job, time.monotonic()
+        self.job, self.started = job, math.inf
         with contextlib.suppress(OSError):  # The process died meanwhile: receiving will tell.
             self.pipe.send(job)
 
@@ -37,12 +38,13 @@ def _serve(work: Callable, pipe: Connection) -> None:
     """Takes jobs until the first that raises: an error may have cost the process its GPU."""
     while True:
         job = pipe.recv()
+        pipe.send(None)  # The time that a process takes to start is not the job's.
         try:
             result = work(job)
         except Exception as error:
-            pipe.send(JobError(f"{type(error).__name__}: {error}", traceback.format_exc()))
+            pipe.send((JobError(f"{type(error).__name__}: {error}", traceback.format_exc()), False))
             return
-        pipe.send(result)
+        pipe.send((result, True))
 
 
 def _start(work: Callable) -> _Worker:
@@ -54,12 +56,13 @@ def _start(work: Callable) -> _Worker:
     return _Worker(process, here)
 
 
-def _receive(worker: _Worker) -> Any:
+def _receive(worker: _Worker) -> tuple[Any, bool] | None:
+    """What a worker answers and whether it goes on; None when it begins."""
     try:
         return worker.pipe.recv()
     except (EOFError, OSError):
         worker.process.join()
-        return JobError(f"the worker process died with exit code {worker.process.exitcode}")
+        return JobError(f"the worker process died with exit code {worker.process.exitcode}"), False
 
 
 def run_jobs(
@@ -90,15 +93,17 @@ def run_jobs(
             busy = [worker for worker in crew if worker.job is not None]
             ready = wait([worker.pipe for worker in busy], timeout=0.2)
             for worker in busy:
-                late = time.monotonic() - worker.started > job_seconds
+                answer = None
                 if worker.pipe in ready:
-                    result = _receive(worker)
-                elif late:
-                    result = JobError(f"no answer within {job_seconds:.0f} s")
-                else:
+                    answer = _receive(worker)
+                    worker.started = time.monotonic()
+                elif time.monotonic() - worker.started > job_seconds:
+                    answer = JobError(f"no answer within {job_seconds:.0f} s"), False
+                if answer is None:
                     continue
+                result, goes_on = answer
                 job, worker.job = worker.job, None
-                if isinstance(result, JobError):
+                if not goes_on:
                     worker.process.kill()
                     crew.remove(worker)
                     if waiting:
