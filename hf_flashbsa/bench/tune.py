@@ -240,7 +240,9 @@ def _shared_bytes(device: torch.device) -> int:
     """Shared memory that one program can have."""
     if device.type == "cpu":
         return 1 << 18
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    from triton.runtime import driver
+
+    return driver.active.utils.get_device_properties(torch.cuda.current_device())["max_shared_mem"]
 
 
 def _table(arch: str) -> dict[str, list[dict]]:
@@ -318,6 +320,8 @@ def main(options: argparse.Namespace) -> int:
     for message, count in Counter(error.message for error in failed.values()).most_common(5):
         print(f"    {count} x {message}")
     table = Table("kernel", "head dim", "scores", "configuration", "time", "regs", "spills", "shared KiB")
+    path = options.out or Path(f"{arch}.json")
+    measured_on = environment(device) | {"date": str(date.today())}
     chosen = {}
     for target in targets:
         usable = {c: r for (t, c), r in compiled.items() if t == target and not isinstance(r, JobError)}
@@ -330,6 +334,8 @@ def main(options: argparse.Namespace) -> int:
         ranking = time_target(target, chosen_from, current[target], options)
         winner = ranking[0] if ranking[0].ratio * LEAST_GAIN < 1.0 else None
         chosen[target] = winner.config if winner else current[target]
+        print(f"{_name(target)}: {_text(chosen[target])} of {len(chosen_from)}", flush=True)
+        write_table(path, merged(arch, chosen), measured_on)
         baseline = next(m for m in ranking if m.config == current[target])
         for m in dict.fromkeys([*ranking[: options.show], baseline]):
             mark = " (in use)" if m is baseline else ""
@@ -339,7 +345,5 @@ def main(options: argparse.Namespace) -> int:
             )  # fmt: skip
         table.add_section()
     Console(width=110).print(table)
-    path = options.out or Path(f"{arch}.json")
-    write_table(path, merged(arch, chosen), environment(device) | {"date": str(date.today())})
     print(f"{time.monotonic() - begin:.0f} s in all; wrote {path}. To use it, put it in hf_flashbsa/kernels/configs.")
     return 0
