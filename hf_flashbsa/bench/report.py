@@ -78,6 +78,11 @@ def _cell(row: dict | None, base: float | None) -> str:
     return text if base is None else f"{text} {base / row['ms']:.2f}x"
 
 
+def line(row: dict) -> str:
+    """A row in a few words."""
+    return f"{row['provider']} {row['pass']} {_label(row)}: {_cell(row, None)}"
+
+
 def reasons(rows: list[dict]) -> list[str]:
     """Why providers did not run, each reason once."""
     found = {}

@@ -30,7 +30,7 @@ from hf_flashbsa.bench.workers import JobError, run_jobs
 #: The problem whose host cost is measured: too small for the device to be the slower of the two.
 HOST_CASE = {"batch": 1, "heads": 2, "length": 128}
 HOST_PASSES = ("forward", "both")
-JOB_SECONDS = 240.0
+JOB_SECONDS = 120.0
 
 
 class Job(NamedTuple):
@@ -166,8 +166,8 @@ def main(options: argparse.Namespace) -> int:
     slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
     path = options.out or Path("benchmarks", "results", f"{slug}.jsonl")
     work = functools.partial(measure_job, device=device, repeats=options.repeats)
-    rows = []
-    for job, outcome in run_jobs(work, jobs_of(options), workers=1, job_seconds=JOB_SECONDS):
+    rows, jobs = [], jobs_of(options)
+    for job, outcome in run_jobs(work, jobs, workers=1, job_seconds=JOB_SECONDS):
         if isinstance(outcome, JobError):
             outcome = {"ms": None, "tflops": None, "error": outcome.message[:500]}
         row = {
@@ -181,6 +181,7 @@ def main(options: argparse.Namespace) -> int:
         }
         report.append(path, row)
         rows.append(row)
+        print(f"[{len(rows)}/{len(jobs)}] {report.line(row)}", flush=True)
     _show(rows, options)
     print(f"appended {len(rows)} rows to {path}")
     return 0
