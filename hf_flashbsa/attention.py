@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import os
 from typing import NamedTuple
 
 import torch
@@ -106,6 +107,8 @@ def attention(
         raise ValueError(f"dropout_p: {dropout_p} is not in [0, 1).")
     if bias is not None:
         bias = _broadcast_bias(bias, q, k, spec)
+        if bias.dtype == torch.float64 and q.dtype != torch.float64:
+            bias = bias.clamp(min=torch.finfo(torch.float32).min).to(torch.float32)
     if sinks is not None:
         if tuple(sinks.shape) != (q.shape[1],) or not sinks.is_floating_point() or sinks.device != q.device:
             raise ValueError(

@@ -77,13 +77,17 @@ class AttentionSpec:
     _cache: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        left, right = self.window_size
-        for side, value in (("left", left), ("right", right)):
-            if value is not None and value < 0:
-                raise ValueError(f"window_size: {side} is {value}; give a distance >= 0, or None for unlimited.")
+        window = self.window_size
+        if not isinstance(window, (tuple, list)) or len(window) != 2:
+            raise ValueError(f"window_size: {window!r}; give (left, right), None for unlimited.")
+        for side, value in zip(("left", "right"), window, strict=True):
+            if value is not None and (isinstance(value, float) or value < 0):
+                raise ValueError(f"window_size: {side} is {value}; give an integer >= 0, or None for unlimited.")
         for side in "qk":
             if self._get("seqlens", side) is not None and self._get("cu_seqlens", side) is not None:
                 raise ValueError(f"seqlens_{side} and cu_seqlens_{side} exclude each other; give one of them.")
+            if (cu := self._get("cu_seqlens", side)) is not None and (cu.ndim != 1 or len(cu) < 1):
+                raise ValueError(f"cu_seqlens_{side}: shape is {tuple(cu.shape)}; give (sequences + 1,).")
             if (ids := self._get("segment_ids", side)) is not None and ids.ndim != 2:
                 raise ValueError(f"segment_ids_{side}: shape is {tuple(ids.shape)}; give (B or 1, length).")
         ragged = any(self._get(name, side) is not None for name in ("seqlens", "cu_seqlens") for side in "qk")
@@ -146,7 +150,8 @@ class AttentionSpec:
             if (lengths := self._get("seqlens", side)) is not None:
                 self._expect(f"seqlens_{side}", lengths, (n,), device)
             if (ids := self._get("segment_ids", side)) is not None:
-                self._expect(f"segment_ids_{side}", ids, (batch if ids.shape[0] != 1 else 1, length), device)
+                name = f"segment_ids_{side}" if self.segment_ids_q is not None else "mask or segment_ids_k"
+                self._expect(name, ids, (batch if ids.shape[0] != 1 else 1, length), device)
         if isinstance(self.query_offset, torch.Tensor):
             if self.query_offset.numel() != 1:
                 raise ValueError(
@@ -186,10 +191,11 @@ class AttentionSpec:
             index = torch.arange(n, device=device, dtype=torch.int32)
             zero = torch.zeros_like(index)
             if (cu := self._get("cu_seqlens", name)) is not None:
-                cu = cu.to(torch.int32)
+                # Wrong lengths, which nobody can see without waiting for the device, must not lead out of the tensors.
+                cu = cu.to(torch.int32).clamp(0, length)
                 return zero, cu[:-1], cu[1:]
             lengths = self._get("seqlens", name)
-            return index, zero, zero + length if lengths is None else lengths.to(torch.int32)
+            return index, zero, zero + length if lengths is None else lengths.to(torch.int32).clamp(0, length)
 
         q_row, q_begin, q_end = side("q", shape.len_q)
         k_row, k_begin, k_end = side("k", shape.len_k)
@@ -322,6 +328,8 @@ class AttentionSpec:
         met = (other[:, None] >= lowest) & (other[:, None] <= highest) & (other[:, None] >= 0)
         full = met & uniform
         size = other.shape[1]
+        if size == 0:
+            return (torch.zeros(own.shape[0], tiles, dtype=torch.int32, device=own.device),) * 4
         position = torch.arange(size, device=own.device, dtype=torch.int32)
 
         def first(where: torch.Tensor, otherwise: int) -> torch.Tensor:

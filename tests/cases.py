@@ -86,9 +86,10 @@ def random_case(seed: int, *, dtypes: tuple[torch.dtype, ...], max_len: int, dim
     )
 
 
-def _lengths(r: random.Random, n: int, high: int) -> list[int]:
+def _lengths(r: random.Random, n: int, high: int, dropout: bool) -> list[int]:
     # One full length, so that there are queries with more than one key, and eager attention has errors to compare.
     rest = [r.choice((0, 1, high, r.randint(0, high), r.randint(0, high))) for _ in range(n - 1)]
+    rest = [max(length, 15) if dropout and length else length for length in rest]
     return r.sample([high, *rest], n)
 
 
@@ -117,9 +118,9 @@ def _spec(case: Case, r: random.Random, g: torch.Generator, device) -> Attention
     options = {"causal": case.causal, "window_size": case.window_size}
     b, lq, lk = case.batch, case.len_q, case.len_k
     if case.masking == "seqlens":
-        options["seqlens_k"] = torch.tensor(_lengths(r, b, lk), device=device, dtype=torch.int32)
+        options["seqlens_k"] = torch.tensor(_lengths(r, b, lk, case.dropout_p > 0.0), device=device, dtype=torch.int32)
         if r.random() < 0.5:
-            options["seqlens_q"] = torch.tensor(_lengths(r, b, lq), device=device, dtype=torch.int64)
+            options["seqlens_q"] = torch.tensor(_lengths(r, b, lq, False), device=device, dtype=torch.int64)
     elif case.masking == "key_padding":
         keep = torch.ones(b, 1, 1, lk, dtype=torch.bool)
         for row in range(b):
@@ -169,9 +170,9 @@ def make_problem(case: Case, device: torch.device | str) -> Problem:
     len_q, len_k = case.len_q, case.len_k
     if case.masking == "cu_seqlens":
         n = case.batch + 2
-        lengths_q, lengths_k = _lengths(r, n, len_q), _lengths(r, n, len_k)
+        lengths_q, lengths_k = _lengths(r, n, len_q, False), _lengths(r, n, len_k, case.dropout_p > 0.0)
         if r.random() < 0.5:
-            lengths_k = lengths_q
+            lengths_q = lengths_k
         options = {"causal": case.causal, "window_size": case.window_size}
         pack_q, pack_k = r.choice(((True, True), (True, True), (False, True), (True, False)))
         tail = r.choice((0, 0, 7))
@@ -279,6 +280,7 @@ def worst_ratio(case: Case, device: torch.device | str, backend: str) -> dict[st
     score = scale * q * k * case.dim**0.5
     floor = {
         "out": eps32 * score * v,
+        "lse": eps32 * score,
         "dq": cancelled * scale * k,
         "dk": cancelled * scale * q,
         "dv": eps32 * score * dout,

@@ -76,7 +76,7 @@ def _load_rowwise(lse_log2, delta, batch_head, begin, lo, hi, len_q, BLOCK: tl.c
 
 @triton.jit
 def _dkdv_block(
-    dk, dv, k_tile, v_tile, q, dout, lse_log2, delta, m0, item, span, mask, score, head, heads, len_q,
+    dk, dv, k_tile, v_tile, q, dout, lse_log2, delta, m0, item, span, mask, dense, score, bias, head, heads, len_q,
     tiles: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One block of queries from `m0`: adds its part to `dk` (before the scale) and `dv`. Scores are `[n, m]`."""
@@ -90,11 +90,13 @@ def _dkdv_block(
     row_lse, row_delta = _load_rowwise(lse_log2, delta, batch_head, m0, span.lo, span.hi, len_q, tiles.m, MASKED)
     # [n, m]
     s = dot(k_tile, tl.trans(q_block))
-    s, slope = logits(s, score, item.other_row, head, queries[None, :], keys[:, None], inside)
+    s, slope = logits(s, score, bias, item.other_row, head, queries[None, :], keys[:, None], inside)
     if MASKED:
-        ok = visible(mask, item.other_row, item.row, head, queries[None, :], keys[:, None], inside, item.diagonal)
+        ok = visible(
+            mask, dense, item.other_row, item.row, head, queries[None, :], keys[:, None], inside, item.diagonal
+        )
         s = tl.where(ok, s, float("-inf"))
-    p = tl.math.exp2(s * log2_factor(score) - row_lse[None, :])
+    p = tl.math.exp2(s * log2_factor(score, bias) - row_lse[None, :])
     # [m, dv]
     do_block = load_tile(dout, m0, span.lo, span.hi, tiles.head_dim_v, tiles.m, tiles.dv, MASKED)
     dp = dot(v_tile, tl.trans(do_block))
@@ -112,7 +114,8 @@ def _dkdv_block(
 
 @triton.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles"])
 def dkdv_kernel(
-    dout, dk_out, dv_out, q, k, v, lse_log2, delta, work, mask, score, diagonal, heads, group, len_q, len_k, num_tiles,
+    dout, dk_out, dv_out, q, k, v, lse_log2, delta, work, mask, dense, score, bias, diagonal, heads, group, len_q,
+    len_k, num_tiles,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -124,7 +127,7 @@ def dkdv_kernel(
     item = work_item(work, pid % num_tiles, pid // (num_tiles * heads_k), len_k, len_q, diagonal, BLOCK_N)
     if item.begin >= item.end:
         return
-    span = span_of(item, -item.diagonal, mask.window_right, mask.window_left, mask.dense.ptr is None, 1, BLOCK_M)
+    span = span_of(item, -item.diagonal, mask.window_right, mask.window_left, dense.ptr is None, 1, BLOCK_M)
     k_head = head_of(k, item.row, head_k)
     v_head = head_of(v, item.row, head_k)
     k_tile = load_tile(k_head, item.begin, 0, item.end, HEAD_DIM, BLOCK_N, BLOCK_D, True)
@@ -137,12 +140,14 @@ def dkdv_kernel(
         for index in range(0, span.partial):
             m0 = partial_begin(span, index, BLOCK_M)
             dk, dv = _dkdv_block(
-                dk, dv, k_tile, v_tile, q_head, dout_head, lse_log2, delta, m0, item, span, mask, score, head, heads,
+                dk, dv, k_tile, v_tile, q_head, dout_head, lse_log2, delta, m0, item, span, mask, dense, score, bias,
+                head, heads,
                 len_q, tiles, True,
             )  # fmt: skip
         for m0 in range(span.full_begin, span.full_end, BLOCK_M):
             dk, dv = _dkdv_block(
-                dk, dv, k_tile, v_tile, q_head, dout_head, lse_log2, delta, m0, item, span, mask, score, head, heads,
+                dk, dv, k_tile, v_tile, q_head, dout_head, lse_log2, delta, m0, item, span, mask, dense, score, bias,
+                head, heads,
                 len_q, tiles, False,
             )  # fmt: skip
     dk_head = head_of(dk_out, item.row, head_k)
@@ -154,16 +159,16 @@ def dkdv_kernel(
 @triton.jit
 def _score_gradient(
     q_tile, do_tile, row_lse, row_delta, k_block, v_block, queries, n0, key_origin, inside, row_q, row_k, diagonal,
-    mask, score, head, heads, tiles: tl.constexpr, MASKED: tl.constexpr,
+    mask, dense, score, bias, head, heads, tiles: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """`[m, n]` gradients of the biased score for keys from `n0`, and the softcap's slope."""
     keys = n0 + tl.arange(0, tiles.n)
     s = dot(q_tile, tl.trans(k_block))
-    s, slope = logits(s, score, row_q, head, queries[:, None], keys[None, :], inside)
+    s, slope = logits(s, score, bias, row_q, head, queries[:, None], keys[None, :], inside)
     if MASKED:
-        ok = visible(mask, row_q, row_k, head, queries[:, None], keys[None, :], inside, diagonal)
+        ok = visible(mask, dense, row_q, row_k, head, queries[:, None], keys[None, :], inside, diagonal)
         s = tl.where(ok, s, float("-inf"))
-    p = tl.math.exp2(s * log2_factor(score) - row_lse[:, None])
+    p = tl.math.exp2(s * log2_factor(score, bias) - row_lse[:, None])
     dp = dot(do_tile, tl.trans(v_block))
     if score.seed is not None:
         keep = dropout_keep(score, row_q * heads + head, queries, n0 - key_origin, tiles.m, tiles.n)
@@ -173,7 +178,8 @@ def _score_gradient(
 
 @triton.jit
 def _dq_block(
-    dq, q_tile, do_tile, row_lse, row_delta, k, v, n0, item, span, mask, score, head, heads, tiles: tl.constexpr,
+    dq, q_tile, do_tile, row_lse, row_delta, k, v, n0, item, span, mask, dense, score, bias, head, heads,
+    tiles: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """One block of keys from `n0`: adds its part to `dq` (before the scale)."""
@@ -184,14 +190,15 @@ def _dq_block(
     v_block = load_tile(v, n0, span.lo, span.hi, tiles.head_dim_v, tiles.n, tiles.dv, MASKED)
     ds, slope = _score_gradient(
         q_tile, do_tile, row_lse, row_delta, k_block, v_block, queries, n0, item.key_origin, inside,
-        item.row, item.other_row, item.diagonal, mask, score, head, heads, tiles, MASKED,
+        item.row, item.other_row, item.diagonal, mask, dense, score, bias, head, heads, tiles, MASKED,
     )  # fmt: skip
     return dot((ds * slope).to(k_block.dtype), k_block, dq)
 
 
 @triton.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles"])
 def dq_kernel(
-    dout, dq_out, q, k, v, lse_log2, delta, work, mask, score, diagonal, heads, group, len_q, len_k, num_tiles,
+    dout, dq_out, q, k, v, lse_log2, delta, work, mask, dense, score, bias, diagonal, heads, group, len_q, len_k,
+    num_tiles,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -206,7 +213,7 @@ def dq_kernel(
     item = work_item(work, tile, pid // (num_tiles * heads), len_q, len_k, diagonal, BLOCK_M)
     if item.begin >= item.end:
         return
-    span = span_of(item, item.diagonal, mask.window_left, mask.window_right, mask.dense.ptr is None, ALIGN, BLOCK_N)
+    span = span_of(item, item.diagonal, mask.window_left, mask.window_right, dense.ptr is None, ALIGN, BLOCK_N)
     batch_head = item.row * heads + head
     dout_head = head_of(dout, item.row, head)
     q_tile = load_tile(head_of(q, item.row, head), item.begin, 0, item.end, HEAD_DIM, BLOCK_M, BLOCK_D, True)
@@ -218,12 +225,14 @@ def dq_kernel(
     for index in range(0, span.partial):
         n0 = partial_begin(span, index, BLOCK_N)
         dq = _dq_block(
-            dq, q_tile, do_tile, row_lse, row_delta, k_head, v_head, n0, item, span, mask, score, head, heads, tiles,
+            dq, q_tile, do_tile, row_lse, row_delta, k_head, v_head, n0, item, span, mask, dense, score, bias, head,
+            heads, tiles,
             True,
         )  # fmt: skip
     for n0 in range(span.full_begin, span.full_end, BLOCK_N):
         dq = _dq_block(
-            dq, q_tile, do_tile, row_lse, row_delta, k_head, v_head, n0, item, span, mask, score, head, heads, tiles,
+            dq, q_tile, do_tile, row_lse, row_delta, k_head, v_head, n0, item, span, mask, dense, score, bias, head,
+            heads, tiles,
             False,
         )  # fmt: skip
     dq_head = head_of(dq_out, item.row, head)
@@ -232,7 +241,8 @@ def dq_kernel(
 
 @triton.jit(do_not_specialize=["diagonal", "len_q", "len_k", "batch", "bias_batch"])
 def dbias_kernel(
-    dout, dbias, q, k, v, lse_log2, delta, mask, score, diagonal, batch, heads, group, bias_batch, bias_heads, len_q,
+    dout, dbias, q, k, v, lse_log2, delta, mask, dense, score, bias, diagonal, batch, heads, group, bias_batch,
+    bias_heads, len_q,
     len_k, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -263,7 +273,7 @@ def dbias_kernel(
         v_block = load_tile(head_of(v, row, head // group), n0, 0, len_k, HEAD_DIM_V, BLOCK_N, BLOCK_DV, True)
         ds, _ = _score_gradient(
             q_tile, do_tile, row_lse, row_delta, k_block, v_block, queries, n0, 0, inside, row, row, diagonal,
-            mask, score, head, heads, tiles, True,
+            mask, dense, score, bias, head, heads, tiles, True,
         )  # fmt: skip
         total += ds
     pointers = matrix_pointers(dbias, bias_row, bias_head, queries[:, None], keys[None, :])

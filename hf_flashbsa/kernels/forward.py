@@ -37,7 +37,9 @@ def _attend(
     item,
     span,
     mask,
+    dense,
     score,
+    bias,
     head,
     heads,
     tiles: tl.constexpr,
@@ -51,14 +53,16 @@ def _attend(
     k_block = load_tile(k, n0, span.lo, span.hi, tiles.head_dim, tiles.n, tiles.d, MASKED)
     # [m, n]
     s = dot(q_tile, tl.trans(k_block))
-    s, _ = logits(s, score, item.row, head, queries[:, None], keys[None, :], inside)
+    s, _ = logits(s, score, bias, item.row, head, queries[:, None], keys[None, :], inside)
     if MASKED:
-        ok = visible(mask, item.row, item.other_row, head, queries[:, None], keys[None, :], inside, item.diagonal)
+        ok = visible(
+            mask, dense, item.row, item.other_row, head, queries[:, None], keys[None, :], inside, item.diagonal
+        )
         s = tl.where(ok, s, float("-inf"))
-    factor = log2_factor(score)
+    factor = log2_factor(score, bias)
     new_max = tl.maximum(row_max, tl.max(s, 1) * factor)
     pivot = new_max
-    if MASKED or score.bias.ptr is not None:
+    if MASKED or bias.ptr is not None:
         # A row that has met no key yet has maximum -inf; any finite pivot gives it weights of 0 and not NaN.
         pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
     p = tl.math.exp2(s * factor - pivot[:, None])
@@ -76,7 +80,7 @@ def _attend(
 
 @triton.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles"])
 def forward_kernel(
-    q, k, v, out, lse, sinks, work, mask, score, diagonal, heads, group, len_q, len_k, num_tiles,
+    q, k, v, out, lse, sinks, work, mask, dense, score, bias, diagonal, heads, group, len_q, len_k, num_tiles,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -92,7 +96,7 @@ def forward_kernel(
     item = work_item(work, tile, pid // (num_tiles * heads), len_q, len_k, diagonal, BLOCK_M)
     if item.begin >= item.end:
         return
-    span = span_of(item, item.diagonal, mask.window_left, mask.window_right, mask.dense.ptr is None, ALIGN, BLOCK_N)
+    span = span_of(item, item.diagonal, mask.window_left, mask.window_right, dense.ptr is None, ALIGN, BLOCK_N)
     q_tile = load_tile(head_of(q, item.row, head), item.begin, 0, item.end, HEAD_DIM, BLOCK_M, BLOCK_D, True)
     k_head = head_of(k, item.other_row, head // group)
     v_head = head_of(v, item.other_row, head // group)
@@ -102,11 +106,43 @@ def forward_kernel(
     for index in range(0, span.partial):
         n0 = partial_begin(span, index, BLOCK_N)
         acc, row_max, row_sum = _attend(
-            acc, row_max, row_sum, q_tile, k_head, v_head, n0, item, span, mask, score, head, heads, tiles, True
+            acc,
+            row_max,
+            row_sum,
+            q_tile,
+            k_head,
+            v_head,
+            n0,
+            item,
+            span,
+            mask,
+            dense,
+            score,
+            bias,
+            head,
+            heads,
+            tiles,
+            True,
         )
     for n0 in range(span.full_begin, span.full_end, BLOCK_N):
         acc, row_max, row_sum = _attend(
-            acc, row_max, row_sum, q_tile, k_head, v_head, n0, item, span, mask, score, head, heads, tiles, False
+            acc,
+            row_max,
+            row_sum,
+            q_tile,
+            k_head,
+            v_head,
+            n0,
+            item,
+            span,
+            mask,
+            dense,
+            score,
+            bias,
+            head,
+            heads,
+            tiles,
+            False,
         )
     if sinks is not None:
         # A row that sees no key stays without weights.

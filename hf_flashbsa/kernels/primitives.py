@@ -52,7 +52,10 @@ class Tiles(NamedTuple):
 
 
 class Matrix(NamedTuple):
-    """A `(batch, heads, queries, keys)` tensor with any strides, 0 where it is broadcast."""
+    """A `(batch, heads, queries, keys)` tensor with any strides, 0 where it is broadcast. None stands for no tensor.
+
+    Kernels take it as an argument of its own: within another tuple, Triton 3.6 loses strides of 1.
+    """
 
     ptr: object
     stride_b: object
@@ -70,7 +73,6 @@ class Mask(NamedTuple):
     segment_ids_k: object
     ids_stride_q: object
     ids_stride_k: object
-    dense: Matrix
 
 
 class Score(NamedTuple):
@@ -81,7 +83,6 @@ class Score(NamedTuple):
 
     scale: object
     softcap: object
-    bias: Matrix
     bias_hidden: object
     seed: object
     drop_threshold: object
@@ -215,7 +216,7 @@ def matrix_pointers(x, batch, head, queries, keys):
 
 
 @triton.jit
-def visible(mask, row_q, row_k, head, queries, keys, inside, diagonal):
+def visible(mask, dense, row_q, row_k, head, queries, keys, inside, diagonal):
     """Which scores exist, given broadcastable `queries` and `keys`. `inside` guards rows that tensors have."""
     ok = inside
     ahead = keys - queries - diagonal
@@ -233,9 +234,8 @@ def visible(mask, row_q, row_k, head, queries, keys, inside, diagonal):
         else:
             ok = ok & (id_k == 0)
         ok = ok & (id_k >= 0)
-    if mask.dense.ptr is not None:
-        dense = tl.load(matrix_pointers(mask.dense, row_q, head, queries, keys), mask=inside, other=0)
-        ok = ok & (dense != 0)
+    if dense.ptr is not None:
+        ok = ok & (tl.load(matrix_pointers(dense, row_q, head, queries, keys), mask=inside, other=0) != 0)
     return ok
 
 
@@ -249,7 +249,7 @@ def tanh(x):
 
 
 @triton.jit
-def logits(s, score, row_q, head, queries, keys, inside):
+def logits(s, score, bias, row_q, head, queries, keys, inside):
     """The score that enters the softmax, divided by `log2_factor` and multiplied with log2(e); and d score / d s."""
     slope = 1.0
     if score.softcap is not None:
@@ -257,18 +257,18 @@ def logits(s, score, row_q, head, queries, keys, inside):
         t = tanh(s / score.softcap)
         s = score.softcap * t
         slope = 1.0 - t * t
-    if score.bias.ptr is not None:
+    if bias.ptr is not None:
         if score.softcap is None:
             s = s * score.scale
-        bias = tl.load(matrix_pointers(score.bias, row_q, head, queries, keys), mask=inside, other=0.0)
-        s = s + tl.where(bias <= score.bias_hidden, float("-inf"), bias.to(tl.float32))
+        added = tl.load(matrix_pointers(bias, row_q, head, queries, keys), mask=inside, other=0.0)
+        s = s + tl.where(added <= score.bias_hidden, float("-inf"), added.to(tl.float32))
     return s, slope
 
 
 @triton.jit
-def log2_factor(score):
+def log2_factor(score, bias):
     """What turns `logits` into exponents of 2."""
-    if (score.softcap is None) and (score.bias.ptr is None):
+    if (score.softcap is None) and (bias.ptr is None):
         return score.scale * LOG2E
     else:
         return LOG2E

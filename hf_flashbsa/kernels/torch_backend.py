@@ -87,7 +87,7 @@ def _scores(q, k, piece: Piece, extras: Extras, params: Params) -> tuple[torch.T
     if extras.bias is not None:
         bias = _bias_piece(extras.bias, piece)
         hidden = bias <= torch.finfo(bias.dtype).min
-        s = (s + bias).masked_fill(hidden, float("-inf"))
+        s = (s + bias.to(s.dtype)).masked_fill(hidden, float("-inf"))
     visible = _visible(piece, extras, params, q.device)
     if visible is not None:
         s = s.masked_fill(~visible, float("-inf"))
@@ -147,8 +147,9 @@ def backward(dout, dlse, q, k, v, out, lse, gradients, extras: Extras, params: P
     dtype = _compute_dtype(q)
     dq, dk, dv, dbias, dsinks = gradients
     heads_k = k.shape[1]
-    dk_sum, dv_sum = torch.zeros(k.shape, dtype=dtype), torch.zeros(v.shape, dtype=dtype)
-    dbias_sum = torch.zeros(dbias.shape, dtype=dtype)
+    dk_sum = torch.zeros(k.shape, dtype=dtype, device=k.device)
+    dv_sum = torch.zeros(v.shape, dtype=dtype, device=k.device)
+    dbias_sum = torch.zeros(dbias.shape, dtype=dtype, device=k.device)
     delta = (dout.to(dtype) * out.to(dtype)).sum(-1)
     if dlse is not None:
         delta = delta - dlse

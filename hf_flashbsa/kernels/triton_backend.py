@@ -36,8 +36,11 @@ def _mask(extras: Extras, params: Params) -> Mask:
         segment_ids_k=ids_k,
         ids_stride_q=None if ids_q is None else ids_q.stride(0),
         ids_stride_k=None if ids_k is None else ids_k.stride(0),
-        dense=_matrix(None if extras.mask is None else extras.mask.view(torch.uint8)),
     )
+
+
+def _dense(extras: Extras) -> Matrix:
+    return _matrix(None if extras.mask is None else extras.mask.view(torch.uint8))
 
 
 def _score(extras: Extras, params: Params) -> Score:
@@ -45,7 +48,6 @@ def _score(extras: Extras, params: Params) -> Score:
     return Score(
         scale=params.scale or TINY_SCALE,
         softcap=params.softcap if params.softcap > 0.0 else None,
-        bias=_matrix(extras.bias),
         bias_hidden=None if extras.bias is None else torch.finfo(extras.bias.dtype).min,
         seed=extras.seed if dropout else None,
         drop_threshold=params.drop_threshold if dropout else None,
@@ -91,7 +93,8 @@ def forward(q, k, v, out, lse, extras: Extras, params: Params) -> None:
     tiles, batch = _tiles(extras.work_q, len_q, batch, config.block_m)
     forward_kernel[(tiles * heads * batch,)](
         _operand(q), _operand(k), _operand(v), _operand(out), lse, extras.sinks, extras.work_q,
-        _mask(extras, params), _score(extras, params), params.diagonal, heads, heads // heads_k, len_q, len_k, tiles,
+        _mask(extras, params), _dense(extras), _score(extras, params), _matrix(extras.bias), params.diagonal, heads,
+        heads // heads_k, len_q, len_k, tiles,
         **_meta(config, q, v),
     )  # fmt: skip
 
@@ -102,6 +105,7 @@ def backward(dout, dlse, q, k, v, out, lse, gradients, extras: Extras, params: P
     dq, dk, dv, dbias, dsinks = gradients
     delta, lse_log2 = torch.empty_like(lse), torch.empty_like(lse)
     mask, score, group = _mask(extras, params), _score(extras, params), heads // heads_k
+    dense, bias = _dense(extras), _matrix(extras.bias)
     operands = (_operand(q), _operand(k), _operand(v))
     dout_ = _operand(dout)
     if q.numel() > 0:
@@ -113,14 +117,16 @@ def backward(dout, dlse, q, k, v, out, lse, gradients, extras: Extras, params: P
         config = _config("dq", q, v, extras, params)
         tiles, rows = _tiles(extras.work_q, len_q, batch, config.block_m)
         dq_kernel[(tiles * heads * rows,)](
-            dout_, _operand(dq), *operands, lse_log2, delta, extras.work_q, mask, score, params.diagonal, heads, group,
+            dout_, _operand(dq), *operands, lse_log2, delta, extras.work_q, mask, dense, score, bias,
+            params.diagonal, heads, group,
             len_q, len_k, tiles, **_meta(config, q, v),
         )  # fmt: skip
     if k.numel() > 0:
         config = _config("dkdv", q, v, extras, params)
         tiles, rows = _tiles(extras.work_k, len_k, batch_k, config.block_n)
         dkdv_kernel[(tiles * heads_k * rows,)](
-            dout_, _operand(dk), _operand(dv), *operands, lse_log2, delta, extras.work_k, mask, score, params.diagonal,
+            dout_, _operand(dk), _operand(dv), *operands, lse_log2, delta, extras.work_k, mask, dense, score, bias,
+            params.diagonal,
             heads, group, len_q, len_k, tiles, **_meta(config, q, v),
         )  # fmt: skip
     if dbias.numel() > 0:
@@ -129,7 +135,8 @@ def backward(dout, dlse, q, k, v, out, lse, gradients, extras: Extras, params: P
             triton.cdiv(len_k, config.block_n), triton.cdiv(len_q, config.block_m), dbias.shape[0] * dbias.shape[1],
         )  # fmt: skip
         dbias_kernel[grid](
-            dout_, _matrix(dbias), *operands, lse_log2, delta, mask, score, params.diagonal, batch, heads, group,
+            dout_, _matrix(dbias), *operands, lse_log2, delta, mask, dense, score, bias, params.diagonal, batch,
+            heads, group,
             dbias.shape[0], dbias.shape[1], len_q, len_k, **_meta(config, q, v),
         )  # fmt: skip
     if extras.sinks is not None:
