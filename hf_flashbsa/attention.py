@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import os
 from typing import NamedTuple
 
 import torch
@@ -182,10 +181,7 @@ def _validate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Attention
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise ValueError(f"{name}: its last dimension has stride {tensor.stride(-1)}; call .contiguous() on it.")
     shape = Shape(batch, batch_k, len_q, len_k)
-    key = ("valid", shape, heads, q.device)
-    if key not in spec._cache:
-        spec.validate(shape, heads, q.device)
-        spec._cache[key] = True
+    spec.kept("valid", (shape, heads, q.device), lambda: spec.validate(shape, heads, q.device))
     return shape
 
 
