@@ -117,10 +117,14 @@ def save_checkpoint(
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path, lengths: list[int]) -> tuple[TrainingState, int]:
     """Load model, optimiser and generators in place; returns the counters and metrics.jsonl's size then.
 
-    Raises `ConfigError` where the run had another number of processes or other training documents: its order of
-    the data cannot be continued.
+    Raises `ConfigError` where the run had another number of processes or other training documents, so that its
+    order of the data cannot be continued, or where metrics.jsonl has lost lines.
     """
     record = json.loads((checkpoint / "state.json").read_text())
+    metrics = checkpoint.parents[1] / "metrics.jsonl"
+    size = metrics.stat().st_size if metrics.exists() else 0
+    if size < record["metrics_bytes"]:
+        raise ConfigError(f"{metrics} is shorter than it was at {checkpoint.name}: lines were removed since")
     if record["data_hash"] != _hash(lengths):
         raise ConfigError(f"the training documents are not those that {checkpoint} was trained on")
     if record["processes"] != accelerator.num_processes:

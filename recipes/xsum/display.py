@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from datetime import timedelta
 from typing import Any
 
+import datasets
+import transformers
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -16,6 +20,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+
+def quiet_libraries() -> None:
+    """Leave the screen to the display: no progress bars beside it, no warning with each checkpoint."""
+    transformers.utils.logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    # A tied weight is saved once, as it should be; Accelerate warns of it each time.
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
 
 
 class _Numbers(ProgressColumn):

@@ -77,13 +77,10 @@ class MetricsLog:
     """metrics.jsonl: one JSON object per line, flushed as it is written.
 
     `keep_bytes` is the file's size at the checkpoint a run resumes from; what was written later is cut off, so
-    that no step stands twice. Raises `ValueError` where the file is shorter than that.
+    that no step stands twice.
     """
 
     def __init__(self, path: Path, keep_bytes: int = 0) -> None:
-        size = path.stat().st_size if path.exists() else 0
-        if size < keep_bytes:
-            raise ValueError(f"{path} has {size} bytes, but had {keep_bytes} at the checkpoint: it was changed since")
         self._file = open(path, "ab")
         self._file.truncate(keep_bytes)
 

@@ -100,7 +100,9 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTraine
             f"cannot build {what} with attn_implementation {config.attn_implementation}: {_first_line(error)}"
         ) from error
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Renamed after Transformers 5.17; the old name warns.
+        name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+        getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
     return model
 
 

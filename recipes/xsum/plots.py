@@ -11,13 +11,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 if TYPE_CHECKING:
     from recipes.xsum.report import Run
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES = ("-", "--", "-.", ":")
+DASHES = ("-", "--", "-.", ":")  # runs that should agree lie on each other: both must show
 ROUGE_LABELS = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum"}
 STYLE = {
     "figure.dpi": 150,
@@ -43,29 +43,9 @@ def smooth(values: Sequence[float], share: float = 0.02) -> np.ndarray:
     return np.array(out)
 
 
-def draw_plots(runs: Sequence[Run], out: Path) -> list[tuple[str, str]]:
-    """Write every figure that the runs have data for; returns `(file name, caption)` in the report's order."""
-    made = []
-    with plt.rc_context(STYLE):
-        for name, caption, draw in (
-            ("loss_by_step.png", "Training loss by step; faint: as logged, strong: moving average.", _by_step),
-            ("loss_by_token.png", "Training loss by tokens seen, source and target, without padding.", _by_token),
-            ("loss_by_time.png", "Training loss by wall clock of training.", _by_time),
-            ("loss_difference.png", "Loss minus the first run's at the same step, moving average.", _difference),
-            ("rouge.png", "ROUGE on held-out documents with 95 % bootstrap intervals; hollow: untrained.", _rouge),
-            ("throughput.png", "Tokens per second of training, without padding.", _throughput),
-            ("memory.png", "Peak memory of training (CUDA allocator; on the CPU the process).", _memory),
-        ):
-            figure, axes = plt.subplots()
-            if draw(axes, runs):
-                figure.savefig(out / name)
-                made.append((name, caption))
-            plt.close(figure)
-    return made
-
-
 def _line_style(index: int) -> dict:
-    return {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index // len(COLOURS) % len(DASHES)]}
+    width = 2.4 - 0.3 * min(index, 4)
+    return {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index % len(DASHES)], "linewidth": width}
 
 
 def _loss(axes: plt.Axes, runs: Sequence[Run], x_label: str, x_of: Callable[[dict], float]) -> bool:
@@ -76,7 +56,7 @@ def _loss(axes: plt.Axes, runs: Sequence[Run], x_label: str, x_of: Callable[[dic
         x, loss = [x_of(record) for record in run.train], [record["loss"] for record in run.train]
         style = _line_style(index)
         axes.plot(x, loss, color=style["color"], alpha=0.2, linewidth=0.8)
-        axes.plot(x, smooth(loss), label=run.name, linewidth=1.6, **style)
+        axes.plot(x, smooth(loss), label=run.name, **style)
         losses.extend(loss)
     if not losses:
         return False
@@ -111,10 +91,11 @@ def _difference(axes: plt.Axes, runs: Sequence[Run]) -> bool:
         steps, values = zip(*pairs, strict=True)
         style = _line_style(index)
         axes.plot(steps, values, color=style["color"], alpha=0.2, linewidth=0.8)
-        axes.plot(steps, smooth(values), label=f"{run.name} minus {base.name}", linewidth=1.6, **style)
+        axes.plot(steps, smooth(values), label=f"{run.name} minus {base.name}", **style)
         drawn = True
     if drawn:
         axes.axhline(0, color="#555555", linewidth=0.8)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(xlabel="optimiser step", ylabel="difference of training loss")
         axes.legend()
     return drawn
@@ -137,6 +118,7 @@ def _rouge(axes: plt.Axes, runs: Sequence[Run]) -> bool:
                 markerfacecolor=None if filled else "white",
                 capsize=3,
                 markersize=5,
+                clip_on=False,
                 label=run.name if filled else None,
             )
     if scored:
@@ -144,7 +126,7 @@ def _rouge(axes: plt.Axes, runs: Sequence[Run]) -> bool:
         axes.set(ylabel="F-measure (0 to 100)")
         axes.set_ylim(bottom=0)
         axes.grid(axis="x", visible=False)
-        axes.legend()
+        axes.figure.legend(loc="outside right upper")
     return bool(scored)
 
 
@@ -175,3 +157,43 @@ def _throughput(axes: plt.Axes, runs: Sequence[Run]) -> bool:
 def _memory(axes: plt.Axes, runs: Sequence[Run]) -> bool:
     peaks = [run.train[-1]["peak_memory_gib"] if run.train else None for run in runs]
     return _bars(axes, runs, peaks, "peak memory (GiB)", "{:.2f}")
+
+
+FIGURES = (
+    (_by_step, "loss_by_step.png", "Training loss by step", "Faint: as logged, strong: moving average."),
+    (_by_token, "loss_by_token.png", "Training loss by token", "Tokens of source and target, without padding."),
+    (_by_time, "loss_by_time.png", "Training loss by wall clock", "Training alone, no evaluation, no checkpoints."),
+    (
+        _difference,
+        "loss_difference.png",
+        "Difference of training loss",
+        "The first run's loss at the same step taken off; faint: as logged, strong: moving average.",
+    ),
+    (
+        _rouge,
+        "rouge.png",
+        "ROUGE on held-out documents",
+        "With 95 % bootstrap intervals; hollow: the untrained model.",
+    ),
+    (_throughput, "throughput.png", "Throughput of training", "Tokens of source and target, without padding."),
+    (
+        _memory,
+        "memory.png",
+        "Peak memory of training",
+        "What torch's CUDA allocator gave out; on the CPU, the whole process.",
+    ),
+)
+
+
+def draw_plots(runs: Sequence[Run], out: Path) -> list[tuple[str, str, str]]:
+    """Write every figure that the runs have data for; returns `(file name, title, caption)` in the report's order."""
+    made = []
+    with plt.rc_context(STYLE):
+        for draw, name, title, caption in FIGURES:
+            figure, axes = plt.subplots()
+            axes.set_title(title, loc="left")
+            if draw(axes, runs):
+                figure.savefig(out / name)
+                made.append((name, title, caption))
+            plt.close(figure)
+    return made

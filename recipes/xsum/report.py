@@ -114,15 +114,20 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
         "Loss: nats per target token; the training loss is the mean over the last tenth of the logged lines. "
         "Tokens: source and target without padding. Wall clock, rates and peak memory are of training alone, "
         "without evaluation and checkpoints; rates leave out everything up to the first logged line.",
-        "## ROUGE",
-        _rouge_table(runs),
     ]
+    if smoothed := [run.name for run in runs if run.config["label_smoothing"]]:
+        parts.append(
+            f"The training loss of {', '.join(smoothed)} includes label smoothing, the evaluation loss does not."
+        )
+    parts += ["## ROUGE", _rouge_table(runs)]
     if notes := [f"- **{run.name}**: {note}" for run in runs for note in run.missing]:
         parts += ["## Missing", "\n".join(notes)]
     if len(runs) > 1:
         parts += ["## Data order", _order_note(runs)]
     parts.append("## Plots")
-    parts += [f"![{caption}]({name})\n\n{caption}" for name, caption in plots] or ["Nothing was logged to plot."]
+    parts += [f"### {title}\n\n![{title}]({name})\n\n{caption}" for name, title, caption in plots] or [
+        "Nothing was logged to plot."
+    ]
     report = out / "report.md"
     report.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return report

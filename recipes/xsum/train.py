@@ -41,7 +41,7 @@ from recipes.xsum.data import (
     load_tokenizer,
     tokenize_records,
 )
-from recipes.xsum.display import Display
+from recipes.xsum.display import Display, quiet_libraries
 from recipes.xsum.evaluate import (
     evaluate_loss,
     generate_summaries,
@@ -78,13 +78,14 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
         TrainingError: the loss is no longer a number.
         Interrupted: SIGINT or SIGTERM came; the message names the checkpoint to resume from.
     """
+    quiet_libraries()
     known = [str(name) for name in get_available_trackers()]
     for name in config.report_to:
         if name not in known:
             raise ConfigError(f"report_to: {name!r} is not installed or unknown; installed: {', '.join(known) or '-'}")
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
-        log_with=config.report_to,
+        log_with=config.report_to or None,
         project_config=ProjectConfiguration(logging_dir=str(Path(config.output_dir) / "trackers")),
     )
     check_attention(config, accelerator.device)
@@ -127,7 +128,7 @@ class Training:
         self.attention: dict[str, Any] | None = None  # known once the model has run
 
     def _load_data(self) -> None:
-        config = self.config
+        config, architecture = self.config, self.config.architecture
         splits = {"train", config.final_split} | ({"validation"} if config.eval_every else set())
         with self.accelerator.main_process_first():
             self.records = {split: load_records(config, split) for split in sorted(splits)}
@@ -135,7 +136,7 @@ class Training:
             saved = {} if self.checkpoint is None else {"tokenizer": str(self.run_dir / "tokenizer")}
             self.tokenizer = load_tokenizer(replace(config, **saved), self.records["train"])
             self.tokens = {
-                split: tokenize_records(records, self.tokenizer, config, config.architecture)
+                split: tokenize_records(records, self.tokenizer, config, architecture)
                 for split, records in self.records.items()
             }
         self.lengths = list(self.tokens["train"]["length"])
