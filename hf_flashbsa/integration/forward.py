@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from hf_flashbsa.attention import attention, choose_backend
 from hf_flashbsa.integration.mask import MaskSpec
+from hf_flashbsa.integration.packing import PackedMask
 from hf_flashbsa.integration.usage import note_backend
 from hf_flashbsa.spec import AttentionSpec
 
@@ -77,6 +78,11 @@ def bsa_dense_forward(
     if position_bias is not None and _is_cross(module, causal) and not _learns_bias(module):
         position_bias = None
     query, key, value = _one_dtype(module, query, key, value)
+    rows = None
+    if isinstance(attention_mask, PackedMask) and (attention_mask.needs_padding or position_bias is not None):
+        rows = attention_mask.rows_q
+        query, key, value = attention_mask.unpack(query, key, value)
+        attention_mask = attention_mask.padded
 
     if _is_additive(attention_mask):
         position_bias = attention_mask if position_bias is None else _masked_bias(position_bias, attention_mask)
@@ -102,7 +108,8 @@ def bsa_dense_forward(
     )
     if not torch.compiler.is_compiling():
         note_backend(module, choose_backend(query.device, query.dtype).name)
-    return out.transpose(1, 2), None
+    out = out.transpose(1, 2)
+    return (out if rows is None else rows.pack(out)), None
 
 
 def _is_cross(module: torch.nn.Module, causal: bool) -> bool:

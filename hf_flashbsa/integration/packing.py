@@ -1,0 +1,177 @@
+"""The live tokens of a padded batch in one row, and the attention masks that belong to such rows.
+
+A batch `(B, S)` with `T` live tokens becomes a row `(1, T)`: the documents one behind the other, in the order of the
+batch. Queries and keys are packed independently, so that cross-attention keeps its two lengths.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hf_flashbsa.integration.mask import MaskSpec
+from hf_flashbsa.spec import AttentionSpec
+
+
+class Packing:
+    """Where each live token of a padded batch lies in a packed row.
+
+    Args:
+        batch, length: `B` and `S`.
+        cu_seqlens: int32 `(B + 1,)`, where each document begins in the row, and its end.
+        index: int64 `(T,)`, positions of the live tokens in the flattened batch; None where all tokens are live.
+        has_holes: whether dead tokens lie between live ones of a document, so that distances in the row are not
+            those in the batch.
+    """
+
+    def __init__(self, batch: int, length: int, cu_seqlens: torch.Tensor, index: torch.Tensor | None, has_holes: bool):
+        self.batch = batch
+        self.length = length
+        self.cu_seqlens = cu_seqlens
+        self.index = index
+        self.has_holes = has_holes
+
+    @classmethod
+    def full(cls, batch: int, length: int, device: torch.device) -> Packing:
+        """That of a batch without padding: packing only changes its shape."""
+        ends = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
+        return cls(batch, length, ends, None, has_holes=False)
+
+    @classmethod
+    def of_mask(cls, mask: torch.Tensor, total: int, has_holes: bool) -> Packing:
+        """That of a bool mask `(B, S)`, True at its `total` live tokens."""
+        lengths = mask.sum(-1, dtype=torch.int32)
+        ends = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        index = torch.nonzero_static(mask.flatten(), size=total)[:, 0]
+        return cls(*mask.shape, ends, index, has_holes)
+
+    @property
+    def total(self) -> int:
+        return self.batch * self.length if self.index is None else self.index.shape[0]
+
+    def is_packed(self, x: torch.Tensor) -> bool:
+        """Whether `x` is `(1, T, ...)`."""
+        return tuple(x.shape[:2]) == (1, self.total)
+
+    def is_padded(self, x: torch.Tensor) -> bool:
+        """Whether `x` is `(B, S, ...)`."""
+        return tuple(x.shape[:2]) == (self.batch, self.length)
+
+    def pack(self, x: torch.Tensor) -> torch.Tensor:
+        """`(B, S, ...)` or `(1, S, ...)` as `(1, T, ...)`."""
+        x = x.expand(self.batch, *x.shape[1:]).flatten(0, 1)
+        return (x if self.index is None else _Gather.apply(x, self.index))[None]
+
+    def unpack(self, x: torch.Tensor) -> torch.Tensor:
+        """`(1, T, ...)` as `(B, S, ...)`, zero at padding."""
+        x = x[0]
+        if self.index is not None:
+            zeros = x.new_zeros(self.batch * self.length, *x.shape[1:])
+            x = zeros.index_copy(0, self.index, x)
+        return x.unflatten(0, (self.batch, self.length))
+
+    def to(self, device: torch.device) -> Packing:
+        index = None if self.index is None else self.index.to(device, non_blocking=True)
+        ends = self.cu_seqlens.to(device, non_blocking=True)
+        return Packing(self.batch, self.length, ends, index, self.has_holes)
+
+
+class _Gather(torch.autograd.Function):
+    """Rows `x[index]` with distinct indices. The gradient is copied, where that of indexing is added atomically."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(index)
+        ctx.rows = x.shape[0]
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (index,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.rows, *gradient.shape[1:]).index_copy_(0, index, gradient), None
+
+
+class PackedMask(MaskSpec):
+    """The mask of packed queries and keys, `(1, 1, Tq, Tk)`.
+
+    Args:
+        spec: which scores of the row exist; None where a row cannot say it.
+        padded: the mask of the padded batch. Attention runs on that batch where `spec` is None, and where it has a
+            bias, which belongs to positions in the batch.
+        rows_q, rows_k: how queries and keys are packed.
+    """
+
+    def __init__(self, spec: AttentionSpec | None, padded: MaskSpec, rows_q: Packing, rows_k: Packing):
+        super().__init__(spec or padded.spec, (1, 1, rows_q.total, rows_k.total), padded.device)
+        self.padded = padded
+        self.rows_q, self.rows_k = rows_q, rows_k
+        self.needs_padding = spec is None
+
+    @classmethod
+    def of_self_attention(cls, mask: MaskSpec, rows: Packing, position_ids: torch.Tensor | None) -> PackedMask:
+        """The packed form of a self-attention mask.
+
+        Args:
+            position_ids: `(B or 1, S)`, or None where they only count the tokens of each row. Documents whose
+                positions restart within a row are kept apart, as in a padded batch.
+        """
+        spec = mask.spec
+        moved = isinstance(spec.query_offset, torch.Tensor) or spec.query_offset not in (None, 0)
+        plain = spec.mask is None and spec.segment_ids_q is None and not moved
+        windowed = spec.window_size != (None, None)
+        divided = spec if position_ids is None else mask.by_document(position_ids)
+        window = dict(causal=spec.causal, window_size=spec.window_size)
+        if not plain or (windowed and rows.has_holes):
+            packed = None
+        elif divided is spec:
+            packed = AttentionSpec(**window, cu_seqlens_q=rows.cu_seqlens, cu_seqlens_k=rows.cu_seqlens)
+        else:
+            first = torch.arange(rows.batch, dtype=torch.int32, device=mask.device)[:, None] * (rows.length + 1)
+            ids = rows.pack(divided.segment_ids_q + first)
+            packed = AttentionSpec(**window, segment_ids_q=ids, segment_ids_k=ids)
+        if divided.segment_ids_q is None and divided.segment_ids_k is not None:
+            ids_q = divided.segment_ids_k  # queries at padding need no computation
+        else:
+            ids_q = divided.segment_ids_q
+        padded = AttentionSpec(
+            **window,
+            query_offset=spec.query_offset,
+            segment_ids_q=ids_q,
+            segment_ids_k=divided.segment_ids_k,
+            mask=spec.mask,
+        )
+        return cls(packed, MaskSpec(padded, mask.shape, mask.device), rows, rows)
+
+    @classmethod
+    def of_cross_attention(cls, rows_q: Packing, rows_k: Packing, device: torch.device) -> PackedMask:
+        """Every query sees all keys of its batch row."""
+        ids_q, ids_k = (
+            rows.unpack(torch.ones(1, rows.total, dtype=torch.int32, device=device)) - 1 for rows in (rows_q, rows_k)
+        )
+        shape = (rows_q.batch, 1, rows_q.length, rows_k.length)
+        padded = MaskSpec(AttentionSpec(segment_ids_q=ids_q, segment_ids_k=ids_k), shape, device)
+        packed = AttentionSpec(cu_seqlens_q=rows_q.cu_seqlens, cu_seqlens_k=rows_k.cu_seqlens)
+        return cls(packed, padded, rows_q, rows_k)
+
+    def unpack(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`(1, H, T, D)` each as `(B, H, S, D)`, zero at padding."""
+        sides = ((query, self.rows_q), (key, self.rows_k), (value, self.rows_k))
+        return tuple(rows.unpack(x.transpose(1, 2)).transpose(1, 2) for x, rows in sides)
+
+    def by_document(self, position_ids: torch.Tensor) -> AttentionSpec:
+        return self.spec  # documents were divided before packing
+
+    def packed_by(self, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, dense: bool) -> AttentionSpec:
+        raise ValueError(
+            "cu_seq_lens_*: they count the padding that padding_free removes; give either a mask or cu_seq_lens_*."
+        )
+
+    def to(self, *args, **kwargs) -> PackedMask:
+        padded = self.padded.to(*args, **kwargs)
+        if padded is self.padded:
+            return self
+        raise ValueError(f"padding_free: a stack's layers are on {self.device} and {padded.device}; use one device.")
+
+    def __getitem__(self, index) -> MaskSpec:
+        raise TypeError(f"This model slices its attention mask ({index}), which padding_free does not support.")
