@@ -5,7 +5,20 @@ from hf_flashbsa.integration.register import register
 from hf_flashbsa.integration.usage import backends_used
 from hf_flashbsa.spec import AttentionSpec
 
-__all__ = ["AttentionSpec", "attention", "backends_used", "choose_backend"]
-__version__ = "0.1.0"
+register()  # before what older releases of Transformers cannot import, so that its error names the remedy
 
-register()
+from hf_flashbsa.integration.padding_free import disable_padding_free, enable_padding_free, padding_free  # noqa: E402
+from hf_flashbsa.integration.stacks import LayerStack, register_stack  # noqa: E402
+
+__all__ = [
+    "AttentionSpec",
+    "LayerStack",
+    "attention",
+    "backends_used",
+    "choose_backend",
+    "disable_padding_free",
+    "enable_padding_free",
+    "padding_free",
+    "register_stack",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,391 @@
+"""Padding-free execution: the layers of a model see one row of live tokens instead of a padded batch.
+
+Hooks on the model's own modules do it. Before a stack's forward the padding masks are measured; before each of its
+layers whatever is still padded is packed; behind the stack its hidden states are restored, with zeros at padding. So
+embeddings, heads, losses, labels and the data pipeline stay as they are, and norms, projections, feed-forward layers
+and dropout run on live tokens only. A layer's packing travels with its attention mask, so that layers may be skipped,
+or computed again by gradient checkpointing.
+
+The number of live tokens sizes the packed tensors. Reading it waits for the device, once in a forward of the model
+for all its masks together, unless the caller gives it as `num_live_tokens`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from hf_flashbsa.integration.mask import MaskSpec
+from hf_flashbsa.integration.packing import PackedMask, Packing
+from hf_flashbsa.integration.register import DENSE
+from hf_flashbsa.integration.stacks import Call, LayerStack, declared_classes, declared_stack, takes
+
+_HANDLES = "_padding_free_handles"
+_HINT = "num_live_tokens"
+
+
+def enable_padding_free(model: nn.Module) -> None:
+    """Lets the layers of a model skip padding, until `disable_padding_free`.
+
+    Loss and gradients are those of the padded model up to rounding; dropout draws other numbers. Hidden states and
+    logits at padding have no meaning: hidden states are zero there.
+
+    A forward is packed where its 2-D `attention_mask` (or `decoder_attention_mask`) has padding, on any side or
+    between tokens, and where no key-value cache is in play: neither `past_key_values` nor `use_cache=True`. Where
+    `use_cache` is left to the config, models in training mode make no cache, and models in evaluation mode follow the
+    config and stay padded where it asks for a cache. Generation is not affected.
+
+    Encoder-decoder models that get `labels` and no `decoder_attention_mask` treat what lies behind a row's last
+    label as padding of the targets.
+
+    To avoid the wait for the device, pass `num_live_tokens` to the model: the sum of its attention mask, or for
+    encoder-decoder models the pair of sums of `attention_mask` and `decoder_attention_mask`. The masks must then
+    have no dead tokens between live ones. The device checks both.
+
+    Args:
+        model: a model with `attn_implementation="bsa_dense"`, or any module around one (heads, adapters,
+            `DistributedDataParallel`). Already enabled parts stay as they are. Call it before the first forward of a
+            compiled model.
+
+    Raises:
+        ValueError: no part of the model declares a layer stack (see `register_stack`), or it uses another attention
+            implementation.
+    """
+    _install(model)
+
+
+def disable_padding_free(model: nn.Module) -> None:
+    """Ends what `enable_padding_free` began, for all parts of the model."""
+    _remove(list(model.modules()))
+
+
+@contextlib.contextmanager
+def padding_free(model: nn.Module) -> Iterator[None]:
+    """`enable_padding_free` for the length of a `with` block; parts that were enabled before stay so.
+
+    Under gradient checkpointing the backward pass belongs inside the block.
+    """
+    installed = _install(model)
+    try:
+        yield
+    finally:
+        _remove(installed)
+
+
+def _install(model: nn.Module) -> list[nn.Module]:
+    """Adds the hooks where they are missing. Returns the modules that got some."""
+    stacks = {name: module for name, module in model.named_modules() if declared_stack(module) is not None}
+    if not stacks:
+        raise ValueError(_unknown(model))
+    for stack in stacks.values():
+        _check_implementation(stack)
+    installed = []
+    for name, module in model.named_modules():
+        if hasattr(module, _HANDLES):
+            continue
+        if name in stacks:
+            declared = declared_stack(module)
+            added = {layer: [_before(layer, _enter_layer)] for layer in module.get_submodule(declared.layers)}
+            if declared.restores_at:
+                end = module.get_submodule(declared.restores_at)
+                added[end] = [end.register_forward_hook(_restore)]
+            added[module] = [_before(module, _enter_stack), module.register_forward_hook(_leave, always_call=True)]
+        elif takes(module, "attention_mask") and any(_is_inside(stack, name) for stack in stacks):
+            added = {module: [_before(module, _enter_model)]}
+        else:
+            continue
+        for hooked, handles in added.items():
+            setattr(hooked, _HANDLES, handles)
+        installed += added
+    return installed
+
+
+def _before(module: nn.Module, hook: Callable) -> RemovableHandle:
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _remove(modules: list[nn.Module]) -> None:
+    for module in modules:
+        for handle in module.__dict__.pop(_HANDLES, ()):
+            handle.remove()
+
+
+def _is_inside(name: str, outer: str) -> bool:
+    return outer == "" or name.startswith(outer + ".")
+
+
+def _check_implementation(stack: nn.Module) -> None:
+    implementation = stack.config._attn_implementation
+    if implementation != DENSE:
+        raise ValueError(
+            f"padding_free: {type(stack).__name__} runs attn_implementation={implementation!r}, which cannot attend "
+            f"within packed rows; call model.set_attn_implementation({DENSE!r})."
+        )
+
+
+def _unknown(model: nn.Module) -> str:
+    """The error for a model without declared stacks, naming a class that looks like one."""
+    name = type(model).__name__
+    looks = next(
+        (
+            (type(module).__name__, child_name)
+            for module in model.modules()
+            for child_name, child in module.named_children()
+            if isinstance(child, nn.ModuleList) and len({type(layer) for layer in child}) == 1
+        ),
+        (name, "layers"),
+    )
+    return (
+        f"padding_free: {name} has no layer stack that is known ({', '.join(declared_classes())}). Declare its own: "
+        f"hf_flashbsa.register_stack({looks[0]}, hf_flashbsa.LayerStack(layers={looks[1]!r})), see LayerStack."
+    )
+
+
+# Measuring
+
+
+#: What the padding masks of this forward look like: mask -> (version, Packing, or None without padding).
+_PACKINGS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _measure(masks: list[torch.Tensor], totals: tuple[int, ...] | None) -> None:
+    """Fills `_PACKINGS` for masks `(B, S)`, all at the cost of one wait for the device, or none with `totals`."""
+    masks = [mask for mask in masks if mask.is_inference() or _PACKINGS.get(mask, (None,))[0] != mask._version]
+    if not masks:
+        return
+    live = [mask.to(torch.bool) for mask in masks]
+    counts = [torch.stack([x.sum(), _holes(x)]) for x in live]
+    if totals is None:
+        known = torch.cat([c.to(counts[0].device) for c in counts]).tolist()
+    else:
+        if len(totals) != len(masks):
+            raise ValueError(f"{_HINT}: {totals} for {len(masks)} padding masks; give one number for each.")
+        for count, total in zip(counts, totals, strict=True):
+            torch._assert_async(count[0] == total, f"{_HINT} is not the sum of the attention mask")
+            torch._assert_async(count[1] == 0, f"{_HINT}: the attention mask has dead tokens between live ones")
+        known = [number for total in totals for number in (total, 0)]
+    for mask, x, total, holes in zip(masks, live, known[::2], known[1::2], strict=True):
+        padded = 0 < total < x.numel()
+        version = None if mask.is_inference() else mask._version
+        _PACKINGS[mask] = (version, Packing.of_mask(x, total, holes > 0) if padded else None)
+
+
+def _holes(live: torch.Tensor) -> torch.Tensor:
+    """Number of rows whose live tokens form more than one run."""
+    runs = (live[:, 1:] & ~live[:, :-1]).sum(-1) + live[:, 0]
+    return (runs > 1).sum()
+
+
+def _live_targets(labels: torch.Tensor) -> torch.Tensor:
+    """int64 `(B, T)`, 1 up to a row's last label: behind it no target token can change the loss."""
+    return (labels != -100).flip(1).cumsum(1).flip(1).clamp(max=1)
+
+
+@torch.compiler.disable
+def _enter_model(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Forward pre-hook of the modules around stacks: measures their padding masks together."""
+    call = Call(module, args, kwargs)
+    _measure_call(module, call)
+    return call.result()
+
+
+def _measure_call(module: nn.Module, call: Call) -> None:
+    totals = call.kwargs.pop(_HINT, None)
+    if takes(module, "decoder_attention_mask") and call.get("decoder_attention_mask") is None:
+        labels = call.get("labels")
+        targets = call.get("decoder_input_ids")
+        if labels is not None and labels.ndim == 2 and (targets is None or targets.shape == labels.shape):
+            call.set("decoder_attention_mask", _live_targets(labels))
+    names = ("attention_mask", "decoder_attention_mask", "encoder_attention_mask")
+    masks = [mask for name in names if _is_padding(mask := call.get(name))]
+    _measure(masks, (totals,) if isinstance(totals, int) else totals)
+
+
+def _is_padding(mask: object) -> bool:
+    return isinstance(mask, torch.Tensor) and mask.ndim == 2
+
+
+# Stacks and layers
+
+
+@dataclasses.dataclass(eq=False)
+class _Plan:
+    """How one forward of a stack is packed.
+
+    Args:
+        stack: the module.
+        outer: the plan in force around it.
+        rows: how its own tokens are packed; None where it runs padded.
+        told_positions: whether the caller gave `position_ids`.
+    """
+
+    stack: nn.Module
+    outer: _Plan | None
+    rows: Packing | None = None
+    told_positions: bool = False
+    _companions: dict[int, tuple[torch.Tensor, torch.Tensor]] = dataclasses.field(default_factory=dict)
+
+    def companion(self, x: torch.Tensor) -> torch.Tensor:
+        """A tensor with an entry for each token, packed; kept for the next layer unless gradients flow through it."""
+        if x.requires_grad:
+            return self.rows.pack(x)
+        if id(x) not in self._companions:
+            self._companions[id(x)] = (x, self.rows.pack(x))  # holds x, so that its id stays its own
+        return self._companions[id(x)][1]
+
+
+_PLAN: ContextVar[_Plan | None] = ContextVar("padding_free_plan", default=None)
+
+#: Hidden states that a stack's end made padded -> the packed ones, for the decoder that would pack them again.
+_PACKED_STATES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+@torch.compiler.disable
+def _enter_stack(stack: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Forward pre-hook of a stack: decides how it is packed, and packs the other stack's states for all layers."""
+    call = Call(stack, args, kwargs)
+    _check_implementation(stack)
+    _measure_call(stack, call)
+    plan = _Plan(stack, outer=_PLAN.get())
+    _PLAN.set(plan)
+    tokens = call.get("inputs_embeds") if call.get("input_ids") is None else call.get("input_ids")
+    if tokens is None or _uses_cache(stack, call):
+        return call.result()
+    mask, memory, memory_mask = (
+        call.get(name) for name in ("attention_mask", "encoder_hidden_states", "encoder_attention_mask")
+    )
+    rows = _packing_of(mask, tokens.device)
+    memory_rows = None if memory is None else _packing_of(memory_mask, tokens.device)
+    if rows is None and memory_rows is None:
+        return call.result()
+    # Where one side is packed, the other is too: layers project both with one batch size.
+    rows = rows or Packing.full(*tokens.shape[:2], tokens.device)
+    if not rows.is_padded(tokens):
+        raise ValueError(
+            f"padding_free: attention_mask is {tuple(mask.shape)} for tokens {tuple(tokens.shape[:2])}; "
+            "give a mask with an entry for each token."
+        )
+    if memory is not None:
+        memory_rows = memory_rows or Packing.full(*memory.shape[:2], tokens.device)
+        call.set("encoder_hidden_states", _pack_states(memory, memory_rows))
+        call.set("encoder_attention_mask", PackedMask.of_cross_attention(rows, memory_rows, tokens.device))
+    if takes(stack, "use_cache"):
+        call.set("use_cache", False)
+    plan.rows = rows
+    plan.told_positions = call.get("position_ids") is not None
+    return call.result()
+
+
+def _uses_cache(stack: nn.Module, call: Call) -> bool:
+    if call.get("past_key_values") is not None:
+        return True
+    if not takes(stack, "use_cache"):
+        return False
+    asked = call.get("use_cache")
+    return not stack.training and declared_stack(stack).makes_cache(stack) if asked is None else bool(asked)
+
+
+def _packing_of(mask: object, device: torch.device) -> Packing | None:
+    rows = _PACKINGS[mask][1] if _is_padding(mask) else None
+    return rows if rows is None or rows.cu_seqlens.device == device else rows.to(device)
+
+
+def _pack_states(states: torch.Tensor, rows: Packing) -> torch.Tensor:
+    made_of, version, packed = _PACKED_STATES.get(states, (None, None, None))
+    return packed if made_of is rows and version == states._version else rows.pack(states)
+
+
+@torch.compiler.disable
+def _enter_layer(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """Forward pre-hook of a layer: packs what is still padded."""
+    call = Call(layer, args, kwargs)
+    mask = call.get("attention_mask")
+    # The mask remembers the plan for the second forward of gradient checkpointing, when the stack has been left.
+    plan = mask.derived("plan", (), _PLAN.get) if isinstance(mask, MaskSpec) else _PLAN.get()
+    if plan is None or plan.rows is None:
+        return None
+    if not isinstance(mask, MaskSpec):
+        raise ValueError(f"padding_free: {type(layer).__name__} got no attention_mask; its stack cannot be packed.")
+    rows, declared = plan.rows, declared_stack(plan.stack)
+    states = next(iter(call.names))
+    _check_companions(layer, call, rows, declared, states)
+    hidden = call.get(states)
+    if not rows.is_packed(hidden):
+        if not rows.is_padded(hidden):
+            raise ValueError(
+                f"padding_free: {type(layer).__name__} got {tuple(hidden.shape)}, neither padded nor packed."
+            )
+        call.set(states, rows.pack(hidden))
+    positions = call.get("position_ids") if plan.told_positions else None
+    packed = mask.derived("packed", (positions,), lambda: PackedMask.of_self_attention(mask, rows, positions))
+    call.set("attention_mask", packed)
+    for name in declared.per_token:
+        value = call.get(name)
+        if isinstance(value, (tuple, list)):
+            call.set(name, type(value)(plan.companion(x) for x in value))
+        elif value is not None:
+            call.set(name, plan.companion(value))
+    if declared.prepare is not None:
+        declared.prepare(layer, call, rows)
+    return call.result()
+
+
+def _check_companions(layer: nn.Module, call: Call, rows: Packing, declared: LayerStack, states: str) -> None:
+    """Raises where an argument that looks like one entry for each token is not declared to be one."""
+    known = {states, "encoder_hidden_states", *declared.per_token, *declared.shared}
+    for name, value in call.items():
+        values = value if isinstance(value, (tuple, list)) else (value,)
+        for x in values:
+            if (
+                name not in known
+                and isinstance(x, torch.Tensor)
+                and x.ndim >= 2
+                and x.shape[0] in (1, rows.batch)
+                and x.shape[1] == rows.length
+            ):
+                raise ValueError(
+                    f"padding_free: argument {name!r} of {type(layer).__name__}, {tuple(x.shape)}, seems to hold an "
+                    "entry for each token; name it in LayerStack.per_token, or in LayerStack.shared if it does not."
+                )
+
+
+def _restored(value, rows: Packing, done: dict[int, torch.Tensor]):
+    """The output of a stack with packed hidden states padded again. `done` keeps equal tensors one tensor."""
+    if isinstance(value, torch.Tensor):
+        if value.ndim != 3 or not rows.is_packed(value) or rows.is_padded(value):
+            return value
+        if id(value) not in done:
+            padded = done[id(value)] = rows.unpack(value)
+            if padded.requires_grad:
+                _PACKED_STATES[padded] = (rows, padded._version, value)
+        return done[id(value)]
+    if isinstance(value, dict):
+        for key in list(value):
+            value[key] = _restored(value[key], rows, done)
+        return value
+    if type(value) in (tuple, list):
+        return type(value)(_restored(x, rows, done) for x in value)
+    return value
+
+
+@torch.compiler.disable
+def _restore(module: nn.Module, args: tuple, output):
+    plan = _PLAN.get()
+    return output if plan is None or plan.rows is None else _restored(output, plan.rows, {})
+
+
+@torch.compiler.disable
+def _leave(stack: nn.Module, args: tuple, output):
+    """Forward hook of a stack, also called where its forward raised."""
+    plan = _PLAN.get()
+    if plan is None or plan.stack is not stack:  # its pre-hook raised
+        return None
+    _PLAN.set(plan.outer)
+    return None if plan.rows is None else _restored(output, plan.rows, {})

@@ -1,0 +1,157 @@
+"""Which classes of Transformers run a stack of layers, and what padding-free execution must know of each."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerStack:
+    """A class whose forward embeds tokens, runs layers over them and returns hidden states `(B, S, d)`.
+
+    Its forward takes a padding mask `(B, S)` as `attention_mask`, and states of another stack, if any, as
+    `encoder_hidden_states` with `encoder_attention_mask`. Its layers take the hidden states first and those same
+    names.
+
+    Args:
+        layers: path of the `ModuleList` of layers.
+        per_token: arguments of the layers, besides the hidden states, with an entry for each token:
+            `(B or 1, S, ...)` tensors, or tuples of them.
+        shared: tensor arguments of the layers that stay as they are.
+        restores_at: path of the module within the class whose output is padded again, for classes that use the
+            hidden states themselves behind the last layer (poolers); "" is the end of the class's forward.
+        makes_cache: whether a module of the class makes a key-value cache when `use_cache` is not given.
+        prepare: called with a layer, its arguments and the batch's `Packing` before each packed layer.
+    """
+
+    layers: str = "layers"
+    per_token: tuple[str, ...] = ("position_embeddings", "position_ids")
+    shared: tuple[str, ...] = ()
+    restores_at: str = ""
+    makes_cache: Callable[[nn.Module], bool] = lambda stack: bool(stack.config.use_cache)
+    prepare: Callable[[nn.Module, Call, object], None] | None = None
+
+
+class Call:
+    """The arguments of a call of a module, by the names of its class's forward."""
+
+    def __init__(self, module: nn.Module, args: tuple, kwargs: dict):
+        self.names = _parameters(type(module))
+        self.args = list(args)
+        self.kwargs = dict(kwargs)
+
+    def get(self, name: str):
+        """The argument, or None where it is not given."""
+        position = self.names.get(name, len(self.args))
+        return self.args[position] if position < len(self.args) else self.kwargs.get(name)
+
+    def set(self, name: str, value) -> None:
+        position = self.names.get(name, len(self.args))
+        if position < len(self.args):
+            self.args[position] = value
+        else:
+            self.kwargs[name] = value
+
+    def items(self) -> list[tuple[str, object]]:
+        return [*zip(self.names, self.args, strict=False), *self.kwargs.items()]
+
+    def result(self) -> tuple[tuple, dict]:
+        """What a forward pre-hook returns."""
+        return tuple(self.args), self.kwargs
+
+
+_PARAMETERS: dict[type, dict[str, int]] = {}
+
+
+def _parameters(cls: type) -> dict[str, int]:
+    """Position of each named parameter of `cls.forward`, without self."""
+    if cls not in _PARAMETERS:
+        named = [p for p in inspect.signature(cls.forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        _PARAMETERS[cls] = {p.name: i for i, p in enumerate(named[1:])}
+    return _PARAMETERS[cls]
+
+
+def takes(module: nn.Module, name: str) -> bool:
+    """Whether the forward of the module's class names this parameter."""
+    return name in _parameters(type(module))
+
+
+def _t5_bias(block: nn.Module, call: Call, packing) -> None:
+    """Gives a block the bias that it would compute from the lengths of its inputs: that of the padded batch.
+
+    The first block learns the self-attention's bias. The cross-attention's is zero; without it each block would
+    write it out for all packed queries and keys.
+    """
+    attention = block.layer[0].SelfAttention
+    device = attention.q.weight.device
+    none = torch.zeros(1, 1, 1, 1, device=device)
+    if call.get("position_bias") is None:
+        learned = attention.has_relative_attention_bias
+        bias = attention.compute_bias(packing.length, packing.length, device=device) if learned else none
+        call.set("position_bias", bias)
+    if call.get("encoder_hidden_states") is not None and call.get("encoder_decoder_position_bias") is None:
+        call.set("encoder_decoder_position_bias", none)
+
+
+_SEQ2SEQ = LayerStack(per_token=())
+_BERT = LayerStack(
+    layers="encoder.layer",
+    per_token=(),
+    restores_at="encoder",
+    makes_cache=lambda stack: stack.config.is_decoder and stack.config.use_cache,
+)
+_T5 = LayerStack(
+    layers="block", per_token=(), shared=("position_bias", "encoder_decoder_position_bias"), prepare=_t5_bias
+)
+_ROTARY = LayerStack()
+
+#: Classes that declare their stack, by "module.name": those of Transformers and those of `register_stack`.
+_STACKS: dict[str, LayerStack] = {
+    f"transformers.models.{family}.modeling_{family}.{name}": stack
+    for stack, classes in (
+        (_SEQ2SEQ, {"bart": "BartEncoder BartDecoder", "mbart": "MBartEncoder MBartDecoder"}),
+        (_SEQ2SEQ, {"pegasus": "PegasusEncoder PegasusDecoder", "marian": "MarianEncoder MarianDecoder"}),
+        (_T5, {"t5": "T5Stack", "mt5": "MT5Stack"}),
+        (_BERT, {"bert": "BertModel", "roberta": "RobertaModel"}),
+        (_ROTARY, {"modernbert": "ModernBertModel"}),
+        (_ROTARY, {"llama": "LlamaModel", "mistral": "MistralModel", "qwen2": "Qwen2Model", "qwen3": "Qwen3Model"}),
+        (_ROTARY, {"gemma": "GemmaModel", "gemma2": "Gemma2Model", "gemma3": "Gemma3TextModel"}),
+    )
+    for family, names in classes.items()
+    for name in names.split()
+}
+
+
+def register_stack(cls: type[nn.Module], stack: LayerStack) -> None:
+    """Declares the layer stack of a model class, so that `padding_free` can run it.
+
+    ```python
+    register_stack(MyDecoder, LayerStack(layers="blocks", per_token=("rotary",)))
+    ```
+
+    Args:
+        cls: the class whose forward runs the layers. Subclasses are covered as long as they inherit that forward.
+        stack: see `LayerStack`.
+    """
+    _STACKS[_key(cls)] = stack
+
+
+def declared_stack(module: nn.Module) -> LayerStack | None:
+    """The declaration of the module's class, or of the base class whose forward it runs."""
+    for cls in type(module).__mro__:
+        if _key(cls) in _STACKS and type(module).forward is cls.forward:
+            return _STACKS[_key(cls)]
+    return None
+
+
+def declared_classes() -> list[str]:
+    return sorted(key.rpartition(".")[2] for key in _STACKS)
+
+
+def _key(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
