@@ -32,11 +32,15 @@ class Family:
     seq2seq: bool = False
 
 
+LAYER_TYPES = ["sliding_attention", "full_attention"]
 WINDOW = dict(DECODER, head_dim=8, sliding_window=5)
 FAMILIES = {
     "bart": Family(transformers.BartForConditionalGeneration, transformers.BartConfig, BART, True),
+    "mbart": Family(transformers.MBartForConditionalGeneration, transformers.MBartConfig, BART, True),
+    "marian": Family(transformers.MarianMTModel, transformers.MarianConfig, BART, True),
     "pegasus": Family(transformers.PegasusForConditionalGeneration, transformers.PegasusConfig, BART, True),
     "t5": Family(transformers.T5ForConditionalGeneration, transformers.T5Config, T5, True),
+    "mt5": Family(transformers.MT5ForConditionalGeneration, transformers.MT5Config, T5, True),
     "llama": Family(transformers.LlamaForCausalLM, transformers.LlamaConfig, DECODER),
     "mistral": Family(transformers.MistralForCausalLM, transformers.MistralConfig, WINDOW),
     "qwen2": Family(
@@ -44,14 +48,24 @@ FAMILIES = {
         transformers.Qwen2Config,
         dict(DECODER, use_sliding_window=True, sliding_window=5, max_window_layers=1),
     ),
+    "qwen3": Family(transformers.Qwen3ForCausalLM, transformers.Qwen3Config, dict(DECODER, head_dim=8)),
+    "gemma": Family(transformers.GemmaForCausalLM, transformers.GemmaConfig, dict(DECODER, head_dim=8)),
     "gemma2": Family(
         transformers.Gemma2ForCausalLM, transformers.Gemma2Config, dict(WINDOW, attn_logit_softcapping=2.0)
+    ),
+    "gemma3": Family(
+        transformers.Gemma3ForCausalLM, transformers.Gemma3TextConfig, dict(WINDOW, layer_types=LAYER_TYPES)
     ),
     "gpt_oss": Family(transformers.GptOssForCausalLM, transformers.GptOssConfig, dict(WINDOW, num_local_experts=4)),
     "bert": Family(
         transformers.BertForMaskedLM,
         transformers.BertConfig,
         dict(SIZE, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
+    ),
+    "roberta": Family(
+        transformers.RobertaForMaskedLM,
+        transformers.RobertaConfig,
+        dict(SIZE, pad_token_id=0, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
     ),
     "modernbert": Family(
         transformers.ModernBertForMaskedLM,
