@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ import hf_flashbsa
 from recipes.xsum import train as script
 from recipes.xsum.config import load_config
 from recipes.xsum.data import load_records, load_tokenizer
-from recipes.xsum.loop import learning_rate_at
+from recipes.xsum.loop import Interrupted, StopSignal, learning_rate_at
 from recipes.xsum.model import attention_layers, attention_record, build_model, summed_loss
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -245,6 +246,26 @@ def test_signal_saves_a_checkpoint_to_go_on_from(number, full_config, finished, 
     assert curve(run) == curve(finished)
 
 
+def test_signal_during_an_evaluation_ends_it_at_once():
+    before = signal.getsignal(signal.SIGTERM)
+    stop = StopSignal()
+    with pytest.raises(Interrupted, match="stopped by SIGTERM: nothing is saved yet") as stopped:
+        with stop, stop.at_once("nothing is saved yet"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            pytest.fail("the signal did not interrupt")
+    assert stopped.value.exit_code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_second_interrupt_does_not_wait_for_the_step():
+    stop = StopSignal()
+    with pytest.raises(KeyboardInterrupt), stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGTERM)  # as launchers do; the checkpoint is still to be written
+        os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_resumed_run_may_be_longer(tmp_path):
     short = run_main(tmp_path, max_steps=4, lr_scheduler="constant")
     run_main(tmp_path, "--resume", max_steps=9, lr_scheduler="constant", log_every=1)
@@ -266,12 +287,9 @@ def test_loss_between_log_lines_survives_a_checkpoint(tmp_path):
     values = {"log_every": 4, "save_every": 6, "max_steps": 8, "dropout": 0.1}
     full = run_main(tmp_path, name="full", **values)
     each = run_main(tmp_path, name="each", **(values | {"log_every": 1}))
-    cut = run_main(tmp_path, **(values | {"max_steps": 8, "keep_checkpoints": 5}))
-    for name in ("step_00000008",):
-        for file in (cut / "checkpoints" / name).iterdir():
-            file.unlink()
-        (cut / "checkpoints" / name).rmdir()
-    run_main(tmp_path, "--resume", **(values | {"keep_checkpoints": 5}))
+    cut = run_main(tmp_path, **values)
+    shutil.rmtree(cut / "checkpoints" / "step_00000008")
+    run_main(tmp_path, "--resume", **values)
     assert curve(cut) == curve(full)
     single = [(line["loss"], line["target_tokens"]) for line in lines(each) if "loss" in line]
     weights = [b[1] - a[1] for a, b in zip([(0, 0), *single], single, strict=False)]
@@ -436,6 +454,13 @@ def test_attention_implementations_start_alike_and_see_the_same_data(tmp_path):
         )
     for other in weights[1:]:
         assert all(torch.equal(weights[0][name], other[name]) for name in weights[0])
+
+
+def test_training_starts_from_saved_weights(tmp_path):
+    first = run_main(tmp_path, name="first")
+    start = {"model": str(first / "model"), "model_config": None, "tokenizer": str(first / "tokenizer")}
+    second = run_main(tmp_path, name="second", **start, learning_rate=1e-12, max_steps=1)
+    assert lines(second)[-1]["eval_loss"] == pytest.approx(lines(first)[-1]["eval_loss"], rel=1e-6)
 
 
 def test_evaluation_leaves_training_untouched(tmp_path):

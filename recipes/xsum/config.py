@@ -125,11 +125,11 @@ class Config:
             raise ConfigError("model_config needs model_type, for example {model_type: bart, d_model: 128}")
         files = ("train_file", "validation_file", "test_file")
         if self.dataset == "files":
-            missing = [name for name in files[:2] if getattr(self, name) is None]
-            if self.rouge != "never" and self.final_split == "test" and self.test_file is None:
-                missing.append("test_file (or final_split: validation)")
-            if missing:
-                raise ConfigError(f"dataset: files needs {', '.join(missing)}")
+            if missing := [f"{split}_file" for split in self.splits if getattr(self, f"{split}_file") is None]:
+                raise ConfigError(
+                    f"dataset: files needs {' and '.join(missing)} "
+                    f"(final_split is {self.final_split}, eval_every {self.eval_every})"
+                )
         elif given := [name for name in files if getattr(self, name) is not None]:
             raise ConfigError(f"{given[0]} is read only with dataset: files, not with dataset: {self.dataset}")
         if len(self.adam_betas) != 2:
@@ -139,11 +139,17 @@ class Config:
         if self.eval_untrained and self.rouge == "never":
             raise ConfigError("eval_untrained scores summaries, so it needs rouge: end or every_eval")
         if "flash_attention" in self.attn_implementation and self.mixed_precision == "no":
-            raise ConfigError(f"{self.attn_implementation} computes in bfloat16 only: set mixed_precision: bf16")
+            raise ConfigError(f"{self.attn_implementation} cannot compute in float32: set mixed_precision: bf16")
+
+    @property
+    def splits(self) -> list[str]:
+        """The splits that a run reads, training first."""
+        held_out = {self.final_split} | ({"validation"} if self.eval_every else set())
+        return ["train", *sorted(held_out)]
 
     @functools.cached_property
     def architecture(self) -> str:
-        """ "seq2seq" or "causal" (decoder-only), read from the model's Transformers config."""
+        """Either "seq2seq" or "causal" (decoder-only), read from the model's Transformers config."""
         from recipes.xsum.model import transformers_config
 
         return "seq2seq" if transformers_config(self).is_encoder_decoder else "causal"
@@ -206,7 +212,7 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
 
 
 def suggest(name: str, valid: Iterable[str], prefix: str = "") -> str:
-    """ "; did you mean ...?", or nothing where no valid name is near."""
+    """A question after the nearest valid name, or nothing where none is near."""
     near = difflib.get_close_matches(name, list(valid), n=1)
     return f"; did you mean {prefix}{near[0]}?" if near else ""
 
@@ -215,10 +221,10 @@ def _from_text(value: Any) -> Any:
     """YAML's reading of command-line text, with `3e-5` a number (YAML 1.1 takes it for a word)."""
     if not isinstance(value, str):
         return value
-    value = yaml.safe_load(value)
     try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
+        parsed = yaml.safe_load(value)
+        return float(parsed) if isinstance(parsed, str) else parsed
+    except (yaml.YAMLError, ValueError):
         return value
 
 

@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,20 +27,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import ProjectConfiguration, send_to_device, set_seed
-from torch.utils.data import DataLoader
 
 import hf_flashbsa  # noqa: F401 - registers bsa_dense
+from recipes.xsum.batches import RunData
 from recipes.xsum.checkpoint import check_run_dir, load_checkpoint, open_run_dir, save_checkpoint
 from recipes.xsum.config import Config, ConfigError, load_config, parse_arguments
-from recipes.xsum.data import (
-    CausalCollator,
-    DataError,
-    Seq2SeqCollator,
-    epoch_batches,
-    load_records,
-    load_tokenizer,
-    tokenize_records,
-)
+from recipes.xsum.data import DataError
 from recipes.xsum.display import Display, quiet_libraries
 from recipes.xsum.evaluate import (
     evaluate_loss,
@@ -106,18 +98,18 @@ class Training:
     def __init__(self, config: Config, accelerator: Accelerator, checkpoint: Path | None) -> None:
         self.config, self.accelerator, self.checkpoint = config, accelerator, checkpoint
         self.run_dir = Path(config.output_dir)
-        self._load_data()
+        self.data = RunData(config, accelerator, self.run_dir / "tokenizer" if checkpoint else None)
+        self.total_steps = config.max_steps or config.num_epochs * self.data.steps_per_epoch
         set_seed(config.seed)
-        model = build_model(config, self.tokenizer)
-        collator = Seq2SeqCollator if config.architecture == "seq2seq" else CausalCollator
-        self.collator = collator(self.tokenizer, model=model)
+        model = build_model(config, self.data.tokenizer)
+        self.collator = self.data.collator(model)
         groups = parameter_groups(model, config.weight_decay)
         optimizer = torch.optim.AdamW(groups, config.learning_rate, tuple(config.adam_betas), fused=True)
         self.model, self.optimizer = prepare(accelerator, model, optimizer)
         set_seed(config.seed, device_specific=True)  # the same weights on every process, but not the same dropout
         self.state, self.metrics_bytes = TrainingState(), 0
         if checkpoint is not None:
-            self.state, self.metrics_bytes = load_checkpoint(accelerator, checkpoint, self.lengths)
+            self.state, self.metrics_bytes = load_checkpoint(accelerator, checkpoint, self.data.lengths)
         if self.state.step > self.total_steps:
             raise ConfigError(f"{checkpoint} has more steps than this run is to have, {self.total_steps}")
         self.window = Window()
@@ -127,30 +119,6 @@ class Training:
         self.log: MetricsLog | None = None  # the main process'
         self.attention: dict[str, Any] | None = None  # known once the model has run
 
-    def _load_data(self) -> None:
-        config, architecture = self.config, self.config.architecture
-        splits = {"train", config.final_split} | ({"validation"} if config.eval_every else set())
-        with self.accelerator.main_process_first():
-            self.records = {split: load_records(config, split) for split in sorted(splits)}
-            # The vocabulary of a resumed run is the one it began with.
-            saved = {} if self.checkpoint is None else {"tokenizer": str(self.run_dir / "tokenizer")}
-            self.tokenizer = load_tokenizer(replace(config, **saved), self.records["train"])
-            self.tokens = {
-                split: tokenize_records(records, self.tokenizer, config, architecture)
-                for split, records in self.records.items()
-            }
-        self.lengths = list(self.tokens["train"]["length"])
-        self.batch_size = (
-            config.per_device_batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
-        )
-        self.steps_per_epoch = len(self.lengths) // self.batch_size
-        if self.steps_per_epoch == 0:
-            raise ConfigError(
-                f"{len(self.lengths)} training documents do not fill one batch of {self.batch_size} "
-                "(per_device_batch_size x gradient_accumulation_steps x processes)"
-            )
-        self.total_steps = config.max_steps or config.num_epochs * self.steps_per_epoch
-
     # Phases
 
     def open(self) -> None:
@@ -158,7 +126,7 @@ class Training:
         config, accelerator, resume = self.config, self.accelerator, self.checkpoint is not None
         if accelerator.is_main_process:
             open_run_dir(config, environment(accelerator.device, accelerator.num_processes), resume=resume)
-            self.tokenizer.save_pretrained(self.run_dir / "tokenizer")
+            self.data.tokenizer.save_pretrained(self.run_dir / "tokenizer")
             self.log = MetricsLog(self.run_dir / "metrics.jsonl", self.metrics_bytes)
         # TensorBoard drops what it holds from this step on: the steps that were taken after the checkpoint.
         accelerator.init_trackers("xsum", init_kwargs={"tensorboard": {"purge_step": self.state.step + 1}})
@@ -168,15 +136,16 @@ class Training:
             with self.stop, self._aside():
                 _, scores = self._score(config.final_split)
             if accelerator.is_main_process:
-                write_untrained_scores(self.run_dir, config.final_split, self.records[config.final_split], scores)
+                write_untrained_scores(self.run_dir, config.final_split, self.data.records[config.final_split], scores)
 
     def fit(self) -> None:
         """Every optimiser step still to take, with log lines, evaluations and checkpoints."""
         config, state = self.config, self.state
+        batches = self.data.steps(self.collator, state.step)
         self.model.train()
         with self.stop:
             self.meter.start()
-            for micro_batches in islice(self._batches(), self.total_steps - state.step):
+            for micro_batches in islice(batches, self.total_steps - state.step):
                 grad_norm, learning_rate = self._optimiser_step(micro_batches)
                 state.step += 1
                 self.display.step(state.step)
@@ -213,33 +182,6 @@ class Training:
         self.accelerator.end_training()
 
     # Steps
-
-    def _batches(self) -> Iterator[list[dict[str, torch.Tensor]]]:
-        """This process' micro-batches of each step, from the state's step on, without end.
-
-        Which documents a step sees depends on the global batch size alone, not on how devices and accumulation
-        split it. Documents that do not fill an epoch's last batch are left out of that epoch.
-        """
-        config, accelerator = self.config, self.accelerator
-        size = config.per_device_batch_size
-        epoch, done = divmod(self.state.step, self.steps_per_epoch)
-        while True:
-            batches = epoch_batches(
-                self.lengths, self.batch_size, seed=config.seed, epoch=epoch, group_by_length=config.group_by_length
-            )
-            batches = [batch for batch in batches if len(batch) == self.batch_size][done:]
-            shares = [batch[i : i + size] for batch in batches for i in range(0, self.batch_size, size)]
-            loader = DataLoader(
-                self.tokens["train"],
-                batch_sampler=shares[accelerator.process_index :: accelerator.num_processes],
-                collate_fn=self.collator,
-                pin_memory=accelerator.device.type == "cuda",
-                generator=torch.Generator(),  # else the loader draws from the generator that dropout uses
-            )
-            micro_batches = iter(loader)
-            for _ in batches:
-                yield list(islice(micro_batches, config.gradient_accumulation_steps))
-            epoch, done = epoch + 1, 0
 
     def _optimiser_step(self, micro_batches: list[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, float]:
         """Descend the mean loss per target token of all micro-batches; returns gradient norm and learning rate."""
@@ -291,7 +233,7 @@ class Training:
             self.attention = attention_record(model, self.config.attn_implementation)
         record = {
             "step": state.step,
-            "epoch": state.step / self.steps_per_epoch,
+            "epoch": state.step / self.data.steps_per_epoch,
             "examples": state.examples,
             "source_tokens": state.source_tokens,
             "target_tokens": state.target_tokens,
@@ -315,7 +257,7 @@ class Training:
         self.meter.pause()
         self._count()
         size = self.log.size if self.log is not None else 0
-        self.checkpoint = save_checkpoint(self.accelerator, self.config, self.state, self.lengths, size)
+        self.checkpoint = save_checkpoint(self.accelerator, self.config, self.state, self.data.lengths, size)
         self.meter.start()
 
     # Evaluation
@@ -333,26 +275,26 @@ class Training:
 
     def _score(self, split: str) -> tuple[list[str], dict[str, dict[str, float]]]:
         """The model's summaries of a held-out split and their ROUGE."""
-        config, tokens = self.config, self.tokens[split]
+        config, tokens = self.config, self.data.tokens[split]
         predictions = generate_summaries(
-            self.model, self.tokenizer, tokens, config, self.accelerator, self.display.progress
+            self.model, self.data.tokenizer, tokens, config, self.accelerator, self.display.progress
         )
-        references = self.records[split]["summary"]
+        references = self.data.records[split]["summary"]
         samples = config.bootstrap_samples
         return predictions, rouge_scores(predictions, references, bootstrap_samples=samples, seed=config.seed)
 
     def _evaluate(self, split: str, *, with_rouge: bool, final: bool = False) -> None:
-        config, records = self.config, self.records[split]
+        config, records = self.config, self.data.records[split]
         self.display.say(f"step {self.state.step}: evaluating on {len(records)} {split} documents")
         with self._aside():
             batches = loss_batches(
-                self.tokens[split], self.collator, config.per_device_eval_batch_size, self.accelerator
+                self.data.tokens[split], self.collator, config.per_device_eval_batch_size, self.accelerator
             )
             loss = evaluate_loss(self.model, batches, self.accelerator)
             predictions, scores = self._score(split) if with_rouge else ([], None)
         record = {
             "step": self.state.step,
-            "epoch": self.state.step / self.steps_per_epoch,
+            "epoch": self.state.step / self.data.steps_per_epoch,
             "split": split,
             "eval_loss": loss,
             "rouge": scores,
