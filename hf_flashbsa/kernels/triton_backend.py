@@ -55,13 +55,28 @@ def _score(extras: Extras, params: Params) -> Score:
 
 
 def _padded(dim: int) -> int:
-    return max(16, triton.next_power_of_2(dim))
+    # ptxas 12.8, in Triton 3.6, compiles some kernels whose products are 16 columns wide to wrong code for Hopper.
+    return max(32, triton.next_power_of_2(dim))
 
 
-def _config(kernel: str, q: torch.Tensor, v: torch.Tensor, extras: Extras, params: Params) -> tuning.Config:
-    plain = extras.bias is None and extras.mask is None and params.softcap == 0.0 and params.drop_threshold == 0
+def _is_aligned(x: torch.Tensor) -> bool:
+    """Whether every row begins at a multiple of 16 bytes."""
+    strides = x.stride(0) | x.stride(1) | x.stride(2)
+    return strides * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+
+
+def _config(
+    kernel: str, q: torch.Tensor, v: torch.Tensor, aligned: bool, extras: Extras, params: Params
+) -> tuning.Config:
+    plain = (
+        extras.bias is None
+        and extras.mask is None
+        and extras.segment_ids_q is None
+        and params.softcap == 0.0
+        and params.drop_threshold == 0
+    )
     block_dim = max(_padded(q.shape[-1]), _padded(v.shape[-1]))
-    return tuning.select(kernel, tuning.architecture(q.device), block_dim, q.element_size(), plain)
+    return tuning.select(kernel, tuning.architecture(q.device), block_dim, q.element_size(), plain, aligned)
 
 
 def _meta(config: tuning.Config, q: torch.Tensor, v: torch.Tensor) -> dict:
@@ -89,7 +104,8 @@ def forward(q, k, v, out, lse, extras: Extras, params: Params) -> None:
     (batch, heads, len_q, _), (_, heads_k, len_k, _) = q.shape, k.shape
     if q.numel() == 0:
         return
-    config = _config("forward", q, v, extras, params)
+    aligned = _is_aligned(q) and _is_aligned(k) and _is_aligned(v)
+    config = _config("forward", q, v, aligned, extras, params)
     tiles, batch = _tiles(extras.work_q, len_q, batch, config.block_m)
     forward_kernel[(tiles * heads * batch,)](
         _operand(q), _operand(k), _operand(v), _operand(out), lse, extras.sinks, extras.work_q,
@@ -108,13 +124,14 @@ def backward(dout, dlse, q, k, v, out, lse, gradients, extras: Extras, params: P
     dense, bias = _dense(extras), _matrix(extras.bias)
     operands = (_operand(q), _operand(k), _operand(v))
     dout_ = _operand(dout)
+    aligned = _is_aligned(q) and _is_aligned(k) and _is_aligned(v) and _is_aligned(dout)
     if q.numel() > 0:
         rowwise_kernel[(triton.cdiv(len_q, 64) * batch * heads,)](
             _operand(out), dout_, lse, None if dlse is None else dlse.contiguous(), delta, lse_log2,
             heads, len_q,
             HEAD_DIM_V=v.shape[-1], BLOCK_M=64, BLOCK_DV=_padded(v.shape[-1]), num_warps=4,
         )  # fmt: skip
-        config = _config("dq", q, v, extras, params)
+        config = _config("dq", q, v, aligned, extras, params)
         tiles, rows = _tiles(extras.work_q, len_q, batch, config.block_m)
         dq_kernel[(tiles * heads * rows,)](
             dout_, _operand(dq), *operands, lse_log2, delta, extras.work_q, mask, dense, score, bias,
@@ -122,7 +139,7 @@ def backward(dout, dlse, q, k, v, out, lse, gradients, extras: Extras, params: P
             len_q, len_k, tiles, **_meta(config, q, v),
         )  # fmt: skip
     if k.numel() > 0:
-        config = _config("dkdv", q, v, extras, params)
+        config = _config("dkdv", q, v, aligned, extras, params)
         tiles, rows = _tiles(extras.work_k, len_k, batch_k, config.block_n)
         dkdv_kernel[(tiles * heads_k * rows,)](
             dout_, _operand(dk), _operand(dv), *operands, lse_log2, delta, extras.work_k, mask, dense, score, bias,
@@ -130,7 +147,7 @@ def backward(dout, dlse, q, k, v, out, lse, gradients, extras: Extras, params: P
             heads, group, len_q, len_k, tiles, **_meta(config, q, v),
         )  # fmt: skip
     if dbias.numel() > 0:
-        config = _config("dbias", q, v, extras, params)
+        config = _config("dbias", q, v, aligned, extras, params)
         grid = (
             triton.cdiv(len_k, config.block_n), triton.cdiv(len_q, config.block_m), dbias.shape[0] * dbias.shape[1],
         )  # fmt: skip

@@ -49,25 +49,30 @@ def override(kernel: str, config: Config) -> Iterator[None]:
         _overrides.update(before)
 
 
-def select(kernel: str, arch: str, block_dim: int, itemsize: int, plain: bool) -> Config:
+def select(kernel: str, arch: str, block_dim: int, itemsize: int, plain: bool, aligned: bool = True) -> Config:
     """The configuration of `kernel` ("forward", "dkdv", "dq", "dbias").
 
     Args:
         block_dim: the padded head dim, the larger of those of keys and values.
         itemsize: bytes of an element.
-        plain: whether the scores are only scaled and masked by bounds: no bias, softcap, dropout or dense mask,
-            which need registers.
+        plain: whether the scores are only scaled and masked by bounds: no bias, softcap, dropout, dense
+            mask or documents by segment ids, which need registers.
+        aligned: whether all rows begin at multiples of 16 bytes. Otherwise loads are narrow and need registers for
+            their many addresses.
+
+    Entries are tried in the order of the file. `plain_only` and `aligned_only` ones are for such calls alone.
     """
-    return _overrides.get(kernel) or _lookup(kernel, arch, block_dim, itemsize, plain)
+    return _overrides.get(kernel) or _lookup(kernel, arch, block_dim, itemsize, plain, aligned)
 
 
 @functools.cache
-def _lookup(kernel: str, arch: str, block_dim: int, itemsize: int, plain: bool) -> Config:
+def _lookup(kernel: str, arch: str, block_dim: int, itemsize: int, plain: bool, aligned: bool) -> Config:
     for entry in _table(arch)[kernel]:
         if (
             block_dim <= entry["head_dim"]
             and itemsize <= entry["itemsize"]
             and (plain or not entry.get("plain_only", False))
+            and (aligned or not entry.get("aligned_only", False))
         ):
             return Config(entry["block_m"], entry["block_n"], entry["num_warps"], entry["num_stages"])
     raise LookupError(f"configs/{arch}.json lists no {kernel} for head dim {block_dim}, {itemsize} bytes.")
