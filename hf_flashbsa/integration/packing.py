@@ -6,7 +6,10 @@ batch. Queries and keys are packed independently, so that cross-attention keeps 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_flashbsa.integration.mask import MaskSpec
 from hf_flashbsa.spec import AttentionSpec
@@ -65,8 +68,7 @@ class Packing:
         """`(1, T, ...)` as `(B, S, ...)`, zero at padding."""
         x = x[0]
         if self.index is not None:
-            zeros = x.new_zeros(self.batch * self.length, *x.shape[1:])
-            x = zeros.index_copy(0, self.index, x)
+            x = x.new_zeros(self.batch * self.length, *x.shape[1:]).index_copy_(0, self.index, x)
         return x.unflatten(0, (self.batch, self.length))
 
     def to(self, device: torch.device) -> Packing:
@@ -88,6 +90,59 @@ class _Gather(torch.autograd.Function):
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         (index,) = ctx.saved_tensors
         return gradient.new_zeros(ctx.rows, *gradient.shape[1:]).index_copy_(0, index, gradient), None
+
+
+#: Keyword by which the caller of a model tells the numbers of live tokens.
+HINT = "num_live_tokens"
+
+#: What padding masks looked like when they were measured: mask -> (version, Packing, or None without padding).
+_PACKINGS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def is_padding(mask: object) -> bool:
+    """Whether this is a padding mask `(B, S)`."""
+    return isinstance(mask, torch.Tensor) and mask.ndim == 2
+
+
+def measure(masks: list[torch.Tensor], totals: int | Sequence[int] | None) -> None:
+    """Prepares `packing_of` for padding masks that it does not know yet.
+
+    The host waits once for the device, for the numbers of live tokens. Where `totals` gives them it does not wait:
+    the device checks them, and that no dead token lies between live ones.
+
+    Raises:
+        ValueError: `totals` are not a number for each mask.
+    """
+    masks = [mask for mask in masks if mask.is_inference() or _PACKINGS.get(mask, (None,))[0] != mask._version]
+    if not masks:
+        return
+    live = [mask.to(torch.bool) for mask in masks]
+    counts = [torch.stack([x.sum(), _holes(x)]) for x in live]
+    if totals is None:
+        known = torch.cat([c.to(counts[0].device) for c in counts]).tolist()
+    else:
+        totals = (totals,) if isinstance(totals, int) else tuple(totals)
+        if len(totals) != len(masks) or not all(isinstance(total, int) for total in totals):
+            raise ValueError(f"{HINT}: {totals} for {len(masks)} padding masks; give a Python number for each.")
+        for count, total in zip(counts, totals, strict=True):
+            torch._assert_async(count[0] == total, f"{HINT} is not the sum of the attention mask")
+            torch._assert_async(count[1] == 0, f"{HINT}: the attention mask has dead tokens between live ones")
+        known = [number for total in totals for number in (total, 0)]
+    for mask, x, total, holes in zip(masks, live, known[::2], known[1::2], strict=True):
+        version = None if mask.is_inference() else mask._version
+        _PACKINGS[mask] = (version, None if total == x.numel() else Packing.of_mask(x, total, holes > 0))
+
+
+def packing_of(mask: object, device: torch.device) -> Packing | None:
+    """The `Packing` of a measured padding mask; None where nothing is padded or it is no padding mask."""
+    rows = _PACKINGS[mask][1] if is_padding(mask) else None
+    return rows if rows is None or rows.cu_seqlens.device == device else rows.to(device)
+
+
+def _holes(live: torch.Tensor) -> torch.Tensor:
+    """Number of rows whose live tokens form more than one run."""
+    runs = (live[:, 1:] & ~live[:, :-1]).sum(-1) + live[:, 0]
+    return (runs > 1).sum()
 
 
 class PackedMask(MaskSpec):

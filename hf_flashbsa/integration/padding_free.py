@@ -23,12 +23,11 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_flashbsa.integration.mask import MaskSpec
-from hf_flashbsa.integration.packing import PackedMask, Packing
+from hf_flashbsa.integration.packing import HINT, PackedMask, Packing, is_padding, measure, packing_of
 from hf_flashbsa.integration.register import DENSE
 from hf_flashbsa.integration.stacks import Call, LayerStack, declared_classes, declared_stack, takes
 
 _HANDLES = "_padding_free_handles"
-_HINT = "num_live_tokens"
 
 
 def enable_padding_free(model: nn.Module) -> None:
@@ -46,8 +45,8 @@ def enable_padding_free(model: nn.Module) -> None:
     label as padding of the targets.
 
     To avoid the wait for the device, pass `num_live_tokens` to the model: the sum of its attention mask, or for
-    encoder-decoder models the pair of sums of `attention_mask` and `decoder_attention_mask`. The masks must then
-    have no dead tokens between live ones. The device checks both.
+    encoder-decoder models the pair of sums of `attention_mask` and `decoder_attention_mask` (or of the target tokens
+    up to each row's last label). The masks must then have no dead tokens between live ones. The device checks both.
 
     Args:
         model: a model with `attn_implementation="bsa_dense"`, or any module around one (heads, adapters,
@@ -148,68 +147,34 @@ def _unknown(model: nn.Module) -> str:
     )
 
 
-# Measuring
-
-
-#: What the padding masks of this forward look like: mask -> (version, Packing, or None without padding).
-_PACKINGS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def _measure(masks: list[torch.Tensor], totals: tuple[int, ...] | None) -> None:
-    """Fills `_PACKINGS` for masks `(B, S)`, all at the cost of one wait for the device, or none with `totals`."""
-    masks = [mask for mask in masks if mask.is_inference() or _PACKINGS.get(mask, (None,))[0] != mask._version]
-    if not masks:
-        return
-    live = [mask.to(torch.bool) for mask in masks]
-    counts = [torch.stack([x.sum(), _holes(x)]) for x in live]
-    if totals is None:
-        known = torch.cat([c.to(counts[0].device) for c in counts]).tolist()
-    else:
-        if len(totals) != len(masks):
-            raise ValueError(f"{_HINT}: {totals} for {len(masks)} padding masks; give one number for each.")
-        for count, total in zip(counts, totals, strict=True):
-            torch._assert_async(count[0] == total, f"{_HINT} is not the sum of the attention mask")
-            torch._assert_async(count[1] == 0, f"{_HINT}: the attention mask has dead tokens between live ones")
-        known = [number for total in totals for number in (total, 0)]
-    for mask, x, total, holes in zip(masks, live, known[::2], known[1::2], strict=True):
-        padded = 0 < total < x.numel()
-        version = None if mask.is_inference() else mask._version
-        _PACKINGS[mask] = (version, Packing.of_mask(x, total, holes > 0) if padded else None)
-
-
-def _holes(live: torch.Tensor) -> torch.Tensor:
-    """Number of rows whose live tokens form more than one run."""
-    runs = (live[:, 1:] & ~live[:, :-1]).sum(-1) + live[:, 0]
-    return (runs > 1).sum()
-
-
-def _live_targets(labels: torch.Tensor) -> torch.Tensor:
-    """int64 `(B, T)`, 1 up to a row's last label: behind it no target token can change the loss."""
-    return (labels != -100).flip(1).cumsum(1).flip(1).clamp(max=1)
+# Models
 
 
 @torch.compiler.disable
 def _enter_model(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Forward pre-hook of the modules around stacks: measures their padding masks together."""
     call = Call(module, args, kwargs)
-    _measure_call(module, call)
+    _measure(module, call, cached=call.get("past_key_values") is not None or bool(call.get("use_cache")))
     return call.result()
 
 
-def _measure_call(module: nn.Module, call: Call) -> None:
-    totals = call.kwargs.pop(_HINT, None)
+def _measure(module: nn.Module, call: Call, cached: bool) -> None:
+    """Measures the padding masks of a call, unless a cache rules out packing."""
+    totals = call.kwargs.pop(HINT, None)
+    if cached:
+        return
     if takes(module, "decoder_attention_mask") and call.get("decoder_attention_mask") is None:
         labels = call.get("labels")
         targets = call.get("decoder_input_ids")
         if labels is not None and labels.ndim == 2 and (targets is None or targets.shape == labels.shape):
             call.set("decoder_attention_mask", _live_targets(labels))
     names = ("attention_mask", "decoder_attention_mask", "encoder_attention_mask")
-    masks = [mask for name in names if _is_padding(mask := call.get(name))]
-    _measure(masks, (totals,) if isinstance(totals, int) else totals)
+    measure([mask for name in names if is_padding(mask := call.get(name))], totals)
 
 
-def _is_padding(mask: object) -> bool:
-    return isinstance(mask, torch.Tensor) and mask.ndim == 2
+def _live_targets(labels: torch.Tensor) -> torch.Tensor:
+    """int64 `(B, T)`, 1 up to a row's last label: behind it no target token can change the loss."""
+    return (labels != -100).flip(1).cumsum(1).flip(1).clamp(max=1)
 
 
 # Stacks and layers
@@ -252,18 +217,20 @@ def _enter_stack(stack: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
     """Forward pre-hook of a stack: decides how it is packed, and packs the other stack's states for all layers."""
     call = Call(stack, args, kwargs)
     _check_implementation(stack)
-    _measure_call(stack, call)
     plan = _Plan(stack, outer=_PLAN.get())
     _PLAN.set(plan)
+    cached = _uses_cache(stack, call)
+    _measure(stack, call, cached)
     tokens = call.get("inputs_embeds") if call.get("input_ids") is None else call.get("input_ids")
-    if tokens is None or _uses_cache(stack, call):
+    if cached or tokens is None:
         return call.result()
     mask, memory, memory_mask = (
         call.get(name) for name in ("attention_mask", "encoder_hidden_states", "encoder_attention_mask")
     )
-    rows = _packing_of(mask, tokens.device)
-    memory_rows = None if memory is None else _packing_of(memory_mask, tokens.device)
-    if rows is None and memory_rows is None:
+    rows = packing_of(mask, tokens.device)
+    memory_rows = None if memory is None else packing_of(memory_mask, tokens.device)
+    packings = [r for r in (rows, memory_rows) if r is not None]
+    if not packings or any(r.total == 0 for r in packings):  # nothing to skip, or nothing left
         return call.result()
     # Where one side is packed, the other is too: layers project both with one batch size.
     rows = rows or Packing.full(*tokens.shape[:2], tokens.device)
@@ -290,11 +257,6 @@ def _uses_cache(stack: nn.Module, call: Call) -> bool:
         return False
     asked = call.get("use_cache")
     return not stack.training and declared_stack(stack).makes_cache(stack) if asked is None else bool(asked)
-
-
-def _packing_of(mask: object, device: torch.device) -> Packing | None:
-    rows = _PACKINGS[mask][1] if _is_padding(mask) else None
-    return rows if rows is None or rows.cu_seqlens.device == device else rows.to(device)
 
 
 def _pack_states(states: torch.Tensor, rows: Packing) -> torch.Tensor:
