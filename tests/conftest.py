@@ -1,0 +1,27 @@
+"""What all tests share. The environment is set here because Triton and the Hub's client read it on import."""
+
+from __future__ import annotations
+
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+    import interpreter
+
+    interpreter.repair()
+
+from run_cases import poisoned_memory
+
+
+@pytest.fixture
+def nan_memory():
+    """Uninitialised floating-point tensors hold NaN, so that memory that a kernel should have written shows."""
+    with poisoned_memory():
+        yield

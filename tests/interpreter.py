@@ -1,0 +1,41 @@
+"""Makes Triton's CPU interpreter compute in bfloat16 as a GPU does (Triton 3.6; triton-lang/triton issue 11584).
+
+The interpreter holds bfloat16 as uint16 and neither multiplies nor rounds those numbers as floats. Matrix products
+get float32 operands here, which hold every bfloat16 exactly, and conversions go through torch, which rounds to
+nearest even. Arithmetic on bfloat16 elements stays wrong: kernels convert to float32 first, as they must anyway.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+
+def _widened(bits: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(bits.copy()).view(torch.bfloat16).float().numpy()
+
+
+def _narrowed(values: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(values.copy()).bfloat16().view(torch.uint16).numpy()
+
+
+def _as_float32(x: TensorHandle) -> TensorHandle:
+    return TensorHandle(_widened(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x
+
+
+def repair() -> None:
+    """Patches the interpreter of this process. Call once, before the first kernel runs."""
+    dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+
+    def create_dot(self, a, b, acc, *rest):
+        return dot(self, _as_float32(a), _as_float32(b), acc, *rest)
+
+    def cast_impl(self, x, dtype):
+        if dtype.scalar == tl.bfloat16:
+            return TensorHandle(_narrowed(cast(self, _as_float32(x), tl.float32).data), tl.bfloat16)
+        return cast(self, _as_float32(x), dtype)
+
+    InterpreterBuilder.create_dot = create_dot
+    InterpreterBuilder.cast_impl = cast_impl

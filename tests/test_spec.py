@@ -1,0 +1,188 @@
+"""AttentionSpec: its work tables against brute force, without a host synchronisation, and its immutability."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from hf_flashbsa import AttentionSpec
+from hf_flashbsa.spec import TILE, Shape
+
+CPU = torch.device("cpu")
+COLUMNS = "own_row own_begin own_end other_row lo full_lo full_hi hi diagonal key_origin".split()
+
+
+def _lengths(r: random.Random, n: int, high: int) -> list[int]:
+    return [r.choice((0, 1, high, r.randint(0, high))) for _ in range(n)]
+
+
+def random_spec(seed: int) -> tuple[AttentionSpec, Shape]:
+    """A ragged spec, and sizes it fits."""
+    r = random.Random(seed)
+    g = torch.Generator().manual_seed(seed)
+    n = r.choice((1, 2, 5))
+    len_q, len_k = r.choice((1, 7, 64, 70)), r.choice((1, 9, 64, 70))
+    batch_q = batch_k = n
+    options: dict = {"causal": r.random() < 0.3, "window_size": r.choice([(None, None), (5, 2)])}
+    kind = r.choice(("seqlens", "packed", "segments", "padding", "offset"))
+    if kind == "seqlens":
+        options["seqlens_k"] = torch.tensor(_lengths(r, n, len_k))
+        if r.random() < 0.5:
+            options["seqlens_q"] = torch.tensor(_lengths(r, n, len_q), dtype=torch.int32)
+    elif kind == "packed":
+        lengths_q, lengths_k = _lengths(r, n, len_q), _lengths(r, n, len_k)
+        if r.random() < 0.7:
+            options["cu_seqlens_q"] = torch.tensor([0, *lengths_q]).cumsum(0)
+            batch_q, len_q = 1, sum(lengths_q) + r.choice((0, 40))
+        if r.random() < 0.7 or "cu_seqlens_q" not in options:
+            options["cu_seqlens_k"] = torch.tensor([0, *lengths_k]).cumsum(0).int()
+            batch_k, len_k = 1, sum(lengths_k) + r.choice((0, 40))
+    elif kind == "segments":
+        for side, length in (("q", len_q), ("k", len_k)):
+            ids = (torch.rand(r.choice((1, n)), length, generator=g) < 3 / length).cumsum(1) - r.choice((0, 1))
+            options[f"segment_ids_{side}"] = ids.flip(1) if r.random() < 0.2 else ids
+    elif kind == "padding":
+        options["mask"] = torch.rand(n, 1, 1, len_k, generator=g) < r.choice((0.0, 0.5, 0.97))
+    else:
+        options["query_offset"] = torch.tensor([r.randint(-9, 9)])
+    return AttentionSpec(**options), Shape(batch_q, batch_k, len_q, len_k)
+
+
+def sequences(spec: AttentionSpec, shape: Shape) -> list[tuple[int, int, int, int, int, int]]:
+    """`(q_row, q_begin, q_end, k_row, k_begin, k_end)` of each sequence."""
+
+    def side(cu, lengths, batch: int, length: int) -> list[tuple[int, int, int]]:
+        if cu is not None:
+            return [(0, a, b) for a, b in zip(cu.tolist(), cu.tolist()[1:], strict=False)]
+        ends = [length] * batch if lengths is None else lengths.tolist()
+        return [(row, 0, end) for row, end in enumerate(ends)]
+
+    queries = side(spec.cu_seqlens_q, spec.seqlens_q, shape.batch_q, shape.len_q)
+    keys = side(spec.cu_seqlens_k, spec.seqlens_k, shape.batch_k, shape.len_k)
+    return [(*a, *b) for a, b in zip(queries, keys, strict=True)]
+
+
+def meetings(spec: AttentionSpec, shape: Shape, side: str) -> torch.Tensor:
+    """bool `(own rows, other rows)`, both flattened over the batch: who meets whom by lengths and segments."""
+    met = torch.zeros(shape.batch_q, shape.len_q, shape.batch_k, shape.len_k, dtype=torch.bool)
+    for q_row, q0, q1, k_row, k0, k1 in sequences(spec, shape):
+        met[q_row, q0:q1, k_row, k0:k1] = True
+    if spec.segment_ids_k is not None:
+        ids_k = spec.segment_ids_k.expand(shape.batch_k, -1)
+        ids_q = torch.zeros(shape.batch_q, shape.len_q) if spec.segment_ids_q is None else spec.segment_ids_q
+        ids_q = ids_q.expand(shape.batch_q, -1)
+        met &= (ids_q[:, :, None, None] == ids_k) & (ids_k >= 0)
+    return met if side == "q" else met.permute(2, 3, 0, 1)
+
+
+@pytest.mark.parametrize("side", ["q", "k"])
+@pytest.mark.parametrize("seed", range(60))
+def test_work_table(seed, side):
+    spec, shape = random_spec(seed)
+    tile = 16
+    table = spec.work(side, shape, CPU, tile)
+    assert table.dtype == torch.int32 and table.shape[1] == len(COLUMNS)
+    met = meetings(spec, shape, side)
+    visits = torch.zeros(met.shape[:2], dtype=torch.int64)
+    for values in table.tolist():
+        e = dict(zip(COLUMNS, values, strict=True))
+        own = slice(e["own_begin"], e["own_end"])
+        visits[e["own_row"], own] += 1
+        assert 0 <= e["own_end"] - e["own_begin"] <= tile
+        if e["own_begin"] == e["own_end"]:
+            continue
+        mine = met[e["own_row"], own]
+        where = mine[:, e["other_row"]].any(0).nonzero().flatten()
+        elsewhere = mine.clone()
+        elsewhere[:, e["other_row"], e["lo"] : e["hi"]] = False
+        assert not elsewhere.any(), "rows that meet lie outside [lo, hi)"
+        if spec.segment_ids_k is None:
+            assert where.tolist() == list(range(e["lo"], e["hi"])), "lengths leave no hole"
+        elif len(where) == 0:
+            assert e["lo"] == e["hi"]
+        assert e["lo"] <= e["full_lo"] <= e["hi"] and e["full_hi"] <= e["hi"]
+        assert mine[:, e["other_row"], e["full_lo"] : e["full_hi"]].all(), "[full_lo, full_hi) is not full"
+    assert (visits == 1).all(), "a row without an entry, or with several"
+    width = table[:, COLUMNS.index("hi")] - table[:, COLUMNS.index("lo")]
+    assert (width[:-1] >= width[1:]).all(), "most work comes first"
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_work_table_places_diagonal_and_origin(seed):
+    """They count from each sequence's own first rows."""
+    spec, shape = random_spec(seed)
+    at = {}
+    for q_row, q0, q1, k_row, k0, k1 in sequences(spec, shape):
+        offset = (k1 - k0) - (q1 - q0) if spec.query_offset is None else int(spec.query_offset)
+        at |= {("q", q_row, i): (k_row, k0 - q0 + offset, k0) for i in range(q0, q1)}
+        at |= {("k", k_row, i): (q_row, k0 - q0 + offset, k0) for i in range(k0, k1)}
+    for side in "qk":
+        for values in spec.work(side, shape, CPU, 16).tolist():
+            e = dict(zip(COLUMNS, values, strict=True))
+            for row in range(e["own_begin"], e["own_end"]):
+                if e["lo"] < e["hi"]:
+                    assert at[side, e["own_row"], row] == (e["other_row"], e["diagonal"], e["key_origin"])
+
+
+def test_hull_of_segments_is_tight():
+    """Packed documents of sorted ids: a tile visits the documents it has a part in, and no others."""
+    lengths = [16, 48, 5, 27]
+    ids = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None]
+    spec = AttentionSpec(segment_ids_q=ids, segment_ids_k=ids)
+    table = {row[1]: row for row in spec.work("q", Shape(1, 1, 96, 96), CPU, 16).tolist()}
+    # begin -> lo, full_lo, full_hi, hi
+    want = {0: (0, 0, 16, 16), 16: (16, 16, 64, 64), 32: (16, 16, 64, 64), 48: (16, 16, 64, 64), 80: (69, 69, 96, 96)}
+    assert {begin: tuple(table[begin][4:8]) for begin in want} == want
+    assert (table[64][4], table[64][7]) == (64, 96)
+
+
+def test_no_table_where_arithmetic_says_the_same():
+    dense = torch.ones(1, 2, 4, 4, dtype=torch.bool)
+    for options in ({}, {"causal": True}, {"window_size": (3, 4)}, {"query_offset": 2}, {"mask": dense}):
+        spec = AttentionSpec(**options)
+        assert not spec.is_ragged and spec.work("q", Shape(1, 1, 4, 4), CPU) is None
+
+
+def test_tables_are_made_once_for_a_size():
+    spec, shape = AttentionSpec(seqlens_k=torch.tensor([3, 4])), Shape(2, 2, 5, 6)
+    assert spec.work("q", shape, CPU) is spec.work("q", shape, CPU)
+    assert spec.work("q", shape, CPU).shape[0] == 2
+    assert spec.work("q", shape._replace(len_q=2 * TILE), CPU).shape[0] == 4
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_reads_no_value_back(seed):
+    """A fake tensor has no values: whoever asks for one (a host synchronisation on a GPU) gets an error."""
+    spec, shape = random_spec(seed)
+    options = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec) if f.init}
+    entries = {side: spec.work(side, shape, CPU).shape for side in "qk"}
+    with FakeTensorMode() as mode:
+        fake = {name: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+        fake = AttentionSpec(**fake)
+        fake.validate(shape, 1, CPU)
+        assert {side: fake.work(side, shape, CPU).shape for side in "qk"} == entries
+        if fake.cu_seqlens_q is None and fake.cu_seqlens_k is None and shape.len_q > 1:
+            assert fake.as_mask(shape, CPU).mask.shape == (shape.batch_q, 1, shape.len_q, shape.len_k)
+
+
+def test_fields_cannot_be_changed():
+    spec = AttentionSpec(causal=True)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        spec.causal = False
+    assert spec == spec and spec != AttentionSpec(causal=True), "specs hold tensors, so that identity compares them"
+
+
+def test_padding_masks_become_key_segments():
+    mask = torch.tensor([[True, False, True]])[:, None, None]
+    spec = AttentionSpec(mask=mask)
+    assert spec.mask is None and spec.segment_ids_k.tolist() == [[0, -1, 0]]
+
+
+def test_as_mask_says_what_lengths_say():
+    spec = AttentionSpec(causal=True, seqlens_q=torch.tensor([2, 3]), seqlens_k=torch.tensor([4, 2]))
+    mask = spec.as_mask(Shape(2, 2, 3, 4), CPU).mask[:, 0].int()
+    assert mask.tolist() == [[[1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]], [[0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0]]]
