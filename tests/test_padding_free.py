@@ -10,9 +10,9 @@ import pytest
 import torch
 import transformers
 from packed_models import KNOWN, labelled, live_rows, losses, packed, widths
-from transformers_models import BART, SIZE, assert_same, batch_for, strengthen, tiny
+from transformers_models import SIZE, assert_same, batch_for, strengthen, tiny
 
-from hf_flashbsa import LayerStack, disable_padding_free, enable_padding_free, padding_free, register_stack
+from hf_flashbsa import LayerStack, enable_padding_free, register_stack
 from hf_flashbsa.integration import packing, stacks
 from hf_flashbsa.integration import padding_free as implementation
 from hf_flashbsa.integration.packing import Packing
@@ -226,6 +226,20 @@ def test_encoder_outputs_of_the_caller(name):
     assert_same(*results)
 
 
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_a_decoder_may_see_less_than_its_encoder(name):
+    """What the encoder's end restored is packed anew where the decoder's mask of it is another."""
+    inputs = labelled(name, "right")
+    results = []
+    for model in (packed(name), tiny(name, "eager")):
+        outputs = model.get_encoder()(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        less = inputs["attention_mask"].clone()
+        less[:, :2] = 0
+        given = {k: v for k, v in inputs.items() if k != "input_ids"}
+        results.append(losses(model, given | {"encoder_outputs": outputs, "attention_mask": less}))
+    assert_same(*results)
+
+
 def test_cross_attention_of_bert():
     config = transformers.BertConfig(**SIZE, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(config, copy.deepcopy(config))
@@ -290,128 +304,3 @@ def test_a_kept_mask_keeps_no_activations():
     handle.remove()
     gc.collect()
     assert len(kept) == 1 and kept[0]() is None
-
-
-# Switching on and off
-
-
-def test_padding_free_is_for_the_length_of_the_block():
-    inputs = batch_for("bart", "right")
-    model = tiny("bart", "bsa_dense")
-    with widths(model) as seen:
-        with padding_free(model):
-            model(**inputs)
-        model(**inputs)
-        enable_padding_free(model)
-        enable_padding_free(model)
-        with padding_free(model):
-            pass
-        model(**inputs)
-        disable_padding_free(model)
-        model(**inputs)
-    assert [rows for rows, _ in seen] == [1] * 4 + [3] * 4 + [1] * 4 + [3] * 4
-    assert not any(m._forward_pre_hooks for m in model.modules())
-
-
-def test_a_part_may_be_enabled_before_the_whole():
-    inputs = labelled("bart", "right")
-    model = tiny("bart", "bsa_dense")
-    enable_padding_free(model.model.encoder)
-    with widths(model) as seen:
-        partly = losses(model, inputs)
-        assert [rows for rows, _ in seen] == [1, 1, 3, 3]
-        enable_padding_free(model)
-        assert_same(losses(model, inputs), partly)
-    assert [rows for rows, _ in seen[4:]] == [1] * 4
-
-
-def test_copies_are_padding_free_too():
-    inputs = batch_for("bart", "right")
-    model = copy.deepcopy(packed("bart"))
-    with widths(model) as seen:
-        model(**inputs)
-        disable_padding_free(model)
-        model(**inputs)
-    assert [rows for rows, _ in seen] == [1] * 4 + [3] * 4
-
-
-def test_errors_leave_no_trace():
-    inputs = labelled("bart", "right")
-    model = packed("bart")
-    with pytest.raises(IndexError):
-        model(**inputs | {"input_ids": inputs["input_ids"] + 64})
-    layer = model.model.decoder.layers[0]
-    handle = layer.register_forward_hook(lambda *a: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        model(**inputs)
-    handle.remove()
-    assert implementation._PLAN.get() is None
-    assert_same(losses(model, inputs), losses(tiny("bart", "eager"), inputs))
-
-
-def test_unknown_models_raise_and_may_be_declared(monkeypatch):
-    monkeypatch.setattr(stacks, "_STACKS", dict(stacks._STACKS))
-    model = tiny("gpt_oss", "bsa_dense")
-    with pytest.raises(ValueError, match=r"register_stack\(GptOssModel, hf_flashbsa.LayerStack\(layers='layers'\)\)"):
-        enable_padding_free(model)
-    register_stack(type(model.model), LayerStack())
-    inputs = labelled("gpt_oss", "holes")
-    enable_padding_free(model)
-    assert_same(losses(model, inputs), losses(tiny("gpt_oss", "eager"), inputs))
-
-
-def test_undeclared_companions_raise(monkeypatch):
-    monkeypatch.setattr(stacks, "_STACKS", dict(stacks._STACKS))
-    model = tiny("gpt_oss", "bsa_dense")
-    register_stack(type(model.model), LayerStack(per_token=("position_ids",)))
-    enable_padding_free(model)
-    with pytest.raises(ValueError, match="'position_embeddings'.*LayerStack.per_token"):
-        model(**batch_for("gpt_oss", "right"))
-
-
-def test_subclasses_with_a_forward_of_their_own_are_unknown():
-    class Inherits(transformers.LlamaModel):
-        pass
-
-    class Overrides(transformers.LlamaModel):
-        def forward(self, *args, **kwargs):
-            return super().forward(*args, **kwargs)
-
-    config = tiny("llama", "bsa_dense").config
-    enable_padding_free(Inherits(config))
-    with pytest.raises(ValueError, match="Overrides"):
-        enable_padding_free(Overrides(config))
-
-
-def test_other_implementations_raise():
-    inputs = batch_for("bart", "right")
-    with pytest.raises(ValueError, match=r"'sdpa'.*set_attn_implementation\('bsa_dense'\)"):
-        enable_padding_free(tiny("bart", "sdpa"))
-    model = packed("bart")
-    model.set_attn_implementation("eager")
-    with pytest.raises(ValueError, match=r"'eager'.*set_attn_implementation\('bsa_dense'\)"):
-        model(**inputs)
-
-
-def test_masks_that_do_not_fit_raise():
-    inputs = batch_for("bert", "right")
-    inputs["attention_mask"] = inputs["attention_mask"][:, :-1]
-    with pytest.raises(ValueError, match=r"attention_mask is \(3, 12\) for tokens \(3, 13\)"):
-        packed("bert")(**inputs)
-
-
-def test_layers_added_later_raise():
-    model = packed("bart", **{k: v for k, v in BART.items() if k == "encoder_layers"})
-    model.model.encoder.layers.append(copy.deepcopy(tiny("bart", "bsa_dense").model.encoder.layers[0]))
-    with pytest.raises(ValueError, match="attention_mask: made for"):
-        model(**batch_for("bart", "right"))
-
-
-def test_removed_layers_are_no_problem():
-    inputs = labelled("bart", "right")
-    results = []
-    for model in (packed("bart"), tiny("bart", "eager")):
-        model.model.encoder.layers = model.model.encoder.layers[1:]
-        model.model.decoder.layers = model.model.decoder.layers[1:]
-        results.append(losses(model, inputs))
-    assert_same(*results)
