@@ -312,6 +312,15 @@ def test_a_number_for_each_mask():
         packed("bart")(**batch_for("bart", "right"), num_live_tokens=30)
 
 
+def test_numbers_where_a_mask_was_seen_before():
+    inputs = labelled("bart", "right")
+    counts = tuple(int(inputs[k].sum()) for k in ("attention_mask", "decoder_attention_mask"))
+    inputs.pop("decoder_attention_mask")  # so that each forward makes one of the labels
+    model = packed("bart")
+    first, second = (losses(model, inputs | {"num_live_tokens": counts}) for _ in range(2))
+    assert_same(second, first)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["bart", "t5", "bert", "llama", "mistral"])

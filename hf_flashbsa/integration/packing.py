@@ -113,24 +113,25 @@ def measure(masks: list[torch.Tensor], totals: int | Sequence[int] | None) -> No
     Raises:
         ValueError: `totals` are not a number for each mask.
     """
-    masks = [mask for mask in masks if mask.is_inference() or _PACKINGS.get(mask, (None,))[0] != mask._version]
-    if not masks:
-        return
-    live = [mask.to(torch.bool) for mask in masks]
-    counts = [torch.stack([x.sum(), _holes(x)]) for x in live]
-    if totals is None:
-        known = torch.cat([c.to(counts[0].device) for c in counts]).tolist()
-    else:
+    if totals is not None:
         totals = (totals,) if isinstance(totals, int) else tuple(totals)
         if len(totals) != len(masks) or not all(isinstance(total, int) for total in totals):
             raise ValueError(f"{HINT}: {totals} for {len(masks)} padding masks; give a Python number for each.")
-        for count, total in zip(counts, totals, strict=True):
+    new = [i for i, x in enumerate(masks) if x.is_inference() or _PACKINGS.get(x, (None,))[0] != x._version]
+    if not new:
+        return
+    live = [masks[i].to(torch.bool) for i in new]
+    counts = [torch.stack([x.sum(), _holes(x)]) for x in live]
+    if totals is None:
+        known = torch.cat([count.to(counts[0].device) for count in counts]).view(-1, 2).tolist()
+    else:
+        known = [(totals[i], 0) for i in new]
+        for count, (total, _) in zip(counts, known, strict=True):
             torch._assert_async(count[0] == total, f"{HINT} is not the sum of the attention mask")
             torch._assert_async(count[1] == 0, f"{HINT}: the attention mask has dead tokens between live ones")
-        known = [number for total in totals for number in (total, 0)]
-    for mask, x, total, holes in zip(masks, live, known[::2], known[1::2], strict=True):
-        version = None if mask.is_inference() else mask._version
-        _PACKINGS[mask] = (version, None if total == x.numel() else Packing.of_mask(x, total, holes > 0))
+    for i, x, (total, holes) in zip(new, live, known, strict=True):
+        version = None if masks[i].is_inference() else masks[i]._version
+        _PACKINGS[masks[i]] = (version, None if total == x.numel() else Packing.of_mask(x, total, holes > 0))
 
 
 def packing_of(mask: object, device: torch.device) -> Packing | None:
