@@ -1,0 +1,112 @@
+"""Imports point one way: recipes -> integration -> attention -> kernels -> torch; importing the package is cheap."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = [*ROOT.glob("hf_flashbsa/**/*.py"), *ROOT.glob("recipes/**/*.py")]
+#: What a module may import beside the standard library; the longest prefix of its name counts. A name allows all
+#: that lies in it.
+ALLOWED = {
+    "hf_flashbsa": {"hf_flashbsa.attention", "hf_flashbsa.spec", "hf_flashbsa.integration"},
+    "hf_flashbsa.spec": {"torch"},
+    "hf_flashbsa.reference": {"torch", "hf_flashbsa.spec"},
+    "hf_flashbsa.kernels": {"torch", "hf_flashbsa.kernels"},
+    "hf_flashbsa.kernels.autograd": {"torch", "hf_flashbsa.kernels", "hf_flashbsa.spec"},
+    "hf_flashbsa.kernels.primitives": {"triton"},
+    "hf_flashbsa.kernels.forward": {"triton", "hf_flashbsa.kernels.primitives"},
+    "hf_flashbsa.kernels.backward": {"triton", "hf_flashbsa.kernels.primitives"},
+    "hf_flashbsa.kernels.triton_backend": {"torch", "triton", "hf_flashbsa.kernels"},
+    "hf_flashbsa.attention": {"torch", "hf_flashbsa.kernels.autograd", "hf_flashbsa.spec"},
+    "hf_flashbsa.integration": {
+        "torch", "transformers", "packaging", "hf_flashbsa.attention", "hf_flashbsa.spec", "hf_flashbsa.integration",
+    },
+    "hf_flashbsa.bench": {"torch", "triton", "rich", "matplotlib", "hf_flashbsa"},
+    "hf_flashbsa.doctor": {"torch", "transformers", "packaging", "hf_flashbsa"},
+    "recipes": {
+        "torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "yaml", "rich", "matplotlib",
+        "rouge_score", "hf_flashbsa", "recipes",
+    },
+}  # fmt: skip
+#: Loaded by nobody who does not ask for them.
+HEAVY = ("hf_flashbsa.kernels.triton_backend", "hf_flashbsa.kernels.primitives", "hf_flashbsa.bench",
+         "datasets", "matplotlib", "rich", "transformers.models.bart.modeling_bart")  # fmt: skip
+
+
+def _name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def _within(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+def _imports(path: Path) -> set[str]:
+    """Modules that a file imports, at its top or later, outside the standard library."""
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            # A name may be a module of the package it is imported from.
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            inside = {name for name in names if name in PROJECT}
+            modules |= inside or {node.module}
+    return {module for module in modules if module.split(".")[0] not in sys.stdlib_module_names}
+
+
+PROJECT = {_name(path) for path in SOURCES}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_name)
+def test_direction_of_imports(path):
+    layer = max((name for name in ALLOWED if _within(_name(path), name)), key=len)
+    wrong = {m for m in _imports(path) if not any(_within(m, package) for package in ALLOWED[layer])}
+    assert not wrong, f"{_name(path)} imports {sorted(wrong)}; {layer} may import {sorted(ALLOWED[layer])}"
+
+
+def _python(code: str) -> str:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_import_is_light():
+    """Transformers' masks import Triton by way of torch's compiler; that aside, nothing but what attention needs."""
+    loaded = _python("import sys, hf_flashbsa; print(*sys.modules)").split()
+    assert not [module for module in loaded if any(_within(module, heavy) for heavy in HEAVY)]
+
+
+def test_works_without_triton():
+    """CPU builds of torch lack it."""
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch, hf_flashbsa
+q = torch.randn(1, 1, 3, 4, requires_grad=True)
+hf_flashbsa.attention(q, q, q, causal=True).sum().backward()
+print(tuple(q.grad.shape))
+"""
+    assert _python(code) == "(1, 1, 3, 4)"
+
+
+def test_triton_without_a_gpu_is_refused():
+    """Unless the interpreter is asked for, which Triton decides when kernels are imported."""
+    code = """
+import os
+os.environ.pop("TRITON_INTERPRET", None)
+import torch, hf_flashbsa
+q = torch.randn(1, 1, 3, 4)
+try:
+    hf_flashbsa.attention(q, q, q, backend="triton")
+except ValueError as error:
+    print(error)
+"""
+    message = _python(code)
+    assert message.startswith("backend: 'triton' ") and "CUDA device" in message

@@ -1,0 +1,143 @@
+"""The registered ops under torch's own checks, compilation, checkpointing and second derivatives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from hf_flashbsa import AttentionSpec, attention
+
+BIAS = torch.randn(1, 4, 5, 7, requires_grad=True)
+SINKS = torch.randn(4, requires_grad=True)
+PADDING = torch.tensor([[1, 1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 1]])[:, None, None] > 0
+DENSE = torch.rand(2, 1, 5, 7, generator=torch.Generator().manual_seed(0)) < 0.6
+OPTIONS = {
+    "plain": {},
+    "causal window": {"causal": True, "window_size": (3, None), "softmax_scale": 0.3},
+    "lengths": {"seqlens_q": torch.tensor([5, 2]), "seqlens_k": torch.tensor([3, 7])},
+    "padding": {"mask": PADDING},
+    "mask": {"mask": DENSE, "causal": True},
+    "bias and lengths": {"bias": BIAS, "seqlens_k": torch.tensor([3, 7])},
+    "sinks and softcap": {"sinks": SINKS, "softcap": 5.0},
+    "dropout": {"dropout_p": 0.3, "causal": True},
+}
+options_sets = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+
+
+@pytest.fixture(autouse=True)
+def forget_compilations():
+    torch._dynamo.reset()
+
+
+def inputs(len_q: int = 5, len_k: int = 7, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    shapes = (2, 4, len_q, 8), (2, 2, len_k, 8), (2, 2, len_k, 6)
+    return [torch.randn(s, generator=g).to(dtype).requires_grad_() for s in shapes]
+
+
+def results(function, tensors: list[torch.Tensor], **options) -> tuple[torch.Tensor, ...]:
+    """Output and gradients of `function`, from the same state of torch's generator each time."""
+    torch.manual_seed(0)
+    needed = [*tensors, *(x for x in options.values() if isinstance(x, torch.Tensor) and x.requires_grad)]
+    for x in needed:
+        x.grad = None
+    out = function(*tensors, **options)
+    out.square().sum().backward()
+    return out.detach(), *(x.grad for x in needed)
+
+
+class Recorder(TorchDispatchMode):
+    """Remembers the arguments that this package's ops were called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: dict[str, tuple] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "hf_flashbsa":
+            self.calls[func._opname] = args
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "name, backend",
+    [*((name, "torch") for name in OPTIONS), *((name, "triton") for name in ("bias and lengths", "dropout"))],
+)
+def test_opcheck(name, backend):
+    with Recorder() as recorder:
+        results(attention, inputs(), backend=backend, **OPTIONS[name])
+    forward, backward = (recorder.calls[f"attention_{name}"] for name in ("forward", "backward"))
+    torch.library.opcheck(torch.ops.hf_flashbsa.attention_forward.default, forward)
+    # The backward op has no formula of its own: see test_second_derivatives_are_refused.
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    backward = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in backward)
+    torch.library.opcheck(torch.ops.hf_flashbsa.attention_backward.default, backward, test_utils=checks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@options_sets
+def test_compiled_equals_eager(options, dtype):
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    got = results(compiled, inputs(dtype=dtype), **options)
+    assert all(torch.equal(a, b) for a, b in zip(got, results(attention, inputs(dtype=dtype), **options), strict=True))
+
+
+def test_compiled_with_one_tensor_in_several_places():
+    def self_attention(x):
+        return attention(x, x, x, causal=True)
+
+    compiled = torch.compile(self_attention, fullgraph=True, backend="aot_eager")
+    x = inputs()[0]
+    torch.testing.assert_close(results(compiled, [x]), results(self_attention, [x]))
+
+
+@pytest.mark.parametrize("kind", ["plain", "padding", "lengths"])
+def test_compiled_once_for_all_sizes(kind):
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph
+
+    def function(q, k, v, **tensors):
+        return attention(q, k, v, AttentionSpec(causal=True, **tensors))
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=count)
+    for len_q, len_k in ((5, 7), (9, 9), (64, 130), (33, 12)):
+        tensors = {
+            "plain": {},
+            "padding": {"mask": torch.arange(len_k) < torch.tensor([[len_k], [len_k - 4]])[:, None, None]},
+            "lengths": {"seqlens_k": torch.tensor([len_k, len_k - 4])},
+        }[kind]
+        got = results(compiled, inputs(len_q, len_k), **tensors)
+        torch.testing.assert_close(got, results(function, inputs(len_q, len_k), **tensors))
+    # Queries and keys of equal length make a graph of their own.
+    assert len(graphs) <= 2
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_checkpointing_repeats_the_dropout(use_reentrant):
+    def recomputed(q, k, v):
+        return checkpoint(lambda *x: attention(*x, dropout_p=0.5), q, k, v, use_reentrant=use_reentrant)
+
+    got, want = results(recomputed, inputs()), results(attention, inputs(), dropout_p=0.5)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_second_derivatives_are_refused(backend):
+    q, k, v = inputs()
+    out = attention(q, k, v, backend=backend)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(out.sum(), q, create_graph=True)
+
+
+def test_ops_trace_without_data():
+    """Models on the meta device go through, as they do when their memory is planned."""
+    q, k, v = (x.detach().to("meta").requires_grad_() for x in inputs())
+    mask = torch.ones(2, 1, 1, 7, dtype=torch.bool, device="meta")
+    out, lse = attention(q, k, v, mask=mask, dropout_p=0.1, return_lse=True)
+    assert (out.shape, lse.shape, out.device.type) == ((2, 4, 5, 6), (2, 4, 5), "meta")
+    assert [g.shape for g in torch.autograd.grad(out.sum(), [q, k, v])] == [q.shape, k.shape, v.shape]
