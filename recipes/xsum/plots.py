@@ -124,6 +124,7 @@ def _rouge(axes: plt.Axes, runs: Sequence[Run]) -> bool:
     if scored:
         axes.set_xticks(range(len(ROUGE_LABELS)), ROUGE_LABELS.values())
         axes.set(ylabel="F-measure (0 to 100)")
+        axes.set_xlim(-0.5, len(ROUGE_LABELS) - 0.5)
         axes.set_ylim(bottom=0)
         axes.grid(axis="x", visible=False)
         axes.figure.legend(loc="outside right upper")
