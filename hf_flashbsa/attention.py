@@ -68,14 +68,15 @@ def attention(
             FlashAttention since 2.1.
         bias: `(B or 1, Hq or 1, Sq or 1, Sk)`, any float dtype, added to the scaled scores. Its gradient is
             summed over broadcast dimensions. Values at or below the lowest finite number of its dtype hide the
-            key, as Transformers' additive masks mean it. Not with `cu_seqlens_*`.
+            key, as Transformers' additive masks mean it. With `cu_seqlens_*` it is `(1, Hq or 1, Lq, Lk)`, addressed
+            by place in the sequence, the same for all sequences; places that it does not reach are hidden.
         sinks: `(Hq,)` one extra logit for each query head that takes part in the softmax and has no value
             (gpt-oss). Part of `lse`.
         softmax_scale: factor >= 0; default `1 / sqrt(D)`.
         softcap: `s -> softcap * tanh(s / softcap)` on the scaled scores (Gemma 2), > 0.
-        dropout_p: probability in [0, 1) to drop a weight, rounded to a multiple of 1/256 (at least 1/256); kept
-            weights are divided by the rounded keep probability. The mask is a function of torch's generator
-            state, of batch row, head and query row, and of the key's place in its sequence: the same on every back end.
+        dropout_p: probability in [0, 1) to drop a weight, rounded to a multiple of 1/256, at least 1/256;
+            kept weights are divided by the rounded keep probability. The mask is a function of torch's generator state,
+            of batch row, head and query row, and of the key's place in its sequence: the same on every back end.
         return_lse: also return the log-sum-exp of the scores.
         backend: "auto", "torch" or "triton". `choose_backend` tells what "auto" means for given tensors.
 
@@ -109,9 +110,10 @@ def attention(
         if bias.dtype == torch.float64 and q.dtype != torch.float64:
             bias = bias.clamp(min=torch.finfo(torch.float32).min).to(torch.float32)
     if sinks is not None:
-        if tuple(sinks.shape) != (q.shape[1],) or not sinks.is_floating_point() or sinks.device != q.device:
+        if sinks.shape != (q.shape[1],) or not sinks.is_floating_point() or sinks.device != q.device:
             raise ValueError(
-                f"sinks: {tuple(sinks.shape)} {sinks.dtype} on {sinks.device}; give ({q.shape[1]},) floats on {q.device}."
+                f"sinks: {tuple(sinks.shape)} {sinks.dtype} on {sinks.device}; "
+                f"give ({q.shape[1]},) floats on {q.device}."
             )
         sinks = sinks.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
     name = _resolve_backend(backend, q)
@@ -186,15 +188,12 @@ def _validate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Attention
 
 
 def _broadcast_bias(bias: torch.Tensor, q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
-    full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    if (
-        bias.ndim != 4
-        or not bias.is_floating_point()
-        or any(b not in (1, s) for b, s in zip(bias.shape, full, strict=True))
-    ):
-        raise ValueError(f"bias: {tuple(bias.shape)} {bias.dtype}; give floats that broadcast to {full}.")
+    packed = spec.cu_seqlens_q is not None or spec.cu_seqlens_k is not None
+    full = (1 if packed else q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    fits = bias.ndim == 4 and all(b in (1, s) for b, s in zip(bias.shape[: 2 if packed else 4], full, strict=False))
+    if not fits or not bias.is_floating_point():
+        want = f"{full[:2]} and the longest sequences' queries and keys" if packed else str(full)
+        raise ValueError(f"bias: {tuple(bias.shape)} {bias.dtype}; give floats that broadcast to {want}.")
     if bias.device != q.device:
         raise ValueError(f"bias is on {bias.device}, q on {q.device}; move it there.")
-    if spec.cu_seqlens_q is not None or spec.cu_seqlens_k is not None:
-        raise ValueError("bias: not available with cu_seqlens_*; pad the sequences and give seqlens_* instead.")
-    return bias.expand(-1, -1, full[2], full[3])
+    return bias if packed else bias.expand(-1, -1, full[2], full[3])

@@ -97,7 +97,10 @@ def reference_attention(
         visible = _visible(spec, q_row, rows, k_row, keys, q.device)
         if bias is not None:
             b = bias[q_row if bias.shape[0] > 1 else 0]
-            b = b[:, rows if b.shape[1] > 1 else slice(None), keys]
+            if spec.cu_seqlens_q is not None or spec.cu_seqlens_k is not None:
+                b = b[:, : q_end - q_begin, : k_end - k_begin]
+            else:
+                b = b[:, rows if b.shape[1] > 1 else slice(None), keys]
             s = s + b.to(dtype)
             visible = visible & (b > torch.finfo(bias.dtype).min)
         s = s.masked_fill(~visible, -math.inf)

@@ -220,27 +220,13 @@ class AttentionSpec:
             None if ids_k is None else ids_k.expand(shape.batch_k, -1),
         )
 
-    def as_mask(self, shape: Shape, device: torch.device) -> AttentionSpec:
-        """The same spec with `seqlens_*` and a tensor `query_offset` written out as a bool `(B, 1, Sq, Sk)` mask.
-
-        For the gradient of a bias, whose tiles take part in every sequence. Not for packed sequences.
-        """
-        return self.kept("mask", (shape, device), lambda: self._build_mask(shape, device))
-
-    def _build_mask(self, shape: Shape, device: torch.device) -> AttentionSpec:
-        s = self.sequences(shape, device)
-        queries = torch.arange(shape.len_q, device=device, dtype=torch.int32)[:, None]
-        keys = torch.arange(shape.len_k, device=device, dtype=torch.int32)
-        q_end, k_end, diagonal = (x[:, None, None] for x in (s.q_end, s.k_end, s.diagonal))
-        mask = (queries < q_end) & (keys < k_end)
-        ahead = keys - queries - diagonal
-        left, right = self.window
-        if left is not None:
-            mask &= ahead >= -left
-        if right is not None:
-            mask &= ahead <= right
-        mask = mask[:, None] if self.mask is None else mask[:, None] & self.mask
-        return AttentionSpec(segment_ids_q=self.segment_ids_q, segment_ids_k=self.segment_ids_k, mask=mask)
+    def sequence_table(self, shape: Shape, device: torch.device) -> torch.Tensor | None:
+        """`sequences` as one int32 tensor `(n, 7)`, or None where every sequence fills its batch row."""
+        if not self.differs_by_row:
+            return None
+        return self.kept(
+            "sequences", (shape, device), lambda: torch.stack(self.sequences(shape, device), dim=1).contiguous()
+        )
 
     def work(self, side: str, shape: Shape, device: torch.device, tile: int = TILE) -> torch.Tensor | None:
         """The work table of one side, or None where plain arithmetic says the same.
@@ -251,12 +237,12 @@ class AttentionSpec:
             tile: rows per entry. One entry never spans two sequences.
 
         Returns:
-            int32 `(tiles, 10)`: `own_row, own_begin, own_end, other_row, lo, full_lo, full_hi, hi, diagonal,
-            key_origin`, the last being the first key of the sequence. Own rows `[own_begin, own_end)` meet rows
-            `[lo, hi)` of the other side, of which `[full_lo, full_hi)` are all visible as far as lengths and
-            segments go; causality, window and mask are not resolved. Unused entries have `own_begin == own_end`.
-            Every own row is in exactly one entry; where it meets nothing, `lo == hi`. Entries with the most work
-            come first.
+            int32 `(tiles, 11)`: `own_row, own_begin, own_end, other_row, lo, full_lo, full_hi, hi, diagonal,
+            query_origin, key_origin`, the last two being the first rows of the sequence. Own rows
+            `[own_begin, own_end)` meet rows `[lo, hi)` of the other side, of which `[full_lo, full_hi)` are all
+            visible as far as lengths and segments go; causality, window and mask are not resolved. Unused entries
+            have `own_begin == own_end`. Every own row is in exactly one entry; where it meets nothing, `lo == hi`.
+            Entries with the most work come first.
         """
         if not self.is_ragged:
             return None
@@ -270,7 +256,7 @@ class AttentionSpec:
         else:
             row, begin, end, other_row, lo, hi = s.k_row, s.k_begin, s.k_end, s.q_row, s.q_begin, s.q_end
             length, packed = shape.len_k, self.cu_seqlens_k is not None
-        n, diagonal, origin = row.shape[0], s.diagonal, s.k_begin
+        n, diagonal, origin_q, origin_k = row.shape[0], s.diagonal, s.q_begin, s.k_begin
         count = n * -(-length // tile)
         if packed or self._get("seqlens", side) is not None:
             # Rows behind the last live one still need their zeros: they are sequences that meet nothing.
@@ -281,7 +267,7 @@ class AttentionSpec:
             row, begin = torch.cat([row, rest_row]), torch.cat([begin, rest_begin])
             end = torch.cat([end, empty + length])
             other_row, diagonal = torch.cat([other_row, empty]), torch.cat([diagonal, empty])
-            origin = torch.cat([origin, empty])
+            origin_q, origin_k = torch.cat([origin_q, empty]), torch.cat([origin_k, empty])
             lo, hi = torch.cat([lo, empty]), torch.cat([hi, empty])
         # Entry e belongs to the sequence whose cumulative number of tiles first exceeds e.
         tiles = (end - begin + tile - 1) // tile
@@ -307,7 +293,8 @@ class AttentionSpec:
             full_hi,
             hi,
             diagonal[index],
-            origin[index],
+            origin_q[index],
+            origin_k[index],
         ]
         table = torch.stack([c.to(torch.int32) for c in columns], dim=1) * used[:, None]
         return table[torch.argsort(table[:, 7] - table[:, 4], descending=True, stable=True)].contiguous()

@@ -76,7 +76,7 @@ def random_case(seed: int, *, dtypes: tuple[torch.dtype, ...], max_len: int, dim
         masking=masking,
         causal=r.random() < 0.5,
         window_size=window_size,
-        bias=None if masking == "cu_seqlens" or r.random() < 0.6 else (r.randrange(2), r.randrange(2)),
+        bias=None if r.random() < 0.6 else (int(masking != "cu_seqlens" and r.random() < 0.5), r.randrange(2)),
         sinks=r.random() < 0.2,
         softcap=r.choice((None, None, None, 5.0, 50.0)),
         dropout_p=dropout_p,
@@ -203,6 +203,9 @@ def make_problem(case: Case, device: torch.device | str) -> Problem:
     options = {"softmax_scale": case.scale, "softcap": case.softcap, "bias": None, "sinks": None}
     if case.bias is not None:
         rows, heads = (size if full else 1 for size, full in zip((batch_q, case.heads), case.bias, strict=True))
+        if case.masking == "cu_seqlens":
+            # By place in the sequence; a little more than the longest needs.
+            len_q, len_k = max(1, max(lengths_q)) + 3, max(1, max(lengths_k)) + 1
         options["bias"] = draw(rows, heads, len_q, len_k)
         if r.random() < 0.3:
             options["bias"][..., : len_k // 2] = r.choice((float("-inf"), torch.finfo(case.dtype).min))

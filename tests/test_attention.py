@@ -212,9 +212,9 @@ REFUSED = {
     "bias dims": ({"bias": torch.zeros(5, 7)}, "bias: .*broadcast to"),
     "bias bool": ({"bias": torch.zeros(1, 1, 5, 7) > 0}, "bias: .*give floats"),
     "bias device": ({"bias": torch.zeros(1, 1, 5, 7, device="meta")}, "bias is on meta, q on cpu; move it"),
-    "bias and cu_seqlens": (
-        ONE | {"bias": torch.zeros(1, 1, 5, 7), "cu_seqlens_q": CU, "cu_seqlens_k": torch.tensor([0, 3, 7])},
-        "bias: not available with cu_seqlens.*give seqlens",
+    "bias of a batch with cu_seqlens": (
+        ONE | {"bias": torch.zeros(2, 1, 5, 7), "cu_seqlens_q": CU, "cu_seqlens_k": torch.tensor([0, 3, 7])},
+        "bias: .2, 1, 5, 7.*broadcast to .1, 4. and the longest sequences",
     ),
     "sinks shape": ({"sinks": torch.zeros(2)}, "sinks: .*give .4,. floats on cpu"),
     "sinks dtype": ({"sinks": torch.zeros(4, dtype=torch.int32)}, "sinks: .*floats"),

@@ -13,7 +13,7 @@ from hf_flashbsa import AttentionSpec
 from hf_flashbsa.spec import TILE, Shape
 
 CPU = torch.device("cpu")
-COLUMNS = "own_row own_begin own_end other_row lo full_lo full_hi hi diagonal key_origin".split()
+COLUMNS = "own_row own_begin own_end other_row lo full_lo full_hi hi diagonal query_origin key_origin".split()
 
 
 def _lengths(r: random.Random, n: int, high: int) -> list[int]:
@@ -165,8 +165,9 @@ def test_reads_no_value_back(seed):
         fake = AttentionSpec(**fake)
         fake.validate(shape, 1, CPU)
         assert {side: fake.work(side, shape, CPU).shape for side in "qk"} == entries
-        if fake.cu_seqlens_q is None and fake.cu_seqlens_k is None and shape.len_q > 1:
-            assert fake.as_mask(shape, CPU).mask.shape == (shape.batch_q, 1, shape.len_q, shape.len_k)
+        table, fake_table = spec.sequence_table(shape, CPU), fake.sequence_table(shape, CPU)
+        assert (table is None) == (fake_table is None)
+        assert table is None or fake_table.shape == table.shape
 
 
 def test_fields_cannot_be_changed():
@@ -182,7 +183,8 @@ def test_padding_masks_become_key_segments():
     assert spec.mask is None and spec.segment_ids_k.tolist() == [[0, -1, 0]]
 
 
-def test_as_mask_says_what_lengths_say():
+def test_sequence_table_says_what_lengths_say():
     spec = AttentionSpec(causal=True, seqlens_q=torch.tensor([2, 3]), seqlens_k=torch.tensor([4, 2]))
-    mask = spec.as_mask(Shape(2, 2, 3, 4), CPU).mask[:, 0].int()
-    assert mask.tolist() == [[[1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]], [[0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0]]]
+    table = spec.sequence_table(Shape(2, 2, 3, 4), CPU)
+    assert table.tolist() == [[0, 0, 2, 0, 0, 4, 2], [1, 0, 3, 1, 0, 2, -1]]
+    assert AttentionSpec(causal=True).sequence_table(Shape(2, 2, 3, 4), CPU) is None

@@ -79,7 +79,9 @@ def bsa_dense_forward(
         position_bias = None
     query, key, value = _one_dtype(module, query, key, value)
     rows = None
-    if isinstance(attention_mask, PackedMask) and (attention_mask.needs_padding or position_bias is not None):
+    if isinstance(attention_mask, PackedMask) and (
+        attention_mask.needs_padding or (position_bias is not None and not attention_mask.takes_bias)
+    ):
         rows = attention_mask.rows_q
         query, key, value = attention_mask.unpack(query, key, value)
         attention_mask = attention_mask.padded

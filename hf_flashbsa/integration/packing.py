@@ -152,21 +152,33 @@ class PackedMask(MaskSpec):
     Args:
         spec: which scores of the row exist; None where a row cannot say it.
         padded: the mask of the padded batch. Attention runs on that batch where `spec` is None, and where it has a
-            bias, which belongs to positions in the batch.
+            bias that belongs to positions in the batch.
         rows_q, rows_k: how queries and keys are packed.
+        takes_bias: whether a bias may be read by place in each document.
     """
 
-    def __init__(self, spec: AttentionSpec | None, padded: MaskSpec, rows_q: Packing, rows_k: Packing):
+    def __init__(
+        self,
+        spec: AttentionSpec | None,
+        padded: MaskSpec,
+        rows_q: Packing,
+        rows_k: Packing,
+        takes_bias: bool = False,
+    ):
         super().__init__(spec or padded.spec, (1, 1, rows_q.total, rows_k.total), padded.device)
         self.padded = padded
         self.rows_q, self.rows_k = rows_q, rows_k
         self.needs_padding = spec is None
+        self.takes_bias = takes_bias
 
     @classmethod
-    def of_self_attention(cls, mask: MaskSpec, rows: Packing, position_ids: torch.Tensor | None) -> PackedMask:
+    def of_self_attention(
+        cls, mask: MaskSpec, rows: Packing, position_ids: torch.Tensor | None, bias_by_distance: bool
+    ) -> PackedMask:
         """The packed form of a self-attention mask.
 
         Args:
+            bias_by_distance: whether a bias depends on the distance of query and key alone.
             position_ids: `(B or 1, S)`, or None where they only count the tokens of each row. Documents whose
                 positions restart within a row are kept apart, as in a padded batch.
         """
@@ -195,7 +207,8 @@ class PackedMask(MaskSpec):
             segment_ids_k=divided.segment_ids_k,
             mask=spec.mask,
         )
-        return cls(packed, MaskSpec(padded, mask.shape, mask.device), rows, rows)
+        takes_bias = bias_by_distance and not rows.has_holes and packed is not None and packed.segment_ids_k is None
+        return cls(packed, MaskSpec(padded, mask.shape, mask.device), rows, rows, takes_bias)
 
     @classmethod
     def of_cross_attention(cls, rows_q: Packing, rows_k: Packing, device: torch.device) -> PackedMask:

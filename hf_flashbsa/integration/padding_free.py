@@ -286,7 +286,11 @@ def _enter_layer(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
             )
         call.set(states, rows.pack(hidden))
     positions = call.get("position_ids") if plan.told_positions else None
-    packed = mask.derived("packed", (positions,), lambda: PackedMask.of_self_attention(mask, rows, positions))
+    packed = mask.derived(
+        "packed",
+        (positions,),
+        lambda: PackedMask.of_self_attention(mask, rows, positions, declared.bias_by_distance),
+    )
     call.set("attention_mask", packed)
     for name in declared.per_token:
         value = call.get(name)

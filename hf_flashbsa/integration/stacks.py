@@ -26,6 +26,8 @@ class LayerStack:
         restores_at: path of the module within the class whose output is padded again, for classes that use the
             hidden states themselves behind the last layer (poolers); "" is the end of the class's forward.
         makes_cache: whether a module of the class makes a key-value cache when `use_cache` is not given.
+        bias_by_distance: whether `position_bias`, if the layers add one, depends on the distance of query and key
+            alone, so that it may be read by place in each document.
         prepare: called with a layer, its arguments and the batch's `Packing` before each packed layer.
     """
 
@@ -34,6 +36,7 @@ class LayerStack:
     shared: tuple[str, ...] = ()
     restores_at: str = ""
     makes_cache: Callable[[nn.Module], bool] = lambda stack: bool(stack.config.use_cache)
+    bias_by_distance: bool = False
     prepare: Callable[[nn.Module, Call, object], None] | None = None
 
 
@@ -106,7 +109,11 @@ _BERT = LayerStack(
     makes_cache=lambda stack: stack.config.is_decoder and stack.config.use_cache,
 )
 _T5 = LayerStack(
-    layers="block", per_token=(), shared=("position_bias", "encoder_decoder_position_bias"), prepare=_t5_bias
+    layers="block",
+    per_token=(),
+    shared=("position_bias", "encoder_decoder_position_bias"),
+    bias_by_distance=True,
+    prepare=_t5_bias,
 )
 _ROTARY = LayerStack()
 

@@ -141,8 +141,6 @@ def attend(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attention` after validation: resolves the spec and calls the op. Returns `out` and `lse`."""
-    if bias is not None and bias.requires_grad and spec.differs_by_row:
-        spec = spec.as_mask(shape, q.device)
     # The torch back end computes a whole sequence at once.
     tile = TILE if backend == "triton" else max(shape.len_q, shape.len_k, 1)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias, sinks))
@@ -159,6 +157,7 @@ def attend(
         segment_ids_k=segment_ids_k,
         work_q=spec.work("q", shape, q.device, tile),
         work_k=spec.work("k", shape, q.device, tile) if needs_grad else None,
+        sequences=spec.sequence_table(shape, q.device) if bias is not None and bias.requires_grad else None,
         seed=seed,
     )
     params = Params(

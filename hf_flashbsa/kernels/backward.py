@@ -90,7 +90,18 @@ def _dkdv_block(
     row_lse, row_delta = _load_rowwise(lse_log2, delta, batch_head, m0, span.lo, span.hi, len_q, tiles.m, MASKED)
     # [n, m]
     s = dot(k_tile, tl.trans(q_block))
-    s, slope = logits(s, score, bias, item.other_row, head, queries[None, :], keys[:, None], inside)
+    s, slope = logits(
+        s,
+        score,
+        bias,
+        item.other_row,
+        head,
+        queries[None, :],
+        keys[:, None],
+        inside,
+        item.query_origin,
+        item.key_origin,
+    )
     if MASKED:
         ok = visible(
             mask, dense, item.other_row, item.row, head, queries[None, :], keys[:, None], inside, item.diagonal
@@ -158,13 +169,14 @@ def dkdv_kernel(
 
 @triton.jit
 def _score_gradient(
-    q_tile, do_tile, row_lse, row_delta, k_block, v_block, queries, n0, key_origin, inside, row_q, row_k, diagonal,
+    q_tile, do_tile, row_lse, row_delta, k_block, v_block, queries, n0, query_origin, key_origin, inside, row_q, row_k,
+    diagonal,
     mask, dense, score, bias, head, heads, tiles: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """`[m, n]` gradients of the biased score for keys from `n0`, and the softcap's slope."""
     keys = n0 + tl.arange(0, tiles.n)
     s = dot(q_tile, tl.trans(k_block))
-    s, slope = logits(s, score, bias, row_q, head, queries[:, None], keys[None, :], inside)
+    s, slope = logits(s, score, bias, row_q, head, queries[:, None], keys[None, :], inside, query_origin, key_origin)
     if MASKED:
         ok = visible(mask, dense, row_q, row_k, head, queries[:, None], keys[None, :], inside, diagonal)
         s = tl.where(ok, s, float("-inf"))
@@ -189,7 +201,7 @@ def _dq_block(
     k_block = load_tile(k, n0, span.lo, span.hi, tiles.head_dim, tiles.n, tiles.d, MASKED)
     v_block = load_tile(v, n0, span.lo, span.hi, tiles.head_dim_v, tiles.n, tiles.dv, MASKED)
     ds, slope = _score_gradient(
-        q_tile, do_tile, row_lse, row_delta, k_block, v_block, queries, n0, item.key_origin, inside,
+        q_tile, do_tile, row_lse, row_delta, k_block, v_block, queries, n0, item.query_origin, item.key_origin, inside,
         item.row, item.other_row, item.diagonal, mask, dense, score, bias, head, heads, tiles, MASKED,
     )  # fmt: skip
     return dot((ds * slope).to(k_block.dtype), k_block, dq)
@@ -239,42 +251,56 @@ def dq_kernel(
     store_tile(dq_head, item.begin, item.end, dq * score.scale, HEAD_DIM, BLOCK_M, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["diagonal", "len_q", "len_k", "batch", "bias_batch"])
+@triton.jit(do_not_specialize=["diagonal", "len_q", "len_k", "count", "bias_batch"])
 def dbias_kernel(
-    dout, dbias, q, k, v, lse_log2, delta, mask, dense, score, bias, diagonal, batch, heads, group, bias_batch,
-    bias_heads, len_q,
-    len_k, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    dout, dbias, q, k, v, lse_log2, delta, sequences, mask, dense, score, bias, diagonal, count, heads, group,
+    bias_batch, bias_heads, len_q, len_k, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Writes `dbias`, a Matrix. Grid: tiles of keys, tiles of queries, bias batch * bias heads. Lengths are full."""
+    """Writes `dbias`, a Matrix, from `count` sequences: those of a table (`AttentionSpec.sequence_table`) or whole
+    batch rows. Grid: tiles of keys, tiles of queries, bias batch * bias heads.
+    """
     tiles: tl.constexpr = Tiles(BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV)
-    n0 = tl.program_id(0) * BLOCK_N
-    m0 = tl.program_id(1) * BLOCK_M
+    place_n = tl.program_id(0) * BLOCK_N
+    place_m = tl.program_id(1) * BLOCK_M
     bias_row = tl.program_id(2) // bias_heads
     bias_head = tl.program_id(2) % bias_heads
-    queries = m0 + tl.arange(0, BLOCK_M)
-    keys = n0 + tl.arange(0, BLOCK_N)
-    live = queries < len_q
-    inside = live[:, None] & (keys < len_k)[None, :]
-    # Row and head run over the dimensions that the bias has size 1 in.
-    rounds = (batch // bias_batch) * (heads // bias_heads)
-    if mask.window_right is not None:
-        rounds = tl.where(n0 <= tl.minimum(m0 + BLOCK_M, len_q) - 1 + diagonal + mask.window_right, rounds, 0)
-    if mask.window_left is not None:
-        rounds = tl.where(tl.minimum(n0 + BLOCK_N, len_k) - 1 >= m0 + diagonal - mask.window_left, rounds, 0)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for index in range(0, rounds):
-        row = bias_row + index // (heads // bias_heads)
-        head = bias_head + index % (heads // bias_heads)
-        row_lse, row_delta = _load_rowwise(lse_log2, delta, row * heads + head, m0, 0, len_q, len_q, BLOCK_M, True)
-        q_tile = load_tile(head_of(q, row, head), m0, 0, len_q, HEAD_DIM, BLOCK_M, BLOCK_D, True)
-        do_tile = load_tile(head_of(dout, row, head), m0, 0, len_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True)
-        k_block = load_tile(head_of(k, row, head // group), n0, 0, len_k, HEAD_DIM, BLOCK_N, BLOCK_D, True)
-        v_block = load_tile(head_of(v, row, head // group), n0, 0, len_k, HEAD_DIM_V, BLOCK_N, BLOCK_DV, True)
-        ds, _ = _score_gradient(
-            q_tile, do_tile, row_lse, row_delta, k_block, v_block, queries, n0, 0, inside, row, row, diagonal,
-            mask, dense, score, bias, head, heads, tiles, True,
-        )  # fmt: skip
-        total += ds
-    pointers = matrix_pointers(dbias, bias_row, bias_head, queries[:, None], keys[None, :])
-    tl.store(pointers, total.to(dbias.ptr.dtype.element_ty), mask=inside)
+    # Sequence and head run over the dimensions that the bias has size 1 in.
+    shared_heads = heads // bias_heads
+    for index in range(0, (count // bias_batch) * shared_heads):
+        sequence = bias_row + index // shared_heads
+        head = bias_head + index % shared_heads
+        row_q, q_begin, q_end, row_k, k_begin, k_end, shift = sequence, 0, len_q, sequence, 0, len_k, diagonal
+        if sequences is not None:
+            entry = sequences + sequence * 7
+            row_q, q_begin, q_end = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+            row_k, k_begin, k_end = tl.load(entry + 3), tl.load(entry + 4), tl.load(entry + 5)
+            shift = tl.load(entry + 6)
+        m0, n0 = q_begin + place_m, k_begin + place_n
+        met = (m0 < q_end) & (n0 < k_end)
+        if mask.window_right is not None:
+            met = met & (n0 <= tl.minimum(m0 + BLOCK_M, q_end) - 1 + shift + mask.window_right)
+        if mask.window_left is not None:
+            met = met & (tl.minimum(n0 + BLOCK_N, k_end) - 1 >= m0 + shift - mask.window_left)
+        if met:
+            queries = m0 + tl.arange(0, BLOCK_M)
+            keys = n0 + tl.arange(0, BLOCK_N)
+            inside = (queries < q_end)[:, None] & (keys < k_end)[None, :]
+            row_lse, row_delta = _load_rowwise(
+                lse_log2, delta, row_q * heads + head, m0, 0, q_end, len_q, BLOCK_M, True
+            )
+            q_tile = load_tile(head_of(q, row_q, head), m0, 0, q_end, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+            do_tile = load_tile(head_of(dout, row_q, head), m0, 0, q_end, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True)
+            k_block = load_tile(head_of(k, row_k, head // group), n0, 0, k_end, HEAD_DIM, BLOCK_N, BLOCK_D, True)
+            v_block = load_tile(head_of(v, row_k, head // group), n0, 0, k_end, HEAD_DIM_V, BLOCK_N, BLOCK_DV, True)
+            ds, _ = _score_gradient(
+                q_tile, do_tile, row_lse, row_delta, k_block, v_block, queries, n0, q_begin, k_begin, inside,
+                row_q, row_k, shift, mask, dense, score, bias, head, heads, tiles, True,
+            )  # fmt: skip
+            total += ds
+    places_m = place_m + tl.arange(0, BLOCK_M)
+    places_n = place_n + tl.arange(0, BLOCK_N)
+    pointers = matrix_pointers(dbias, bias_row, bias_head, places_m[:, None], places_n[None, :])
+    reached = (places_m < score.bias_len_q)[:, None] & (places_n < score.bias_len_k)[None, :]
+    tl.store(pointers, total.to(dbias.ptr.dtype.element_ty), mask=reached)

@@ -53,7 +53,9 @@ def _attend(
     k_block = load_tile(k, n0, span.lo, span.hi, tiles.head_dim, tiles.n, tiles.d, MASKED)
     # [m, n]
     s = dot(q_tile, tl.trans(k_block))
-    s, _ = logits(s, score, bias, item.row, head, queries[:, None], keys[None, :], inside)
+    s, _ = logits(
+        s, score, bias, item.row, head, queries[:, None], keys[None, :], inside, item.query_origin, item.key_origin
+    )
     if MASKED:
         ok = visible(
             mask, dense, item.row, item.other_row, head, queries[:, None], keys[None, :], inside, item.diagonal

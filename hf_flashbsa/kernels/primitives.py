@@ -18,7 +18,7 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 #: Rows per entry of a work table, and its columns (`AttentionSpec.work`).
 WORK_TILE: tl.constexpr = tl.constexpr(128)
-WORK_COLUMNS: tl.constexpr = tl.constexpr(10)
+WORK_COLUMNS: tl.constexpr = tl.constexpr(11)
 #: Keys that share one Philox counter, and its rounds (philox.py).
 COUNTER_KEYS: tl.constexpr = tl.constexpr(16)
 PHILOX_ROUNDS: tl.constexpr = tl.constexpr(7)
@@ -78,12 +78,14 @@ class Mask(NamedTuple):
 class Score(NamedTuple):
     """How a score is made of a product of query and key, and which weights are dropped (None: not at all).
 
-    Bias values up to `bias_hidden` hide the key.
+    Bias values up to `bias_hidden` hide the key, and so do places beyond `bias_len_*`.
     """
 
     scale: object
     softcap: object
     bias_hidden: object
+    bias_len_q: object
+    bias_len_k: object
     seed: object
     drop_threshold: object
 
@@ -100,6 +102,7 @@ class Item(NamedTuple):
     full_hi: object
     hi: object
     diagonal: object
+    query_origin: object
     key_origin: object
 
 
@@ -125,12 +128,12 @@ def work_item(work, tile, batch, len_own, len_other, diagonal, BLOCK: tl.constex
         end = tl.minimum(begin + BLOCK, tl.load(entry + 2))
         item = Item(
             tl.load(entry), begin, end, tl.load(entry + 3), tl.load(entry + 4), tl.load(entry + 5),
-            tl.load(entry + 6), tl.load(entry + 7), tl.load(entry + 8), tl.load(entry + 9),
+            tl.load(entry + 6), tl.load(entry + 7), tl.load(entry + 8), tl.load(entry + 9), tl.load(entry + 10),
         )  # fmt: skip
     else:
         begin = tile * BLOCK
         end = tl.minimum(begin + BLOCK, len_own)
-        item = Item(batch, begin, end, batch, 0, 0, len_other, len_other, diagonal, 0)
+        item = Item(batch, begin, end, batch, 0, 0, len_other, len_other, diagonal, 0, 0)
     return item
 
 
@@ -249,7 +252,7 @@ def tanh(x):
 
 
 @triton.jit
-def logits(s, score, bias, row_q, head, queries, keys, inside):
+def logits(s, score, bias, row_q, head, queries, keys, inside, query_origin, key_origin):
     """The score that enters the softmax, divided by `log2_factor` and multiplied with log2(e); and d score / d s."""
     slope = 1.0
     if score.softcap is not None:
@@ -260,7 +263,9 @@ def logits(s, score, bias, row_q, head, queries, keys, inside):
     if bias.ptr is not None:
         if score.softcap is None:
             s = s * score.scale
-        added = tl.load(matrix_pointers(bias, row_q, head, queries, keys), mask=inside, other=0.0)
+        place_q, place_k = queries - query_origin, keys - key_origin
+        reached = inside & (place_q < score.bias_len_q) & (place_k < score.bias_len_k)
+        added = tl.load(matrix_pointers(bias, row_q, head, place_q, place_k), mask=reached, other=float("-inf"))
         s = s + tl.where(added <= score.bias_hidden, float("-inf"), added.to(tl.float32))
     return s, slope
 

@@ -8,9 +8,10 @@ import torch
 
 
 class Extras(NamedTuple):
-    """Optional tensors of a call. Shapes as `attention` documents them, masks and biases expanded to Sq and Sk.
+    """Optional tensors of a call. Shapes as `attention` documents them; masks and biases expanded to Sq, Sk.
 
-    `work_q` and `work_k` are the tables of `AttentionSpec.work`; `seed` is int64 `(1,)`.
+    `work_q` and `work_k` are the tables of `AttentionSpec.work`, `sequences` that of `AttentionSpec.sequence_table`
+    (for the gradient of a bias only); `seed` is int64 `(1,)`.
     """
 
     bias: torch.Tensor | None
@@ -20,6 +21,7 @@ class Extras(NamedTuple):
     segment_ids_k: torch.Tensor | None
     work_q: torch.Tensor | None
     work_k: torch.Tensor | None
+    sequences: torch.Tensor | None
     seed: torch.Tensor | None
 
 

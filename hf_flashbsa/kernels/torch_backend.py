@@ -26,24 +26,25 @@ class Piece(NamedTuple):
     rows_k: slice
     k: slice
     diagonal: int
+    query_origin: int
     key_origin: int
 
 
 def _pieces(q: torch.Tensor, k: torch.Tensor, extras: Extras, params: Params) -> Iterator[Piece]:
     (batch, heads, len_q, _), (batch_k, _, len_k, _) = q.shape, k.shape
     if extras.work_q is None:
-        whole = [(slice(0, batch), 0, len_q, slice(0, batch_k), 0, len_k, params.diagonal, 0)]
+        whole = [(slice(0, batch), 0, len_q, slice(0, batch_k), 0, len_k, params.diagonal, 0, 0)]
     else:
         whole = [
-            (slice(row, row + 1), begin, end, slice(other, other + 1), lo, hi, diagonal, origin)
-            for row, begin, end, other, lo, _, _, hi, diagonal, origin in extras.work_q.tolist()
+            (slice(row, row + 1), begin, end, slice(other, other + 1), lo, hi, diagonal, *origins)
+            for row, begin, end, other, lo, _, _, hi, diagonal, *origins in extras.work_q.tolist()
             if begin < end
         ]
-    for rows_q, begin, end, rows_k, lo, hi, diagonal, origin in whole:
+    for rows_q, begin, end, rows_k, lo, hi, diagonal, *origins in whole:
         count = rows_q.stop - rows_q.start
         step = max(1, MAX_SCORES // max(1, count * heads * (hi - lo)))
         for first in range(begin, end, step):
-            yield Piece(rows_q, slice(first, min(first + step, end)), rows_k, slice(lo, hi), diagonal, origin)
+            yield Piece(rows_q, slice(first, min(first + step, end)), rows_k, slice(lo, hi), diagonal, *origins)
 
 
 def _visible(piece: Piece, extras: Extras, params: Params, device: torch.device) -> torch.Tensor | None:
@@ -68,8 +69,15 @@ def _visible(piece: Piece, extras: Extras, params: Params, device: torch.device)
 
 
 def _bias_piece(bias: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """A view of the bias for a piece, by place in the sequence."""
     rows = piece.rows_q if bias.shape[0] > 1 else slice(None)
-    return bias[rows, :, piece.q, piece.k]
+    q, k = (
+        slice(part.start - origin, part.stop - origin)
+        for part, origin in ((piece.q, piece.query_origin), (piece.k, piece.key_origin))
+    )
+    if q.stop > bias.shape[2] or k.stop > bias.shape[3]:
+        raise ValueError(f"bias: {tuple(bias.shape)} does not reach query {q.stop - 1} and key {k.stop - 1}.")
+    return bias[rows, :, q, k]
 
 
 def _grouped(x: torch.Tensor, heads_k: int) -> torch.Tensor:
@@ -109,8 +117,6 @@ def _keep(piece: Piece, heads: int, extras: Extras, params: Params) -> torch.Ten
 
 def _softmax(s: torch.Tensor, sinks: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights and log-sum-exp of scores `(B, Hq, m, n)`; 0 and -inf for rows that see no key, even with sinks."""
-    if s.shape[-1] == 0:
-        return s, s.new_full(s.shape[:-1], float("-inf"))
     top = s.amax(-1, keepdim=True)
     blind = top == float("-inf")
     top = top.masked_fill(blind, 0.0)
@@ -130,6 +136,10 @@ def forward(q, k, v, out, lse, extras: Extras, params: Params) -> None:
     """Fills `out` and `lse`."""
     dtype = _compute_dtype(q)
     for piece in _pieces(q, k, extras, params):
+        if piece.k.start == piece.k.stop:
+            out[piece.rows_q, :, piece.q] = 0.0
+            lse[piece.rows_q, :, piece.q] = float("-inf")
+            continue
         q_, k_, v_ = q[piece.rows_q, :, piece.q], k[piece.rows_k, :, piece.k], v[piece.rows_k, :, piece.k]
         q_, k_, v_ = q_.to(dtype), k_.to(dtype), v_.to(dtype)
         s, _ = _scores(q_, k_, piece, extras, params)
@@ -154,6 +164,9 @@ def backward(dout, dlse, q, k, v, out, lse, gradients, extras: Extras, params: P
     if dlse is not None:
         delta = delta - dlse
     for piece in _pieces(q, k, extras, params):
+        if piece.k.start == piece.k.stop:
+            dq[piece.rows_q, :, piece.q] = 0.0
+            continue
         q_, k_, v_ = q[piece.rows_q, :, piece.q], k[piece.rows_k, :, piece.k], v[piece.rows_k, :, piece.k]
         q_, k_, v_ = q_.to(dtype), k_.to(dtype), v_.to(dtype)
         do = dout[piece.rows_q, :, piece.q].to(dtype)

@@ -49,6 +49,8 @@ def _score(extras: Extras, params: Params) -> Score:
         scale=params.scale or TINY_SCALE,
         softcap=params.softcap if params.softcap > 0.0 else None,
         bias_hidden=None if extras.bias is None else torch.finfo(extras.bias.dtype).min,
+        bias_len_q=None if extras.bias is None else extras.bias.shape[2],
+        bias_len_k=None if extras.bias is None else extras.bias.shape[3],
         seed=extras.seed if dropout else None,
         drop_threshold=params.drop_threshold if dropout else None,
     )
@@ -148,13 +150,12 @@ def backward(dout, dlse, q, k, v, out, lse, gradients, extras: Extras, params: P
         )  # fmt: skip
     if dbias.numel() > 0:
         config = _config("dbias", q, v, aligned, extras, params)
-        grid = (
-            triton.cdiv(len_k, config.block_n), triton.cdiv(len_q, config.block_m), dbias.shape[0] * dbias.shape[1],
-        )  # fmt: skip
-        dbias_kernel[grid](
-            dout_, _matrix(dbias), *operands, lse_log2, delta, mask, dense, score, bias, params.diagonal, batch,
-            heads, group,
-            dbias.shape[0], dbias.shape[1], len_q, len_k, **_meta(config, q, v),
+        tiles_m, tiles_n = triton.cdiv(dbias.shape[2], config.block_m), triton.cdiv(dbias.shape[3], config.block_n)
+        sequences = extras.sequences
+        dbias_kernel[(tiles_n, tiles_m, dbias.shape[0] * dbias.shape[1])](
+            dout_, _matrix(dbias), *operands, lse_log2, delta, sequences, mask, dense, score, bias, params.diagonal,
+            batch if sequences is None else sequences.shape[0], heads, group, dbias.shape[0], dbias.shape[1], len_q,
+            len_k, **_meta(config, q, v),
         )  # fmt: skip
     if extras.sinks is not None:
         dsinks.copy_(sinks_gradient(extras.sinks, lse, delta))
