@@ -1,0 +1,110 @@
+"""Every shipped launch configuration, compiled for its GPU on a machine that need not have one.
+
+`python tests/test_aot.py ARCH` does the compiling, in a process of its own: here Triton may be the interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+from aot import SHARED_LIMIT, compile_only
+
+from hf_flashbsa import attention
+from hf_flashbsa.kernels import tuning
+from hf_flashbsa.kernels.tuning import Config
+
+KERNELS = ("forward", "dkdv", "dq", "dbias")
+ARCHITECTURES = (80, 90)
+
+
+class Problem(NamedTuple):
+    """A kind of call that tables make a difference for."""
+
+    head_dim: int
+    itemsize: int
+    plain: bool
+    aligned: bool
+
+
+def _table(arch: int) -> dict[str, list[dict]]:
+    return tuning._table(f"sm_{arch}")
+
+
+def problem_of(arch: int, kernel: str, entry: dict) -> Problem | None:
+    """The easiest call that is given this entry; None where other entries come first for all calls."""
+    config = Config(*(entry[field] for field in Config._fields))
+    for plain, aligned in ((True, True), (False, True), (True, False), (False, False)):
+        problem = Problem(entry["head_dim"], entry["itemsize"], plain and kernel != "dbias", aligned)
+        if tuning.select(kernel, f"sm_{arch}", *problem) == config:
+            return problem
+    return None
+
+
+def launch(problem: Problem, kernel: str) -> None:
+    """Calls `attention` and its backward pass, of whose kernels only one is launched."""
+    from hf_flashbsa.kernels import triton_backend
+
+    dtype = torch.bfloat16 if problem.itemsize == 2 else torch.float32
+    room = problem.head_dim if problem.aligned else problem.head_dim + 1
+    q, k, v, dout = (
+        torch.zeros(1, 256, 4, room, dtype=dtype)[..., : problem.head_dim].transpose(1, 2) for _ in range(4)
+    )
+    rich = {} if problem.plain else {"bias": torch.zeros(1, 4, 256, 256, dtype=dtype).requires_grad_()}
+    others = {f"{name}_kernel": mock.MagicMock() for name in (*KERNELS, "rowwise") if name != kernel}
+    with mock.patch.multiple(triton_backend, **others):
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        out = attention(*leaves, causal=True, backend="triton", dropout_p=0.0 if problem.plain else 0.1, **rich)
+        out.backward(dout)
+
+
+def main(arch: int) -> None:
+    """Prints a JSON line for each entry: kernel, place in its list, and what the compiler did."""
+    tuning.architecture = lambda device: f"sm_{arch}"
+    for kernel, entries in _table(arch).items():
+        for place, entry in enumerate(entries):
+            with compile_only(arch) as compiled:
+                launch(problem_of(arch, kernel, entry), kernel)
+            (result,) = compiled
+            print(json.dumps({"kernel": kernel, "place": place, **result._asdict()}), flush=True)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_entry_is_in_use(arch, kernel):
+    assert [entry for entry in _table(arch)[kernel] if problem_of(arch, kernel, entry) is None] == []
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_entry_compiles_well(arch):
+    """Within the GPU's shared memory; for plain aligned 16-bit calls without spills, and on Hopper to wgmma."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, __file__, str(arch)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) == sum(map(len, _table(arch).values()))
+    wrong = []
+    for row in rows:
+        entry = _table(arch)[row["kernel"]][row["place"]]
+        problem = problem_of(arch, row["kernel"], entry)
+        good = problem.plain and problem.aligned and problem.itemsize == 2
+        faults = {
+            "shared memory": row["shared"] > SHARED_LIMIT[arch],
+            "spills": good and row["spills"] > 0,
+            "no wgmma": good and arch == 90 and not (row["wgmma"] > 0 and row["mma"] == 0),
+        }
+        if found := [name for name, present in faults.items() if present]:
+            wrong.append(f"{', '.join(found)}: {row} of {entry}")
+    assert not wrong, "\n".join(wrong)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
