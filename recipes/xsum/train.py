@@ -308,7 +308,10 @@ class Training:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        usage="train.py --config FILE [--resume | --overwrite] [--OPTION VALUE ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, type=Path, help="YAML file, see recipes/xsum/configs")
     parser.add_argument("--resume", action="store_true", help="continue the run in output_dir")
