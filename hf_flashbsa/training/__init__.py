@@ -1,0 +1,1 @@
+"""Tools around training: where memory goes, and how large a batch fits."""
