@@ -75,9 +75,10 @@ def largest_batch(
         finally:
             if model is not None:
                 model.zero_grad(set_to_none=True)
-        # Outside of the except clause, where the traceback no longer holds the step's tensors.
-        _empty_cache()
-        return LargestBatch(batch, tokens, peak / GIB) if peak <= budget else None
+        if peak > budget:
+            _empty_cache()  # outside of the except clause, where the traceback no longer holds the step's tensors
+            return None
+        return LargestBatch(batch, tokens, peak / GIB)
 
     with contextlib.ExitStack() as stack:
         if measure is None:
