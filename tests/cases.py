@@ -286,7 +286,7 @@ def worst_ratio(case: Case, device: torch.device | str, backend: str) -> dict[st
         "lse": eps32 * score,
         "dq": cancelled * scale * k,
         "dk": cancelled * scale * q,
-        "dv": eps32 * score * dout,
+        "dv": eps32 * (score + case.len_q**0.5) * dout,
         "dbias": cancelled,
         "dsinks": 2 * eps * (truth["out"].detach() * problem.dout).norm().item(),
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 
 from hf_flashbsa.kernels import tuning
 from hf_flashbsa.kernels.backward import dbias_kernel, dkdv_kernel, dq_kernel, rowwise_kernel
@@ -56,9 +55,14 @@ def _score(extras: Extras, params: Params) -> Score:
     )
 
 
+# Triton's own cdiv and next_power_of_2 also serve as compile-time functions, and cost microseconds a call here.
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 def _padded(dim: int) -> int:
     # ptxas 12.8, in Triton 3.6, compiles some kernels whose products are 16 columns wide to wrong code for Hopper.
-    return max(32, triton.next_power_of_2(dim))
+    return max(32, 1 << (dim - 1).bit_length())
 
 
 def _is_aligned(x: torch.Tensor) -> bool:
@@ -97,7 +101,7 @@ def _meta(config: tuning.Config, q: torch.Tensor, v: torch.Tensor) -> dict:
 def _tiles(work: torch.Tensor | None, length: int, batch: int, block: int) -> tuple[int, int]:
     """Tiles per head, and the batch factor of the grid (a work table spans the batch)."""
     if work is None:
-        return triton.cdiv(length, block), batch
+        return _cdiv(length, block), batch
     return work.shape[0] * (WORK_TILE.value // block), 1
 
 
@@ -128,7 +132,7 @@ def backward(dout, dlse, q, k, v, out, lse, gradients, extras: Extras, params: P
     dout_ = _operand(dout)
     aligned = _is_aligned(q) and _is_aligned(k) and _is_aligned(v) and _is_aligned(dout)
     if q.numel() > 0:
-        rowwise_kernel[(triton.cdiv(len_q, 64) * batch * heads,)](
+        rowwise_kernel[(_cdiv(len_q, 64) * batch * heads,)](
             _operand(out), dout_, lse, None if dlse is None else dlse.contiguous(), delta, lse_log2,
             heads, len_q,
             HEAD_DIM_V=v.shape[-1], BLOCK_M=64, BLOCK_DV=_padded(v.shape[-1]), num_warps=4,
@@ -150,7 +154,7 @@ def backward(dout, dlse, q, k, v, out, lse, gradients, extras: Extras, params: P
         )  # fmt: skip
     if dbias.numel() > 0:
         config = _config("dbias", q, v, aligned, extras, params)
-        tiles_m, tiles_n = triton.cdiv(dbias.shape[2], config.block_m), triton.cdiv(dbias.shape[3], config.block_n)
+        tiles_m, tiles_n = _cdiv(dbias.shape[2], config.block_m), _cdiv(dbias.shape[3], config.block_n)
         sequences = extras.sequences
         dbias_kernel[(tiles_n, tiles_m, dbias.shape[0] * dbias.shape[1])](
             dout_, _matrix(dbias), *operands, lse_log2, delta, sequences, mask, dense, score, bias, params.diagonal,
