@@ -275,7 +275,7 @@ class Bench:
         total, guess = (ledger.peak or ledger.tracked for ledger in (ledgers[1], predicted))
         print(ledgers[0].table())
         return {
-            "gib": {name: round(size / GIB, 4) for name, size in ledgers[0].parts.items()},
+            "bytes": dict(ledgers[0].parts),
             "moment": ledgers[0].moment,
             "peak_gib": ledgers[0].peak and round(ledgers[0].peak / GIB, 3),
             "explained": ledgers[0].explained and round(ledgers[0].explained, 4),
@@ -323,7 +323,7 @@ class Bench:
         """One table for each part that ran."""
         for part in dict.fromkeys(row["part"] for row in self.rows):
             rows = [row for row in self.rows if row["part"] == part]
-            fields = {name: None for row in rows for name in row if name not in ("part", "gib")}
+            fields = {name: None for row in rows for name in row if name not in ("part", "bytes")}
             table = Table(title=f"{part}: {self.args.model} on {self.about['gpu']}")
             for name in fields:
                 table.add_column(name, no_wrap=name == "variant", max_width=50)

@@ -49,9 +49,13 @@ FIXED = frozenset({WEIGHTS, WEIGHT_COPIES, GRADIENTS, OPTIMIZER, OPTIMIZER_WORKS
 #: them and a lower bound for others.
 FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 
-_ATTENTION_NAMES = re.compile(r"attention|attn", re.IGNORECASE)
-_MLP_NAMES = re.compile(r"mlp|ffn|feed_?forward|layerff|^fc\d|intermediate|output|activation|^act", re.IGNORECASE)
-_HEAD_NAMES = re.compile(r"lm_?head|score|classifier|predictions", re.IGNORECASE)
+#: What the modules of each part, or their classes, are called; the first that fits counts.
+_NAMES = {
+    ATTENTION: re.compile(r"attention|attn", re.IGNORECASE),
+    EMBEDDINGS: re.compile(r"embed", re.IGNORECASE),
+    LOGITS: re.compile(r"lm_?head|^head$|score|classifier|predictions", re.IGNORECASE),
+    MLP: re.compile(r"mlp|ffn|feed_?forward|layerff|^fc\d|intermediate|output|activation|^act", re.IGNORECASE),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +92,8 @@ class Ledger:
         """The ledger predicted for `factor` times the batch at equal lengths.
 
         Activations, inputs and workspace scale; weights, gradients, optimizer and the unexplained rest do not. The
-        peak may fall on another moment of the step.
+        peak may fall on another moment of the step. What the rows of a batch share, as T5's position bias
+        `(1, H, S, S)`, is scaled too: where it matters, the prediction is too high.
 
         Raises:
             ValueError: `factor` is not positive.
@@ -148,11 +153,12 @@ def measure_step(
 
     A saved tensor belongs to the part of the module that was running when it was saved first:
 
-    1. The module's class name contains "norm": norms. It is an `nn.Embedding`, or so named: embeddings.
-    2. It or a module around it has "attention" in the name of its class, or "attn" in its own: attention; but what
-       has the 4-D attention mask's lengths and one copy for all heads: attention masks, like the mask itself.
-    3. It or a module around it is named as feed-forward layers are (mlp, ffn, fc1, intermediate, ...): mlp.
-    4. It is a head (lm_head, classifier, ...), or no module within `model` is running: logits and loss.
+    1. The module's class name contains "norm": norms.
+    2. It or a module around it is named as attention is: attention; but what has the 4-D attention mask's lengths
+       and one copy for all heads: attention masks, like the mask itself.
+    3. Likewise embeddings, and heads (lm_head, classifier, ...): embeddings; logits and loss, where also belongs
+       what `model` itself runs, and what runs outside of it.
+    4. Likewise feed-forward layers (mlp, ffn, fc1, intermediate, ...): mlp.
     5. Anything else, as dropout and residuals of a layer: other.
 
     Args:
@@ -328,14 +334,11 @@ def _part_of(model: nn.Module, name: str) -> str:
     """The part of the module called `name` within `model`; see `measure_step` for the rule."""
     if not name:
         return LOGITS
-    module = model.get_submodule(name)
-    names = name.split(".")
-    if "norm" in type(module).__name__.lower():
+    if "norm" in type(model.get_submodule(name)).__name__.lower():
         return NORMS
-    if isinstance(module, nn.Embedding) or "embed" in names[-1]:
-        return EMBEDDINGS
+    names = name.split(".")
     around = [type(model.get_submodule(".".join(names[: i + 1]))).__name__ for i in range(len(names))]
-    for part, pattern in ((ATTENTION, _ATTENTION_NAMES), (MLP, _MLP_NAMES), (LOGITS, _HEAD_NAMES)):
+    for part, pattern in _NAMES.items():
         if any(pattern.search(text) for text in (*names, *around)):
             return part
     return OTHER
