@@ -1,4 +1,4 @@
-"""Makes Triton's CPU interpreter compute in bfloat16 as a GPU does (Triton 3.6; triton-lang/triton issue 11584).
+"""Makes Triton's CPU interpreter compute in bfloat16 as a GPU does (Triton 3.6 and 3.7; their issue 11584).
 
 The interpreter holds bfloat16 as uint16 and neither multiplies nor rounds those numbers as floats. Matrix products
 get float32 operands here, which hold every bfloat16 exactly, and conversions go through torch, which rounds to

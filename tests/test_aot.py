@@ -35,7 +35,8 @@ class Problem(NamedTuple):
 
 
 def _table(arch: int) -> dict[str, list[dict]]:
-    return tuning._table(f"sm_{arch}")
+    """The entries of each kernel; what else a file says is about its making."""
+    return {kernel: tuning._table(f"sm_{arch}")[kernel] for kernel in KERNELS}
 
 
 def problem_of(arch: int, kernel: str, entry: dict) -> Problem | None:

@@ -169,6 +169,17 @@ def test_sequences_packed_and_padded(pack_q, pack_k, options):
     assert_equals_oracle(problem, dataclasses.replace(PLAIN, dropout_p=0.17))
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 67, 70), (1, 2, 40, 50)], ids=["whole", "short"])
+@pytest.mark.parametrize("pack_q, pack_k", [(True, True), (False, True)])
+def test_bias_of_packed_sequences(pack_q, pack_k, shape):
+    """It is read by place in the sequence; what it does not reach is hidden."""
+    problem = _packed([5, 0, 67, 20], [0, 7, 67, 70], pack_q, pack_k, causal=True)
+    problem.options["bias"] = (
+        torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(DEVICE).requires_grad_()
+    )
+    assert_equals_oracle(problem, PLAIN)
+
+
 @pytest.mark.parametrize("pack", [True, False], ids=["packed", "padded"])
 def test_sequences_that_are_all_empty(pack):
     problem = _packed([0, 0], [0, 0], pack, pack)
