@@ -166,7 +166,10 @@ class Bench:
         options = set(given)
         if unknown := options - OPTIONS:
             raise ValueError(f"variant {variant!r}: unknown {sorted(unknown)}; known: {sorted(OPTIONS)}.")
-        self.model.set_attn_implementation(implementation)
+        for part in self.model.modules():
+            # Transformers 5.17 does not tell the stacks of T5, which hold copies of the config.
+            if isinstance(part, PreTrainedModel):
+                part.set_attn_implementation(implementation)
         # Renamed after Transformers 5.17; the old name warns.
         kind = "activation" if hasattr(self.model, "activation_checkpointing_enable") else "gradient"
         with contextlib.ExitStack() as stack:

@@ -125,7 +125,7 @@ def _check_implementation(stack: nn.Module) -> None:
     if implementation != DENSE:
         raise ValueError(
             f"padding_free: {type(stack).__name__} runs attn_implementation={implementation!r}, which cannot attend "
-            f"within packed rows; call model.set_attn_implementation({DENSE!r})."
+            f"within packed rows; load the model with attn_implementation={DENSE!r}."
         )
 
 
