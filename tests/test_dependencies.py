@@ -28,7 +28,8 @@ ALLOWED = {
         "torch", "transformers", "packaging", "hf_flashbsa.attention", "hf_flashbsa.spec", "hf_flashbsa.integration",
     },
     "hf_flashbsa.training": {
-        "torch", "transformers", "hf_flashbsa.attention", "hf_flashbsa.integration", "hf_flashbsa.training",
+        "torch", "transformers", "rich", "matplotlib", "hf_flashbsa.attention", "hf_flashbsa.integration",
+        "hf_flashbsa.training",
     },
     "hf_flashbsa.bench": {"torch", "triton", "rich", "matplotlib", "hf_flashbsa"},
     "hf_flashbsa.doctor": {"torch", "transformers", "packaging", "hf_flashbsa"},
