@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import os
 from typing import NamedTuple
 
 import torch
@@ -149,6 +150,8 @@ def _resolve_backend(backend: str, q: torch.Tensor) -> str:
         raise ValueError(
             f"backend: 'triton' takes float32, float16 and bfloat16, not {q.dtype}; cast, or use 'torch'."
         )
+    if backend == "triton" and q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError("backend: 'triton' needs a CUDA device, and q is on the CPU; use 'auto' or 'torch'.")
     return backend
 
 

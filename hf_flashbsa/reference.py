@@ -99,6 +99,8 @@ def reference_attention(
             b = bias[q_row if bias.shape[0] > 1 else 0]
             if spec.cu_seqlens_q is not None or spec.cu_seqlens_k is not None:
                 b = b[:, : q_end - q_begin, : k_end - k_begin]
+                missing = (0, k_end - k_begin - b.shape[2], 0, q_end - q_begin - b.shape[1])
+                b = torch.nn.functional.pad(b, missing, value=-math.inf)
             else:
                 b = b[:, rows if b.shape[1] > 1 else slice(None), keys]
             s = s + b.to(dtype)

@@ -104,6 +104,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, dlse):
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError("hf_flashbsa: attention has no second derivative; use attn_implementation='eager'.")
         q, k, v, out, lse, *extras = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
@@ -169,6 +171,7 @@ def attend(
         drop_threshold=drop_threshold(dropout_p),
         backend=backend,
     )
-    if needs_grad:
+    # Dynamo refuses to trace a Function that gets one tensor twice; it pays no host cost for the op's own formula.
+    if needs_grad and not torch.compiler.is_compiling():
         return _Attention.apply(q, k, v, *extras, *params)
     return torch.ops.hf_flashbsa.attention_forward.default(q, k, v, *extras, *params)

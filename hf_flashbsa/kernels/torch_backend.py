@@ -69,14 +69,12 @@ def _visible(piece: Piece, extras: Extras, params: Params, device: torch.device)
 
 
 def _bias_piece(bias: torch.Tensor, piece: Piece) -> torch.Tensor:
-    """A view of the bias for a piece, by place in the sequence."""
+    """A view of the bias for a piece, by place in the sequence, as far as it reaches."""
     rows = piece.rows_q if bias.shape[0] > 1 else slice(None)
     q, k = (
         slice(part.start - origin, part.stop - origin)
         for part, origin in ((piece.q, piece.query_origin), (piece.k, piece.key_origin))
     )
-    if q.stop > bias.shape[2] or k.stop > bias.shape[3]:
-        raise ValueError(f"bias: {tuple(bias.shape)} does not reach query {q.stop - 1} and key {k.stop - 1}.")
     return bias[rows, :, q, k]
 
 
@@ -94,6 +92,8 @@ def _scores(q, k, piece: Piece, extras: Extras, params: Params) -> tuple[torch.T
         s, slope = params.softcap * t, 1.0 - t * t
     if extras.bias is not None:
         bias = _bias_piece(extras.bias, piece)
+        missing = (0, s.shape[3] - bias.shape[3], 0, s.shape[2] - bias.shape[2])
+        bias = torch.nn.functional.pad(bias, missing, value=float("-inf"))
         hidden = bias <= torch.finfo(bias.dtype).min
         s = (s + bias.to(s.dtype)).masked_fill(hidden, float("-inf"))
     visible = _visible(piece, extras, params, q.device)
@@ -182,7 +182,8 @@ def backward(dout, dlse, q, k, v, out, lse, gradients, extras: Extras, params: P
         ds = p * (dp - delta[piece.rows_q, :, piece.q, None])
         if dbias.numel() > 0:
             part = _bias_piece(dbias_sum, piece)
-            part += ds.sum_to_size(part.shape)
+            reached = ds[:, :, : part.shape[2], : part.shape[3]]
+            part += reached.sum_to_size(part.shape)
         if slope is not None:
             ds = ds * slope
         ds = ds * params.scale

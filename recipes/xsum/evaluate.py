@@ -253,6 +253,7 @@ def _evaluate_run(arguments: argparse.Namespace, console: Console) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         predictions = generate_summaries(model, tokenizer, dataset, config, accelerator, progress)
+    accelerator.end_training()  # a process that just stops can make the others abort
     if not accelerator.is_main_process:
         return
     scores = rouge_scores(
