@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import re
 import subprocess
@@ -49,6 +50,8 @@ class _Driver:
 @contextlib.contextmanager
 def compile_only(arch: int):
     """Within, launches compile for `sm_<arch>` instead of running. Yields the list of what was compiled."""
+    # Kernels decide when they are imported; `attention` looks at the variable when it is called.
+    importlib.import_module("hf_flashbsa.kernels.triton_backend")
     compiled, run = [], JITFunction.run
 
     def compile_(self, *args, **kwargs):
@@ -60,7 +63,7 @@ def compile_only(arch: int):
     active = driver._active
     driver.set_active(_Driver(arch))
     try:
-        with mock.patch.object(JITFunction, "run", compile_):
+        with mock.patch.object(JITFunction, "run", compile_), mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
             yield compiled
     finally:
         driver._active = active
