@@ -108,44 +108,14 @@ def forward_kernel(
     for index in range(0, span.partial):
         n0 = partial_begin(span, index, BLOCK_N)
         acc, row_max, row_sum = _attend(
-            acc,
-            row_max,
-            row_sum,
-            q_tile,
-            k_head,
-            v_head,
-            n0,
-            item,
-            span,
-            mask,
-            dense,
-            score,
-            bias,
-            head,
-            heads,
-            tiles,
-            True,
-        )
+            acc, row_max, row_sum, q_tile, k_head, v_head, n0, item, span, mask, dense, score, bias, head, heads,
+            tiles, True,
+        )  # fmt: skip
     for n0 in range(span.full_begin, span.full_end, BLOCK_N):
         acc, row_max, row_sum = _attend(
-            acc,
-            row_max,
-            row_sum,
-            q_tile,
-            k_head,
-            v_head,
-            n0,
-            item,
-            span,
-            mask,
-            dense,
-            score,
-            bias,
-            head,
-            heads,
-            tiles,
-            False,
-        )
+            acc, row_max, row_sum, q_tile, k_head, v_head, n0, item, span, mask, dense, score, bias, head, heads,
+            tiles, False,
+        )  # fmt: skip
     if sinks is not None:
         # A row that sees no key stays without weights.
         sink = tl.where(row_max == float("-inf"), float("-inf"), tl.load(sinks + head) * LOG2E)
