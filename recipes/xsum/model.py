@@ -23,6 +23,7 @@ from transformers.utils import is_flash_attn_2_available
 
 import hf_flashbsa
 from recipes.xsum.config import Config, ConfigError, suggest
+from recipes.xsum.flash_attention_2 import MISSING, REPAIRED
 
 IGNORED_LABEL = -100  # a position of the labels where no token is predicted
 # What the model families of Transformers call the two kinds of dropout.
@@ -36,14 +37,15 @@ def check_attention(config: Config, device: torch.device) -> None:
     known = ["eager", *(key for key in sorted(ALL_ATTENTION_FUNCTIONS.valid_keys()) if not key.startswith("paged|"))]
     if name not in known:
         raise ConfigError(f"unknown attn_implementation {name!r}; known here: {', '.join(known)}")
-    needs_cuda = "require_cuda: true" if config.require_cuda else name if "flash_attention" in name else None
+    is_flash = name == REPAIRED or "flash_attention" in name
+    needs_cuda = "require_cuda: true" if config.require_cuda else name if is_flash else None
     if needs_cuda and device.type != "cuda":
         raise ConfigError(
             f"{needs_cuda} needs a CUDA device, but this run would be on {device.type}; "
             "use a GPU machine, or attn_implementation: bsa_dense or sdpa with require_cuda: false"
         )
-    if name == "flash_attention_2" and not is_flash_attn_2_available():
-        raise ConfigError("flash_attention_2 needs flash-attn: pip install flash-attn --no-build-isolation")
+    if name in ("flash_attention_2", REPAIRED) and not is_flash_attn_2_available():
+        raise ConfigError(MISSING.format(name))
 
 
 def transformers_config(config: Config) -> PreTrainedConfig:
