@@ -236,6 +236,26 @@ def test_largest_batch_is_exact(start, total, error):
     assert len(memory.tried) == len(set(memory.tried)) < 20
 
 
+@pytest.mark.parametrize("start", [16, 30, 60])
+def test_largest_batch_takes_few_tries_where_memory_is_linear(start):
+    memory = Memory(GIB // 2, 6 * GIB)
+    found = largest_batch(memory.step, 40, start=start, resolution=0.02, progress=False, measure=memory.measure)
+    assert found.batch == 68 and memory.tried[-2:] == [68, 69] and len(memory.tried) <= 4
+
+
+def test_largest_batch_is_exact_where_memory_is_not_linear():
+    """A fixed peak until activations outgrow it, and memory that grows by pages of ten examples."""
+    for bytes_of in (lambda n: max(8 * GIB, n * n * GIB // 1000), lambda n: (3 + n // 10) * GIB):
+        tried = []
+        found = largest_batch(
+            lambda n, tried=tried: tried.append(n) or n,
+            24,
+            progress=False,
+            measure=lambda step, f=bytes_of: (n := step(), f(n)),
+        )
+        assert bytes_of(found.batch) <= 24 * GIB < bytes_of(found.batch + 1) and len(tried) < 25
+
+
 def test_largest_batch_limits_and_resolution():
     memory = Memory(GIB // 8)
     assert largest_batch(memory.step, 16, limit=50, progress=False, measure=memory.measure).batch == 50

@@ -34,7 +34,10 @@ def largest_batch(
     progress: bool = True,
     measure: Measure | None = None,
 ) -> LargestBatch:
-    """Finds the largest batch whose step stays within a budget: doubling (or halving), then bisection.
+    """Finds the largest batch whose step stays within a budget, in few tries.
+
+    Memory grows nearly linearly with the batch, so the peaks of the last two tries that fitted tell the next size;
+    where they mislead, bisection ends the search. Only steps that ran, and the failure of the next size, count.
 
     On CUDA the allocator may not take more than the budget from the device during the search, so that the search sees
     what a smaller GPU would: fragmentation counts, and a step that fits only after cached memory has been given back
@@ -84,19 +87,35 @@ def largest_batch(
         if measure is None:
             measure = stack.enter_context(_limited(torch.device("cuda" if device is None else device), budget))
         report = stack.enter_context(_progress(f"largest batch in {budget_gib:g} GiB", progress))
-        best, failed, batch = LargestBatch(0, 0, 0.0), limit + 1, start
+        before = best = LargestBatch(0, 0, 0.0)
+        failed, batch, ahead = limit + 1, start, 0
         while failed - best.batch > max(1, resolution * best.batch):
+            width = failed - best.batch
             found = run(batch)
             if found is None:
                 failed = batch
             else:
-                best = found
+                before, best = best, found
             report(batch, found is not None, best.batch)
-            if failed > limit:
+            guess = _extrapolated(before, best, budget_gib)
+            step = max(1, int(resolution * best.batch))
+            if failed <= limit:
+                misled = guess is None or guess >= failed or failed - best.batch > width // 2
+                batch = (best.batch + failed) // 2 if misled else min(max(guess, best.batch + step), failed - step)
+            elif guess is None:
                 batch = min(2 * batch, limit)
-            else:
-                batch = (best.batch + failed) // 2
+            else:  # where the best is the guess, the next size should fail; if it fits, go further ahead each time
+                ahead = 0 if guess >= best.batch + step else max(2 * ahead, step)
+                batch = min(max(guess, best.batch + ahead), limit)
         return best
+
+
+def _extrapolated(before: LargestBatch, best: LargestBatch, budget_gib: float) -> int | None:
+    """The size whose peak would be the budget if memory were linear; None where the peaks do not tell."""
+    batches, gib = best.batch - before.batch, best.peak_gib - before.peak_gib
+    if batches <= 0 or gib <= 0:
+        return None
+    return best.batch + int((budget_gib - best.peak_gib) / gib * batches)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
