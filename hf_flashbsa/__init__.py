@@ -9,6 +9,7 @@ register()  # before what older releases of Transformers cannot import, so that 
 
 from hf_flashbsa.integration.padding_free import disable_padding_free, enable_padding_free, padding_free  # noqa: E402
 from hf_flashbsa.integration.stacks import LayerStack, register_stack  # noqa: E402
+from hf_flashbsa.training.losses import enable_fused_loss  # noqa: E402
 
 __all__ = [
     "AttentionSpec",
@@ -17,6 +18,7 @@ __all__ = [
     "backends_used",
     "choose_backend",
     "disable_padding_free",
+    "enable_fused_loss",
     "enable_padding_free",
     "padding_free",
     "register_stack",

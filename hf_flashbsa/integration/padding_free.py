@@ -97,7 +97,8 @@ def _install(model: nn.Module) -> list[nn.Module]:
                 added[end] = [end.register_forward_hook(_restore)]
             added[module] = [_before(module, _enter_stack), module.register_forward_hook(_leave, always_call=True)]
         elif takes(module, "attention_mask") and any(_is_inside(stack, name) for stack in stacks):
-            added = {module: [_before(module, _enter_model)]}
+            # Before the hooks of others: a fused loss takes away the labels.
+            added = {module: [_before(module, _enter_model, prepend=True)]}
         else:
             continue
         for hooked, handles in added.items():
@@ -106,8 +107,8 @@ def _install(model: nn.Module) -> list[nn.Module]:
     return installed
 
 
-def _before(module: nn.Module, hook: Callable) -> RemovableHandle:
-    return module.register_forward_pre_hook(hook, with_kwargs=True)
+def _before(module: nn.Module, hook: Callable, prepend: bool = False) -> RemovableHandle:
+    return module.register_forward_pre_hook(hook, with_kwargs=True, prepend=prepend)
 
 
 def _remove(modules: list[nn.Module]) -> None:
