@@ -8,7 +8,7 @@ import random
 import torch
 
 from hf_flashbsa import AttentionSpec, attention
-from hf_flashbsa.kernels.philox import drop_threshold, keep_mask
+from hf_flashbsa.kernels.dropout import drop_threshold, keep_mask
 from hf_flashbsa.reference import reference_attention, sequence_ranges
 
 MASKS = ("none", "seqlens", "cu_seqlens", "key_padding", "segments", "dense", "offset_tensor", "mixed")
@@ -249,7 +249,7 @@ def expected(problem: Problem, case: Case, dtype: torch.dtype | None, seed: int 
     if case.dropout_p > 0.0:
         torch.manual_seed(seed)
         drawn = torch.randint(torch.iinfo(torch.int64).max, (1,), dtype=torch.int64, device=problem.q.device)
-        keep, dropout_p = dropout_keep(problem, case, drawn), drop_threshold(case.dropout_p) / 256
+        keep, dropout_p = dropout_keep(problem, case, drawn), drop_threshold(case.dropout_p) / 2**32
     out, lse = reference_attention(
         problem.q, problem.k, problem.v, problem.spec, **problem.options, dropout_p=dropout_p, keep=keep, dtype=dtype
     )

@@ -14,7 +14,7 @@ from cases import Case, Problem, expected, make_problem, random_case, run, worst
 
 from hf_flashbsa import AttentionSpec, attention
 from hf_flashbsa.kernels import tuning
-from hf_flashbsa.kernels.philox import drop_threshold, keep_mask
+from hf_flashbsa.kernels.dropout import drop_threshold, keep_mask
 from hf_flashbsa.kernels.tuning import Config
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
@@ -221,7 +221,7 @@ def test_dropout_drops_what_the_definition_says(origin, block_n):
     length, p = 70, 0.17
     q = torch.zeros(1, 2, length, 16, device=DEVICE)
     v = torch.eye(length, device=DEVICE).expand(1, 2, -1, -1).contiguous().requires_grad_()
-    # A first sequence without queries moves the second one's keys off the places that Philox counters begin at.
+    # A first sequence without queries moves the second one's keys: they are counted from their own first.
     cu_q, cu_k = (torch.tensor([0, n, length], device=DEVICE) for n in (0, origin))
     torch.manual_seed(3)
     seed = torch.randint(torch.iinfo(torch.int64).max, (1,), device=DEVICE)

@@ -12,7 +12,7 @@ import importlib
 
 import torch
 
-from hf_flashbsa.kernels.philox import drop_threshold
+from hf_flashbsa.kernels.dropout import drop_threshold
 from hf_flashbsa.kernels.state import Extras, Params
 from hf_flashbsa.spec import TILE, AttentionSpec, Shape
 

@@ -11,13 +11,13 @@ import triton
 import triton.language as tl
 
 from hf_flashbsa.kernels.primitives import (
-    COUNTER_KEYS,
     LOG2E,
+    Rows,
     Tiles,
     dot,
     dropout_keep,
+    dropout_words,
     head_of,
-    keep_scale,
     load_tile,
     log2_factor,
     logits,
@@ -30,13 +30,14 @@ from hf_flashbsa.kernels.primitives import (
 )
 
 
-@triton.jit(do_not_specialize=["len_q"])
+@triton.jit(do_not_specialize=["len_q", "plane"])
 def rowwise_kernel(
-    out, dout, lse, dlse, delta, lse_log2, heads, len_q,
+    out, dout, lse, dlse, rowwise, score, heads, len_q, plane,
     HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Writes what the other kernels need of each query, `(B, Hq, Sq)`: `delta = sum(out * dout) - dlse`, and `lse` in
-    log2 units, +inf for rows that see no key, so that all their weights come out as 0.
+    """Writes what the other kernels need of each query, as planes `(B, Hq, Sq)` of `plane` float32 each: `lse` in log2
+    units, +inf for rows that see no key, so that all their weights come out as 0; `delta = sum(out * dout) - dlse`;
+    and with dropout the query's words, as the bits of the numbers.
 
     Grid: tiles of queries * heads * batch.
     """
@@ -54,29 +55,41 @@ def rowwise_kernel(
     if dlse is not None:
         total -= tl.load(dlse + place, mask=live, other=0.0)
     row_lse = tl.load(lse + place, mask=live, other=0.0)
-    tl.store(delta + place, total, mask=live)
-    tl.store(lse_log2 + place, tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2E), mask=live)
+    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2E)
+    tl.store(rowwise + place, row_lse, mask=live)
+    tl.store(rowwise + place + plane, total, mask=live)
+    if score.seed is not None:
+        pad, factor = dropout_words(score, row, queries)
+        tl.store(rowwise + place + 2 * plane, pad.to(tl.float32, bitcast=True), mask=live)
+        tl.store(rowwise + place + 3 * plane, factor.to(tl.float32, bitcast=True), mask=live)
 
 
 @triton.jit
-def _load_rowwise(lse_log2, delta, batch_head, begin, lo, hi, len_q, BLOCK: tl.constexpr, CHECK: tl.constexpr):
-    """`lse_log2` and `delta` of rows from `begin`; +inf and 0 outside `[lo, hi)` (where `CHECK`)."""
+def _load_rows(rowwise, plane, score, batch_head, begin, lo, hi, len_q, BLOCK: tl.constexpr, CHECK: tl.constexpr):
+    """Rows from `begin`; those outside `[lo, hi)` (where `CHECK`) see no key."""
     # Scalar bases leave 32-bit offsets to the threads, of which each holds many rows where scores are transposed.
-    base = tl.cast(batch_head, tl.int64) * len_q + begin
+    base = rowwise + tl.cast(batch_head, tl.int64) * len_q + begin
     offsets = tl.arange(0, BLOCK)
+    pad, factor = 0, 0
     if CHECK:
         live = (begin + offsets >= lo) & (begin + offsets < hi)
-        row_lse = tl.load(lse_log2 + base + offsets, mask=live, other=float("inf"))
-        row_delta = tl.load(delta + base + offsets, mask=live, other=0.0)
+        lse = tl.load(base + offsets, mask=live, other=float("inf"))
+        delta = tl.load(base + plane + offsets, mask=live, other=0.0)
+        if score.seed is not None:
+            pad = tl.load(base + 2 * plane + offsets, mask=live, other=0.0).to(tl.uint32, bitcast=True)
+            factor = tl.load(base + 3 * plane + offsets, mask=live, other=0.0).to(tl.uint32, bitcast=True)
     else:
-        row_lse = tl.load(lse_log2 + base + offsets)
-        row_delta = tl.load(delta + base + offsets)
-    return row_lse, row_delta
+        lse = tl.load(base + offsets)
+        delta = tl.load(base + plane + offsets)
+        if score.seed is not None:
+            pad = tl.load(base + 2 * plane + offsets).to(tl.uint32, bitcast=True)
+            factor = tl.load(base + 3 * plane + offsets).to(tl.uint32, bitcast=True)
+    return Rows(lse, delta, pad, factor)
 
 
 @triton.jit
 def _dkdv_block(
-    dk, dv, k_tile, v_tile, q, dout, lse_log2, delta, m0, item, span, mask, dense, score, bias, head, heads, len_q,
+    dk, dv, k_tile, v_tile, q, dout, rowwise, plane, m0, item, span, mask, dense, score, bias, head, heads, len_q,
     tiles: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One block of queries from `m0`: adds its part to `dk` (before the scale) and `dv`. Scores are `[n, m]`."""
@@ -87,7 +100,7 @@ def _dkdv_block(
     batch_head = item.other_row * heads + head
     # [m, d]
     q_block = load_tile(q, m0, span.lo, span.hi, tiles.head_dim, tiles.m, tiles.d, MASKED)
-    row_lse, row_delta = _load_rowwise(lse_log2, delta, batch_head, m0, span.lo, span.hi, len_q, tiles.m, MASKED)
+    rows = _load_rows(rowwise, plane, score, batch_head, m0, span.lo, span.hi, len_q, tiles.m, MASKED)
     # [n, m]
     s = dot(k_tile, tl.trans(q_block))
     s, slope = logits(
@@ -107,25 +120,24 @@ def _dkdv_block(
             mask, dense, item.other_row, item.row, head, queries[None, :], keys[:, None], inside, item.diagonal
         )
         s = tl.where(ok, s, float("-inf"))
-    p = tl.math.exp2(s * log2_factor(score, bias) - row_lse[None, :])
+    p = tl.math.exp2(s * log2_factor(score, bias) - rows.lse[None, :])
     # [m, dv]
     do_block = load_tile(dout, m0, span.lo, span.hi, tiles.head_dim_v, tiles.m, tiles.dv, MASKED)
     dp = dot(v_tile, tl.trans(do_block))
     p_kept = p
     if score.seed is not None:
-        keep = dropout_keep(score, batch_head, queries, item.begin - item.key_origin, tiles.m, tiles.n)
-        keep = tl.trans(keep.to(tl.int8)) != 0
-        p_kept = tl.where(keep, p * keep_scale(score), 0.0)
-        dp = tl.where(keep, dp * keep_scale(score), 0.0)
+        keep = dropout_keep(score, rows.pad[None, :], rows.factor[None, :], (keys - item.key_origin)[:, None])
+        p_kept = tl.where(keep, p * score.keep_scale, 0.0)
+        dp = tl.where(keep, dp * score.keep_scale, 0.0)
     dv = dot(p_kept.to(do_block.dtype), do_block, dv)
-    ds = p * (dp - row_delta[None, :]) * slope
+    ds = p * (dp - rows.delta[None, :]) * slope
     dk = dot(ds.to(q_block.dtype), q_block, dk)
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles"])
+@triton.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles", "plane"])
 def dkdv_kernel(
-    dout, dk_out, dv_out, q, k, v, lse_log2, delta, work, mask, dense, score, bias, diagonal, heads, group, len_q,
+    dout, dk_out, dv_out, q, k, v, rowwise, plane, work, mask, dense, score, bias, diagonal, heads, group, len_q,
     len_k, num_tiles,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -138,7 +150,7 @@ def dkdv_kernel(
     item = work_item(work, pid % num_tiles, pid // (num_tiles * heads_k), len_k, len_q, diagonal, BLOCK_N)
     if item.begin >= item.end:
         return
-    span = span_of(item, -item.diagonal, mask.window_right, mask.window_left, dense.ptr is None, 1, BLOCK_M)
+    span = span_of(item, -item.diagonal, mask.window_right, mask.window_left, dense.ptr is None, BLOCK_M)
     k_head = head_of(k, item.row, head_k)
     v_head = head_of(v, item.row, head_k)
     k_tile = load_tile(k_head, item.begin, 0, item.end, HEAD_DIM, BLOCK_N, BLOCK_D, True)
@@ -151,13 +163,13 @@ def dkdv_kernel(
         for index in range(0, span.partial):
             m0 = partial_begin(span, index, BLOCK_M)
             dk, dv = _dkdv_block(
-                dk, dv, k_tile, v_tile, q_head, dout_head, lse_log2, delta, m0, item, span, mask, dense, score, bias,
+                dk, dv, k_tile, v_tile, q_head, dout_head, rowwise, plane, m0, item, span, mask, dense, score, bias,
                 head, heads,
                 len_q, tiles, True,
             )  # fmt: skip
         for m0 in range(span.full_begin, span.full_end, BLOCK_M):
             dk, dv = _dkdv_block(
-                dk, dv, k_tile, v_tile, q_head, dout_head, lse_log2, delta, m0, item, span, mask, dense, score, bias,
+                dk, dv, k_tile, v_tile, q_head, dout_head, rowwise, plane, m0, item, span, mask, dense, score, bias,
                 head, heads,
                 len_q, tiles, False,
             )  # fmt: skip
@@ -169,9 +181,9 @@ def dkdv_kernel(
 
 @triton.jit
 def _score_gradient(
-    q_tile, do_tile, row_lse, row_delta, k_block, v_block, queries, n0, query_origin, key_origin, inside, row_q, row_k,
+    q_tile, do_tile, rows, k_block, v_block, queries, n0, query_origin, key_origin, inside, row_q, row_k,
     diagonal,
-    mask, dense, score, bias, head, heads, tiles: tl.constexpr, MASKED: tl.constexpr,
+    mask, dense, score, bias, head, tiles: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """`[m, n]` gradients of the biased score for keys from `n0`, and the softcap's slope."""
     keys = n0 + tl.arange(0, tiles.n)
@@ -180,18 +192,17 @@ def _score_gradient(
     if MASKED:
         ok = visible(mask, dense, row_q, row_k, head, queries[:, None], keys[None, :], inside, diagonal)
         s = tl.where(ok, s, float("-inf"))
-    p = tl.math.exp2(s * log2_factor(score, bias) - row_lse[:, None])
+    p = tl.math.exp2(s * log2_factor(score, bias) - rows.lse[:, None])
     dp = dot(do_tile, tl.trans(v_block))
     if score.seed is not None:
-        keep = dropout_keep(score, row_q * heads + head, queries, n0 - key_origin, tiles.m, tiles.n)
-        dp = tl.where(keep, dp * keep_scale(score), 0.0)
-    return p * (dp - row_delta[:, None]), slope
+        keep = dropout_keep(score, rows.pad[:, None], rows.factor[:, None], (keys - key_origin)[None, :])
+        dp = tl.where(keep, dp * score.keep_scale, 0.0)
+    return p * (dp - rows.delta[:, None]), slope
 
 
 @triton.jit
 def _dq_block(
-    dq, q_tile, do_tile, row_lse, row_delta, k, v, n0, item, span, mask, dense, score, bias, head, heads,
-    tiles: tl.constexpr,
+    dq, q_tile, do_tile, rows, k, v, n0, item, span, mask, dense, score, bias, head, tiles: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """One block of keys from `n0`: adds its part to `dq` (before the scale)."""
@@ -201,22 +212,21 @@ def _dq_block(
     k_block = load_tile(k, n0, span.lo, span.hi, tiles.head_dim, tiles.n, tiles.d, MASKED)
     v_block = load_tile(v, n0, span.lo, span.hi, tiles.head_dim_v, tiles.n, tiles.dv, MASKED)
     ds, slope = _score_gradient(
-        q_tile, do_tile, row_lse, row_delta, k_block, v_block, queries, n0, item.query_origin, item.key_origin, inside,
-        item.row, item.other_row, item.diagonal, mask, dense, score, bias, head, heads, tiles, MASKED,
+        q_tile, do_tile, rows, k_block, v_block, queries, n0, item.query_origin, item.key_origin, inside,
+        item.row, item.other_row, item.diagonal, mask, dense, score, bias, head, tiles, MASKED,
     )  # fmt: skip
     return dot((ds * slope).to(k_block.dtype), k_block, dq)
 
 
-@triton.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles"])
+@triton.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles", "plane"])
 def dq_kernel(
-    dout, dq_out, q, k, v, lse_log2, delta, work, mask, dense, score, bias, diagonal, heads, group, len_q, len_k,
+    dout, dq_out, q, k, v, rowwise, plane, work, mask, dense, score, bias, diagonal, heads, group, len_q, len_k,
     num_tiles,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Writes `dq`. Grid: tiles of queries * heads * batch."""
     tiles: tl.constexpr = Tiles(BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV)
-    ALIGN: tl.constexpr = 1 if score.seed is None else COUNTER_KEYS
     pid = tl.program_id(0)
     head = (pid // num_tiles) % heads
     tile = pid % num_tiles
@@ -225,35 +235,33 @@ def dq_kernel(
     item = work_item(work, tile, pid // (num_tiles * heads), len_q, len_k, diagonal, BLOCK_M)
     if item.begin >= item.end:
         return
-    span = span_of(item, item.diagonal, mask.window_left, mask.window_right, dense.ptr is None, ALIGN, BLOCK_N)
+    span = span_of(item, item.diagonal, mask.window_left, mask.window_right, dense.ptr is None, BLOCK_N)
     batch_head = item.row * heads + head
     dout_head = head_of(dout, item.row, head)
     q_tile = load_tile(head_of(q, item.row, head), item.begin, 0, item.end, HEAD_DIM, BLOCK_M, BLOCK_D, True)
     do_tile = load_tile(dout_head, item.begin, 0, item.end, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True)
-    row_lse, row_delta = _load_rowwise(lse_log2, delta, batch_head, item.begin, 0, item.end, len_q, BLOCK_M, True)
+    rows = _load_rows(rowwise, plane, score, batch_head, item.begin, 0, item.end, len_q, BLOCK_M, True)
     k_head = head_of(k, item.other_row, head // group)
     v_head = head_of(v, item.other_row, head // group)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for index in range(0, span.partial):
         n0 = partial_begin(span, index, BLOCK_N)
         dq = _dq_block(
-            dq, q_tile, do_tile, row_lse, row_delta, k_head, v_head, n0, item, span, mask, dense, score, bias, head,
-            heads, tiles,
-            True,
+            dq, q_tile, do_tile, rows, k_head, v_head, n0, item, span, mask, dense, score, bias, head,
+            tiles, True,
         )  # fmt: skip
     for n0 in range(span.full_begin, span.full_end, BLOCK_N):
         dq = _dq_block(
-            dq, q_tile, do_tile, row_lse, row_delta, k_head, v_head, n0, item, span, mask, dense, score, bias, head,
-            heads, tiles,
-            False,
+            dq, q_tile, do_tile, rows, k_head, v_head, n0, item, span, mask, dense, score, bias, head,
+            tiles, False,
         )  # fmt: skip
     dq_head = head_of(dq_out, item.row, head)
     store_tile(dq_head, item.begin, item.end, dq * score.scale, HEAD_DIM, BLOCK_M, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["diagonal", "len_q", "len_k", "count", "bias_batch"])
+@triton.jit(do_not_specialize=["diagonal", "len_q", "len_k", "count", "bias_batch", "plane"])
 def dbias_kernel(
-    dout, dbias, q, k, v, lse_log2, delta, sequences, mask, dense, score, bias, diagonal, count, heads, group,
+    dout, dbias, q, k, v, rowwise, plane, sequences, mask, dense, score, bias, diagonal, count, heads, group,
     bias_batch, bias_heads, len_q, len_k, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
@@ -287,16 +295,14 @@ def dbias_kernel(
             queries = m0 + tl.arange(0, BLOCK_M)
             keys = n0 + tl.arange(0, BLOCK_N)
             inside = (queries < q_end)[:, None] & (keys < k_end)[None, :]
-            row_lse, row_delta = _load_rowwise(
-                lse_log2, delta, row_q * heads + head, m0, 0, q_end, len_q, BLOCK_M, True
-            )
+            rows = _load_rows(rowwise, plane, score, row_q * heads + head, m0, 0, q_end, len_q, BLOCK_M, True)
             q_tile = load_tile(head_of(q, row_q, head), m0, 0, q_end, HEAD_DIM, BLOCK_M, BLOCK_D, True)
             do_tile = load_tile(head_of(dout, row_q, head), m0, 0, q_end, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True)
             k_block = load_tile(head_of(k, row_k, head // group), n0, 0, k_end, HEAD_DIM, BLOCK_N, BLOCK_D, True)
             v_block = load_tile(head_of(v, row_k, head // group), n0, 0, k_end, HEAD_DIM_V, BLOCK_N, BLOCK_DV, True)
             ds, _ = _score_gradient(
-                q_tile, do_tile, row_lse, row_delta, k_block, v_block, queries, n0, q_begin, k_begin, inside,
-                row_q, row_k, shift, mask, dense, score, bias, head, heads, tiles, True,
+                q_tile, do_tile, rows, k_block, v_block, queries, n0, q_begin, k_begin, inside,
+                row_q, row_k, shift, mask, dense, score, bias, head, tiles, True,
             )  # fmt: skip
             total += ds
     places_m = place_m + tl.arange(0, BLOCK_M)

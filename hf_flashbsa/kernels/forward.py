@@ -6,14 +6,13 @@ import triton
 import triton.language as tl
 
 from hf_flashbsa.kernels.primitives import (
-    COUNTER_KEYS,
     LN2,
     LOG2E,
     Tiles,
     dot,
     dropout_keep,
+    dropout_words,
     head_of,
-    keep_scale,
     load_tile,
     log2_factor,
     logits,
@@ -27,24 +26,9 @@ from hf_flashbsa.kernels.primitives import (
 
 @triton.jit
 def _attend(
-    acc,
-    row_max,
-    row_sum,
-    q_tile,
-    k,
-    v,
-    n0,
-    item,
-    span,
-    mask,
-    dense,
-    score,
-    bias,
-    head,
-    heads,
-    tiles: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    acc, row_max, row_sum, q_tile, k, v, n0, item, span, mask, dense, score, bias, head, pad, factor,
+    tiles: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """One block of keys from `n0`: folds its weights and values into the running softmax."""
     queries = item.begin + tl.arange(0, tiles.m)
     keys = n0 + tl.arange(0, tiles.n)
@@ -61,18 +45,18 @@ def _attend(
             mask, dense, item.row, item.other_row, head, queries[:, None], keys[None, :], inside, item.diagonal
         )
         s = tl.where(ok, s, float("-inf"))
-    factor = log2_factor(score, bias)
-    new_max = tl.maximum(row_max, tl.max(s, 1) * factor)
+    to_log2 = log2_factor(score, bias)
+    new_max = tl.maximum(row_max, tl.max(s, 1) * to_log2)
     pivot = new_max
     if MASKED or bias.ptr is not None:
         # A row that has met no key yet has maximum -inf; any finite pivot gives it weights of 0 and not NaN.
         pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
-    p = tl.math.exp2(s * factor - pivot[:, None])
+    p = tl.math.exp2(s * to_log2 - pivot[:, None])
     shrink = tl.math.exp2(row_max - pivot)
     row_sum = row_sum * shrink + tl.sum(p, 1)
     acc = acc * shrink[:, None]
     if score.seed is not None:
-        keep = dropout_keep(score, item.row * heads + head, queries, n0 - item.key_origin, tiles.m, tiles.n)
+        keep = dropout_keep(score, pad[:, None], factor[:, None], (keys - item.key_origin)[None, :])
         p = tl.where(keep, p, 0.0)
     # [n, dv]
     v_block = load_tile(v, n0, span.lo, span.hi, tiles.head_dim_v, tiles.n, tiles.dv, MASKED)
@@ -88,7 +72,6 @@ def forward_kernel(
 ):  # fmt: skip
     """Writes `out` and `lse` `(B, Hq, Sq)`. Grid: tiles * heads * batch, the tiles of a head side by side."""
     tiles: tl.constexpr = Tiles(BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV)
-    ALIGN: tl.constexpr = 1 if score.seed is None else COUNTER_KEYS
     pid = tl.program_id(0)
     head = (pid // num_tiles) % heads
     tile = pid % num_tiles
@@ -98,23 +81,26 @@ def forward_kernel(
     item = work_item(work, tile, pid // (num_tiles * heads), len_q, len_k, diagonal, BLOCK_M)
     if item.begin >= item.end:
         return
-    span = span_of(item, item.diagonal, mask.window_left, mask.window_right, dense.ptr is None, ALIGN, BLOCK_N)
+    span = span_of(item, item.diagonal, mask.window_left, mask.window_right, dense.ptr is None, BLOCK_N)
     q_tile = load_tile(head_of(q, item.row, head), item.begin, 0, item.end, HEAD_DIM, BLOCK_M, BLOCK_D, True)
     k_head = head_of(k, item.other_row, head // group)
     v_head = head_of(v, item.other_row, head // group)
+    pad, factor = 0, 0
+    if score.seed is not None:
+        pad, factor = dropout_words(score, item.row * heads + head, item.begin + tl.arange(0, BLOCK_M))
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     for index in range(0, span.partial):
         n0 = partial_begin(span, index, BLOCK_N)
         acc, row_max, row_sum = _attend(
-            acc, row_max, row_sum, q_tile, k_head, v_head, n0, item, span, mask, dense, score, bias, head, heads,
-            tiles, True,
+            acc, row_max, row_sum, q_tile, k_head, v_head, n0, item, span, mask, dense, score, bias, head, pad,
+            factor, tiles, True,
         )  # fmt: skip
     for n0 in range(span.full_begin, span.full_end, BLOCK_N):
         acc, row_max, row_sum = _attend(
-            acc, row_max, row_sum, q_tile, k_head, v_head, n0, item, span, mask, dense, score, bias, head, heads,
-            tiles, False,
+            acc, row_max, row_sum, q_tile, k_head, v_head, n0, item, span, mask, dense, score, bias, head, pad,
+            factor, tiles, False,
         )  # fmt: skip
     if sinks is not None:
         # A row that sees no key stays without weights.
@@ -127,7 +113,7 @@ def forward_kernel(
         row_max = top
     inverse = tl.where(row_sum > 0.0, 1.0 / row_sum, 0.0)
     if score.seed is not None:
-        inverse = inverse * keep_scale(score)
+        inverse = inverse * score.keep_scale
     queries = item.begin + tl.arange(0, BLOCK_M)
     place = (tl.cast(item.row, tl.int64) * heads + head) * len_q + queries
     tl.store(lse + place, (row_max + tl.math.log2(row_sum)) * LN2, mask=queries < item.end)

@@ -14,14 +14,17 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from hf_flashbsa.kernels import dropout
+
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 #: Rows per entry of a work table, and its columns (`AttentionSpec.work`).
 WORK_TILE: tl.constexpr = tl.constexpr(128)
 WORK_COLUMNS: tl.constexpr = tl.constexpr(11)
-#: Keys that share one Philox counter, and its rounds (philox.py).
-COUNTER_KEYS: tl.constexpr = tl.constexpr(16)
-PHILOX_ROUNDS: tl.constexpr = tl.constexpr(7)
+#: Constants of the dropout mask (dropout.py).
+PHILOX_ROUNDS: tl.constexpr = tl.constexpr(dropout.ROUNDS)
+KEY_FACTOR: tl.constexpr = tl.constexpr(dropout.KEY_FACTOR)
+LAST_FACTOR: tl.constexpr = tl.constexpr(dropout.LAST_FACTOR)
 
 
 class Operand(NamedTuple):
@@ -78,7 +81,8 @@ class Mask(NamedTuple):
 class Score(NamedTuple):
     """How a score is made of a product of query and key, and which weights are dropped (None: not at all).
 
-    Bias values up to `bias_hidden` hide the key, and so do places beyond `bias_len_*`.
+    Bias values up to `bias_hidden` hide the key, and so do places beyond `bias_len_*`. `drop_threshold` is that of
+    dropout.py, its 32 bits read as a signed number; `keep_scale` is what kept weights are multiplied with.
     """
 
     scale: object
@@ -88,6 +92,16 @@ class Score(NamedTuple):
     bias_len_k: object
     seed: object
     drop_threshold: object
+    keep_scale: object
+
+
+class Rows(NamedTuple):
+    """What the backward pass needs of each query: log-sum-exp in log2 units, delta, and the words of its dropout."""
+
+    lse: object
+    delta: object
+    pad: object
+    factor: object
 
 
 class Item(NamedTuple):
@@ -109,7 +123,6 @@ class Item(NamedTuple):
 class Span(NamedTuple):
     """Blocks to visit: `partial` blocks that need masking, `left` of them before the full ones, then full ones."""
 
-    start: object
     left: object
     partial: object
     full_begin: object
@@ -138,11 +151,8 @@ def work_item(work, tile, batch, len_own, len_other, diagonal, BLOCK: tl.constex
 
 
 @triton.jit
-def span_of(item, offset, before, after, KEEP_FULL: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
-    """Blocks of the other side for a tile whose row `i` meets rows `i + offset - before .. i + offset + after`.
-
-    Blocks start at a multiple of `ALIGN` rows behind the sequence's first key.
-    """
+def span_of(item, offset, before, after, KEEP_FULL: tl.constexpr, BLOCK: tl.constexpr):
+    """Blocks of the other side for a tile whose row `i` meets rows `i + offset - before .. i + offset + after`."""
     lo, full_lo, full_hi, hi = item.lo, item.full_lo, item.full_hi, item.hi
     first, last = item.begin + offset, item.end - 1 + offset
     if after is not None:
@@ -151,24 +161,21 @@ def span_of(item, offset, before, after, KEEP_FULL: tl.constexpr, ALIGN: tl.cons
     if before is not None:
         lo = tl.maximum(lo, first - before)
         full_lo = tl.maximum(full_lo, last - before)
-    start = lo
-    if ALIGN > 1:
-        start = item.key_origin + (lo - item.key_origin) // ALIGN * ALIGN
-    hi = tl.maximum(hi, start)
-    full_begin = start + (tl.maximum(full_lo - start, 0) + BLOCK - 1) // BLOCK * BLOCK
-    full_end = start + tl.maximum(full_hi - start, 0) // BLOCK * BLOCK
+    hi = tl.maximum(hi, lo)
+    full_begin = lo + (tl.maximum(full_lo - lo, 0) + BLOCK - 1) // BLOCK * BLOCK
+    full_end = lo + tl.maximum(full_hi - lo, 0) // BLOCK * BLOCK
     has_full = (full_end > full_begin) & KEEP_FULL
-    full_begin = tl.where(has_full, full_begin, start)
-    full_end = tl.where(has_full, full_end, start)
-    left = (full_begin - start) // BLOCK
+    full_begin = tl.where(has_full, full_begin, lo)
+    full_end = tl.where(has_full, full_end, lo)
+    left = (full_begin - lo) // BLOCK
     partial = left + (hi - full_end + BLOCK - 1) // BLOCK
-    return Span(start, left, partial, full_begin, full_end, lo, hi)
+    return Span(left, partial, full_begin, full_end, lo, hi)
 
 
 @triton.jit
 def partial_begin(span, index, BLOCK: tl.constexpr):
     """First row of the `index`-th partial block: those before the full blocks, then those behind them."""
-    return span.start + index * BLOCK + tl.where(index >= span.left, span.full_end - span.full_begin, 0)
+    return span.lo + index * BLOCK + tl.where(index >= span.left, span.full_end - span.full_begin, 0)
 
 
 @triton.jit
@@ -280,23 +287,21 @@ def log2_factor(score, bias):
 
 
 @triton.jit
-def dropout_keep(score, batch_head, queries, first_key, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """bool `[BLOCK_M, BLOCK_N]`: weights that dropout keeps. `first_key` counts from the sequence's first key."""
-    groups = first_key // COUNTER_KEYS + tl.arange(0, BLOCK_N // COUNTER_KEYS)
-    c0 = tl.broadcast_to(groups[None, :], [BLOCK_M, BLOCK_N // COUNTER_KEYS]).to(tl.uint32)
-    c1 = tl.broadcast_to(queries[:, None], [BLOCK_M, BLOCK_N // COUNTER_KEYS]).to(tl.uint32)
-    c2 = tl.zeros_like(c0) + tl.cast(batch_head, tl.uint32)
-    w0, w1, w2, w3 = tl.philox(tl.load(score.seed), c0, c1, c2, tl.zeros_like(c0), n_rounds=PHILOX_ROUNDS)
-    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [BLOCK_M, BLOCK_N // 4])
-    even = tl.join(words & 255, (words >> 16) & 255)
-    odd = tl.join((words >> 8) & 255, words >> 24)
-    return tl.reshape(tl.join(even, odd), [BLOCK_M, BLOCK_N]) >= score.drop_threshold
+def dropout_words(score, batch_head, queries):
+    """Pad and factor of each query's dropout (dropout.py)."""
+    zero = tl.zeros_like(queries).to(tl.uint32)
+    row = zero + tl.cast(batch_head, tl.uint32)
+    pad, factor, _, _ = tl.philox(tl.load(score.seed), queries.to(tl.uint32), row, zero, zero, n_rounds=PHILOX_ROUNDS)
+    return pad, factor | 1
 
 
 @triton.jit
-def keep_scale(score):
-    """What kept weights are multiplied with."""
-    return 256.0 / (256 - score.drop_threshold)
+def dropout_keep(score, pad, factor, places):
+    """Weights that dropout keeps, given broadcastable words of the queries and places of the keys."""
+    x = places.to(tl.uint32) * KEY_FACTOR
+    x = ((x ^ (x >> 16)) ^ pad) * factor
+    x = (x ^ (x >> 15)) * LAST_FACTOR
+    return x >= tl.cast(score.drop_threshold, tl.uint32)
 
 
 @triton.jit

@@ -26,7 +26,7 @@ class Extras(NamedTuple):
 
 
 class Params(NamedTuple):
-    """Numbers of a call. 0 softcap is none, -1 is an unlimited window, `drop_threshold` counts 256ths."""
+    """Numbers of a call. 0 softcap is none, -1 is an unlimited window, `drop_threshold` is that of dropout.py."""
 
     scale: float
     softcap: float

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from hf_flashbsa.kernels.philox import keep_mask, keep_scale
+from hf_flashbsa.kernels.dropout import keep_mask, keep_scale
 from hf_flashbsa.kernels.state import Extras, Params, sinks_gradient
 
 #: Most scores held at once.

@@ -6,6 +6,7 @@ import torch
 
 from hf_flashbsa.kernels import tuning
 from hf_flashbsa.kernels.backward import dbias_kernel, dkdv_kernel, dq_kernel, rowwise_kernel
+from hf_flashbsa.kernels.dropout import keep_scale
 from hf_flashbsa.kernels.forward import forward_kernel
 from hf_flashbsa.kernels.primitives import WORK_TILE, Mask, Matrix, Operand, Score
 from hf_flashbsa.kernels.state import Extras, Params, sinks_gradient
@@ -42,6 +43,11 @@ def _dense(extras: Extras) -> Matrix:
     return _matrix(None if extras.mask is None else extras.mask.view(torch.uint8))
 
 
+def _as_int32(bits: int) -> int:
+    """32 bits as a signed number: Triton takes larger ones for 64 bits wide."""
+    return bits - (bits >> 31 << 32)
+
+
 def _score(extras: Extras, params: Params) -> Score:
     dropout = params.drop_threshold > 0
     return Score(
@@ -51,7 +57,8 @@ def _score(extras: Extras, params: Params) -> Score:
         bias_len_q=None if extras.bias is None else extras.bias.shape[2],
         bias_len_k=None if extras.bias is None else extras.bias.shape[3],
         seed=extras.seed if dropout else None,
-        drop_threshold=params.drop_threshold if dropout else None,
+        drop_threshold=_as_int32(params.drop_threshold) if dropout else None,
+        keep_scale=keep_scale(params.drop_threshold) if dropout else None,
     )
 
 
@@ -79,7 +86,6 @@ def _config(
         and extras.mask is None
         and extras.segment_ids_q is None
         and params.softcap == 0.0
-        and params.drop_threshold == 0
     )
     block_dim = max(_padded(q.shape[-1]), _padded(v.shape[-1]))
     return tuning.select(kernel, tuning.architecture(q.device), block_dim, q.element_size(), plain, aligned)
@@ -125,22 +131,23 @@ def backward(dout, dlse, q, k, v, out, lse, gradients, extras: Extras, params: P
     """Fills `gradients`: dq, dk, dv, dbias, dsinks."""
     (batch, heads, len_q, _), (batch_k, heads_k, len_k, _) = q.shape, k.shape
     dq, dk, dv, dbias, dsinks = gradients
-    delta, lse_log2 = torch.empty_like(lse), torch.empty_like(lse)
     mask, score, group = _mask(extras, params), _score(extras, params), heads // heads_k
+    plane = lse.numel()
+    rowwise = lse.new_empty((2 if score.seed is None else 4, *lse.shape))
     dense, bias = _dense(extras), _matrix(extras.bias)
     operands = (_operand(q), _operand(k), _operand(v))
     dout_ = _operand(dout)
     aligned = _is_aligned(q) and _is_aligned(k) and _is_aligned(v) and _is_aligned(dout)
     if q.numel() > 0:
         rowwise_kernel[(_cdiv(len_q, 64) * batch * heads,)](
-            _operand(out), dout_, lse, None if dlse is None else dlse.contiguous(), delta, lse_log2,
-            heads, len_q,
+            _operand(out), dout_, lse, None if dlse is None else dlse.contiguous(), rowwise,
+            score, heads, len_q, plane,
             HEAD_DIM_V=v.shape[-1], BLOCK_M=64, BLOCK_DV=_padded(v.shape[-1]), num_warps=4,
         )  # fmt: skip
         config = _config("dq", q, v, aligned, extras, params)
         tiles, rows = _tiles(extras.work_q, len_q, batch, config.block_m)
         dq_kernel[(tiles * heads * rows,)](
-            dout_, _operand(dq), *operands, lse_log2, delta, extras.work_q, mask, dense, score, bias,
+            dout_, _operand(dq), *operands, rowwise, plane, extras.work_q, mask, dense, score, bias,
             params.diagonal, heads, group,
             len_q, len_k, tiles, **_meta(config, q, v),
         )  # fmt: skip
@@ -148,7 +155,7 @@ def backward(dout, dlse, q, k, v, out, lse, gradients, extras: Extras, params: P
         config = _config("dkdv", q, v, aligned, extras, params)
         tiles, rows = _tiles(extras.work_k, len_k, batch_k, config.block_n)
         dkdv_kernel[(tiles * heads_k * rows,)](
-            dout_, _operand(dk), _operand(dv), *operands, lse_log2, delta, extras.work_k, mask, dense, score, bias,
+            dout_, _operand(dk), _operand(dv), *operands, rowwise, plane, extras.work_k, mask, dense, score, bias,
             params.diagonal,
             heads, group, len_q, len_k, tiles, **_meta(config, q, v),
         )  # fmt: skip
@@ -157,9 +164,9 @@ def backward(dout, dlse, q, k, v, out, lse, gradients, extras: Extras, params: P
         tiles_m, tiles_n = _cdiv(dbias.shape[2], config.block_m), _cdiv(dbias.shape[3], config.block_n)
         sequences = extras.sequences
         dbias_kernel[(tiles_n, tiles_m, dbias.shape[0] * dbias.shape[1])](
-            dout_, _matrix(dbias), *operands, lse_log2, delta, sequences, mask, dense, score, bias, params.diagonal,
+            dout_, _matrix(dbias), *operands, rowwise, plane, sequences, mask, dense, score, bias, params.diagonal,
             batch if sequences is None else sequences.shape[0], heads, group, dbias.shape[0], dbias.shape[1], len_q,
             len_k, **_meta(config, q, v),
         )  # fmt: skip
     if extras.sinks is not None:
-        dsinks.copy_(sinks_gradient(extras.sinks, lse, delta))
+        dsinks.copy_(sinks_gradient(extras.sinks, lse, rowwise[1]))

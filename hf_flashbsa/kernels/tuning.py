@@ -55,8 +55,8 @@ def select(kernel: str, arch: str, block_dim: int, itemsize: int, plain: bool, a
     Args:
         block_dim: the padded head dim, the larger of those of keys and values.
         itemsize: bytes of an element.
-        plain: whether the scores are only scaled and masked by bounds: no bias, softcap, dropout, dense
-            mask or documents by segment ids, which need registers.
+        plain: whether the scores are only scaled and masked by bounds: no bias, softcap, dense mask or documents
+            by segment ids, which need registers. Dropout does not count.
         aligned: whether all rows begin at multiples of 16 bytes. Otherwise loads are narrow and need registers for
             their many addresses.
 
