@@ -144,6 +144,7 @@ def measure_step(
     compute_loss: Callable[[nn.Module, Any], torch.Tensor] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     autocast_dtype: torch.dtype | None = None,
+    update: bool = True,
 ) -> Ledger:
     """Runs training steps and tells where the memory of one goes.
 
@@ -167,6 +168,7 @@ def measure_step(
         compute_loss: `(model, batch) -> loss`, a scalar; the default is `model(**batch).loss`.
         optimizer: if given, its state is counted and its step is part of the step.
         autocast_dtype: runs the forward pass under autocast to this dtype.
+        update: False counts the optimizer's state as it is and leaves out its step, so that the weights stay.
 
     Raises:
         ValueError: the model has no parameters, or parameters on several devices.
@@ -182,13 +184,13 @@ def measure_step(
             loss = compute_loss(model, batch)
         loss.backward()
         del loss
-        if optimizer is not None:
+        if optimizer is not None and update:
             optimizer.step()
         model.zero_grad(set_to_none=True)
 
     model.zero_grad(set_to_none=True)
     try:
-        if optimizer is not None and not optimizer.state:
+        if optimizer is not None and update and not optimizer.state:
             step()
         peak = _allocator_peak(step, device) if device.type == "cuda" else None
         with _observed(model, batch, optimizer, device) as account:
