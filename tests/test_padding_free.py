@@ -117,32 +117,6 @@ def test_labels_tell_where_targets_end(name):
     assert seen[2:] == [(1, live)] * 2
 
 
-def dead_row(name: str) -> dict:
-    inputs = labelled(name, "right")
-    inputs["attention_mask"][1] = 0
-    if "decoder_attention_mask" in inputs:
-        inputs["decoder_attention_mask"][2] = 0
-        inputs["labels"][2] = -100
-    else:
-        inputs["labels"][1] = -100
-    return inputs
-
-
-@pytest.mark.parametrize("name", ["bart", "t5", "bert", "llama", "mistral"])
-def test_rows_of_padding_only(name):
-    """As the padded model, in which a query without keys gives zeros. (Eager attention gives averages of padding.)"""
-    inputs = dead_row(name)
-    assert_same(losses(packed(name), inputs), losses(tiny(name, "bsa_dense"), inputs))
-
-
-@pytest.mark.parametrize("name", ["bart", "llama"])
-def test_a_batch_of_padding_only_runs_padded(name):
-    inputs = dead_row(name)
-    inputs["attention_mask"][:] = 0
-    inputs.pop("decoder_attention_mask", None)
-    assert_same(losses(packed(name), inputs), losses(tiny(name, "bsa_dense"), inputs))
-
-
 @pytest.mark.parametrize("mask", ["none", "ones"])
 @pytest.mark.parametrize("name", ["bart", "t5", "bert", "llama"])
 def test_batches_without_padding_are_left_alone(name, mask, monkeypatch):
@@ -153,11 +127,6 @@ def test_batches_without_padding_are_left_alone(name, mask, monkeypatch):
     monkeypatch.setattr(Packing, "unpack", None)
     model = packed(name)
     assert_same(losses(model, inputs), losses(tiny(name, "eager"), inputs))
-
-
-def test_one_document_in_a_batch_of_one():
-    inputs = {k: v[2:] for k, v in labelled("bart", "right").items()}
-    assert_same(losses(packed("bart"), inputs), losses(tiny("bart", "eager"), inputs))
 
 
 def test_a_mask_that_changes_in_place_is_read_again():
