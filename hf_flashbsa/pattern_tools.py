@@ -1,0 +1,174 @@
+"""What the patterns share: numbers of blocks, and layouts from a rule on entries or on blocks."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import typing
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from hf_flashbsa.layout import EMPTY, FULL, PARTIAL, BlockLayout, check_block_size, distinct_masks
+
+#: Arguments of patterns that come from the call rather than from the user's choice.
+SIZES = ("num_queries", "num_keys", "block_size", "causal", "num_heads")
+#: Kinds of blocks that lie inside or outside of a band; others are known by their distance from the diagonal.
+INSIDE, OUTSIDE = 1 << 30, (1 << 30) + 1
+#: Blocks whose entries are looked at at once, which bounds the memory.
+CHUNK = 256
+
+
+def at_least(lowest: int, **values: int) -> None:
+    """Raises ValueError for a value below `lowest`."""
+    for name, value in values.items():
+        if value < lowest:
+            raise ValueError(f"{name}: {value}; give at least {lowest}.")
+
+
+def check_variants(name: str, variants: int, num_heads: int) -> None:
+    """Raises ValueError where there are more variants than heads to show them."""
+    if variants > num_heads:
+        raise ValueError(f"{name}: {variants} variants for num_heads={num_heads}; give at most one for each head.")
+
+
+def block_indices(
+    num_queries: int, num_keys: int, block_size: int, causal: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers of the block rows `(R, 1)` and of the block columns `(C,)`."""
+    check_block_size(block_size)
+    at_least(1, num_queries=num_queries, num_keys=num_keys)
+    if causal and num_queries != num_keys:
+        raise ValueError(
+            f"causal: {num_queries} queries and {num_keys} keys; causal patterns need as many queries as keys."
+        )
+    rows, columns = (torch.arange(-(-length // block_size)) for length in (num_queries, num_keys))
+    return rows[:, None], columns
+
+
+def band_kinds(r: torch.Tensor, c: torch.Tensor, block_size: int, reach: int | torch.Tensor) -> torch.Tensor:
+    """Which blocks have equal entries `|i - j| <= reach`: `INSIDE`, `OUTSIDE`, or the blocks' distance."""
+    distance = ((r - c) * block_size).abs()
+    inside = distance + block_size - 1 <= reach
+    outside = distance - block_size + 1 > reach
+    return torch.where(inside, INSIDE, torch.where(outside, OUTSIDE, r - c))
+
+
+def token_kinds(flags: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Which blocks of a sequence have equal flags: from bool `(..., blocks * block_size)` to `(..., blocks)`."""
+    blocks = flags.unflatten(-1, (-1, block_size))
+    _, kinds = torch.unique(blocks.flatten(0, -2), dim=0, return_inverse=True)
+    return kinds.view(blocks.shape[:-1])
+
+
+def layout_by_entry(
+    r: torch.Tensor,
+    c: torch.Tensor,
+    block_size: int,
+    visible: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    *kinds: torch.Tensor,
+    causal: bool = False,
+    num_heads: int = 1,
+) -> BlockLayout:
+    """The layout of a rule on entries, which is looked at once for all blocks that are known to be alike.
+
+    Args:
+        r, c: numbers of the block rows `(R, 1)` and columns `(C,)`.
+        visible: `(variant, q, k) -> bool`, given integers `(n, 1, 1)`, `(n, block, 1)` and `(n, 1, block)`.
+        kinds: non-negative or negative integers that broadcast to `(variants, R, C)`. Blocks that agree in all of them
+            have equal entries; each variant is looked at for itself.
+        num_heads: heads to deal the variants out to, in turn.
+    """
+    r, c = r.expand(len(r), len(c)), c.expand(len(r), len(c))
+    if causal:
+        # Above the diagonal all is open, so that blocks on it are full wherever causality alone would cut them.
+        kinds = (*kinds, (r == c).long())
+    kinds = torch.broadcast_tensors(*kinds, r)[:-1]
+    variants = kinds[0].shape[0] if kinds[0].ndim == 3 else 1
+    keys = torch.zeros(variants, *r.shape, dtype=torch.int64)
+    for kind in (torch.arange(variants)[:, None, None].expand_as(keys), *kinds):
+        _, kind = torch.unique(kind, return_inverse=True)
+        keys = keys * (kind.max() + 1) + kind
+    live = (c <= r).expand_as(keys) if causal else torch.ones_like(keys, dtype=torch.bool)
+    distinct, which = torch.unique(keys[live], return_inverse=True)
+    example = torch.empty_like(distinct).scatter_(0, which, torch.arange(len(which)))
+    variant, row, column = live.nonzero()[example].T[:, :, None, None]
+    within = torch.arange(block_size)
+
+    def look(variant: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        q, k = row * block_size + within[:, None], column * block_size + within
+        entries = visible(variant, q, k)
+        return entries | (k > q) if causal else entries
+
+    chunks = zip(*(x.split(CHUNK) for x in (variant, row, column)), strict=True)
+    entries = torch.cat([look(*chunk) for chunk in chunks])
+    some, every = entries.flatten(1).any(1), entries.flatten(1).all(1)
+    kind = torch.where(every, FULL, EMPTY)
+    partial = some & ~every
+    masks = None
+    if partial.any():
+        masks, number = distinct_masks(entries[partial])
+        kind[partial] = number + PARTIAL
+    grid = torch.zeros_like(keys, dtype=torch.int32)
+    grid[live] = kind[which].to(torch.int32)
+    return BlockLayout(deal(grid, num_heads)[None], block_size, masks)
+
+
+def layout_by_block(visited: torch.Tensor, block_size: int, causal: bool) -> BlockLayout:
+    """The layout of a rule on blocks, bool `(R, C)` or `(H, R, C)`."""
+    return BlockLayout.from_block_mask(visited.tril() if causal else visited, block_size)
+
+
+def deal(variants: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Deals `(variants, R, C)` out to the heads in turn; one variant stays one grid for all heads."""
+    return variants if len(variants) == 1 else variants[torch.arange(num_heads) % len(variants)]
+
+
+def random_blocks(eligible: torch.Tensor, count: int, seed: int, num_heads: int) -> torch.Tensor:
+    """bool `(num_heads, R, C)`: in each block row the `count` eligible blocks that draw the largest numbers."""
+    rows, columns = eligible.shape
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.zeros(num_heads, rows, columns, dtype=torch.bool)
+    for head in drawn:
+        score = torch.rand(rows, columns, generator=generator).masked_fill(~eligible, -1.0)
+        head.scatter_(1, score.topk(min(count, columns), dim=1).indices, True)
+    return drawn & eligible
+
+
+def unknown(what: str, name: object, known: Iterable[str]) -> str:
+    """The message of an error about a name that does not exist."""
+    known = sorted(known)
+    close = difflib.get_close_matches(str(name), known, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    return f"Unknown {what} {name!r}{hint} There are: {', '.join(known) or 'none'}."
+
+
+def parameters_of(function: Callable) -> dict[str, inspect.Parameter]:
+    """What a user may choose of a pattern: its keyword-only arguments, without sizes."""
+    parameters = inspect.signature(function).parameters
+    return {n: p for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY and n not in SIZES}
+
+
+def check_parameters(name: str, function: Callable, given: dict) -> None:
+    """Raises ValueError for parameters that a pattern does not have or lacks, and for values of the wrong type."""
+    known, hints = parameters_of(function), typing.get_type_hints(function)
+    for key, value in given.items():
+        if key not in known:
+            raise ValueError(unknown(f"parameter of {name!r}:", key, known))
+        if not _is_a(value, hints[key]):
+            kind = known[key].annotation
+            raise ValueError(f"{name}: {key} is {value!r}; give {kind}.")
+    missing = [key for key, p in known.items() if p.default is p.empty and key not in given]
+    if missing:
+        raise ValueError(f"{name}: needs {', '.join(missing)}.")
+
+
+def _is_a(value: object, hint: object) -> bool:
+    """Whether a value fits an annotation: bool, int, float, None, a sequence of int, or a union of these."""
+    if typing.get_origin(hint) is Sequence:
+        return isinstance(value, (list, tuple)) and len(value) > 0 and all(_is_a(x, int) for x in value)
+    if arguments := typing.get_args(hint):
+        return any(_is_a(value, argument) for argument in arguments)
+    if hint in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float) if hint is float else hint)
