@@ -10,6 +10,7 @@ options:
     bsa_dense+padding_free     layers skip the padding
     bsa_dense+full_rows        as many tokens in rows without padding: what padding-free could reach at best
     flash_attention_2+grouped  the same examples, sorted by length before they are cut into batches
+    ...+fused_ce               projection and cross-entropy in one (needs liger-kernel)
     ...+checkpointing          gradient checkpointing
 
 Transformers' flash_attention_2 skips cross-attention for part of a right-padded batch: it does less work than the
@@ -35,7 +36,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 from xsum_workload import MODELS, Batches, Pair, build, read_lengths
 
-from hf_flashbsa import padding_free
+from hf_flashbsa import enable_fused_loss, padding_free
 from hf_flashbsa.bench.environment import environment
 from hf_flashbsa.bench.report import append
 from hf_flashbsa.training.largest_batch import GIB, largest_batch
@@ -43,28 +44,37 @@ from hf_flashbsa.training.ledger import measure_step
 from recipes.xsum.flash_attention_2 import REPAIRED
 
 FA2, DENSE, PACKED = "flash_attention_2", "bsa_dense", "bsa_dense+padding_free"
-STEPS = ["sdpa", FA2, REPAIRED, DENSE, PACKED, "bsa_dense+full_rows", "bsa_dense+grouped", f"{FA2}+grouped"]
-LARGEST = ["eager", "sdpa", FA2, DENSE, PACKED, f"{PACKED}+checkpointing"]
+FUSED = f"{PACKED}+fused_ce"
+STEPS = ["sdpa", FA2, REPAIRED, DENSE, PACKED, FUSED, "bsa_dense+full_rows", "bsa_dense+grouped", f"{FA2}+grouped"]
+LARGEST = ["eager", "sdpa", FA2, DENSE, PACKED, FUSED, f"{FUSED}+checkpointing"]
 #: What is claimed: models, parts, their variants, and each one's share of the time.
 CLAIMED = (
     ("bart-large", "steps", STEPS, 0.36),
     ("bart-large", "largest", LARGEST, 0.28),
-    ("bart-large", "ledger", [FA2, DENSE, PACKED], 0.1),
+    ("bart-large", "ledger", [FA2, DENSE, PACKED, FUSED], 0.1),
     ("llama-1b", "ledger", [DENSE, PACKED], 0.1),
     ("t5-base", "steps", [DENSE, PACKED], 0.16),
 )
 DEFAULTS = {"steps": STEPS, "largest": LARGEST, "ledger": [DENSE, PACKED]}
-OPTIONS = {"padding_free", "full_rows", "grouped", "checkpointing"}
+OPTIONS = {"padding_free", "full_rows", "grouped", "fused_ce", "checkpointing"}
+LEDGER_BATCH = {"bart-large": 32, "t5-base": 32, "llama-1b": 8}  # so that double fits; Llama's logits are large
 
 
 class OutOfTime(Exception):
     """A part of the run has used its seconds."""
 
 
+def free() -> None:
+    """Gives back the memory of what is no longer used."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 class Bench:
     """One model, its batches, and where results go."""
 
-    def __init__(self, name: str, lengths: list[Pair], args: argparse.Namespace) -> None:
+    def __init__(self, name: str, lengths: list[Pair], rows: list[dict], args: argparse.Namespace) -> None:
         self.args, self.device = args, torch.device(args.device)
         torch.manual_seed(args.seed)
         self.model = build(name, args.tiny, self.device)
@@ -72,12 +82,13 @@ class Bench:
         self.about = {**environment(self.device), "model": name, "tiny": args.tiny}
         if args.commit:
             self.about["commit"] = args.commit
-        self.rows: list[dict] = []
+        self.rows = rows
         self.deadline = math.inf
 
     def run(self, part: str, variants: list[str], seconds: float) -> None:
         self.deadline = time.perf_counter() + seconds
-        getattr(self, part)(variants)
+        # There is no way back from a fused loss: those variants come last.
+        getattr(self, part)(sorted(variants, key=lambda variant: "fused_ce" in variant))
 
     @contextlib.contextmanager
     def using(self, variant: str) -> Iterator[set[str]]:
@@ -92,6 +103,8 @@ class Bench:
                 part.set_attn_implementation(implementation)
         # Renamed after Transformers 5.17; the old name warns.
         kind = "activation" if hasattr(self.model, "activation_checkpointing_enable") else "gradient"
+        if "fused_ce" in options:
+            enable_fused_loss(self.model)
         with contextlib.ExitStack() as stack:
             if "padding_free" in options:
                 stack.enter_context(padding_free(self.model))
@@ -128,9 +141,7 @@ class Bench:
                 "out of memory" if isinstance(error, torch.OutOfMemoryError) else f"{type(error).__name__}: {first}"
             )
         self.model.zero_grad(set_to_none=True)
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free()
         row = {**self.about, **row, "took_s": round(time.perf_counter() - begin, 1)}
         append(self.args.out, row)
         self.rows.append(row)
@@ -140,8 +151,8 @@ class Bench:
     # Parts
 
     def steps(self, variants: list[str]) -> None:
-        for size in self.args.batches:
-            for variant in variants:
+        for variant in variants:
+            for size in self.args.batches:
                 row = {"part": "steps", "variant": variant, "batch": size}
                 self.record(row, lambda s=size, v=variant: self.time(s, v))
 
@@ -176,15 +187,16 @@ class Bench:
     def ledger(self, variants: list[str]) -> None:
         optimizer = self.adamw()
         for variant in variants:
-            row = {"part": "ledger", "variant": variant, "batch": self.args.ledger_batch}
-            self.record(row, lambda v=variant: self.account(v, optimizer))
+            size = self.args.ledger_batch or LEDGER_BATCH[self.about["model"]]
+            row = {"part": "ledger", "variant": variant, "batch": size}
+            self.record(row, lambda v=variant, s=size: self.account(v, s, optimizer))
 
-    def account(self, variant: str, optimizer: torch.optim.Optimizer) -> dict:
+    def account(self, variant: str, size: int, optimizer: torch.optim.Optimizer) -> dict:
         """The ledger of a step, and its prediction for double the batch beside the measured one."""
         if time.perf_counter() > self.deadline:
             raise OutOfTime
         with self.using(variant) as options:
-            one = self.batches.batch(self.batches.pairs(self.args.ledger_batch), options)
+            one = self.batches.batch(self.batches.pairs(size), options)
             ledgers = [
                 measure_step(
                     self.model, {**batch, "use_cache": False}, optimizer=optimizer, autocast_dtype=torch.bfloat16
@@ -259,7 +271,7 @@ def parse() -> argparse.Namespace:
     add("--batches", type=int, nargs="+", default=[32, 128], help="batch sizes of the part steps")
     add("--window", type=int, default=6, help="different batches that a step time is taken over")
     add("--repeats", type=int, default=2, help="times each of them is run, after a warm-up")
-    add("--ledger-batch", type=int, default=16)
+    add("--ledger-batch", type=int, help=f"default: {LEDGER_BATCH}")
     add("--budgets", type=float, nargs="+", default=[24, 40, 80], help="GiB, ascending")
     add("--resolution", type=float, default=0.02, help="of the largest batch, as a share of it")
     add("--source-length", type=int, default=1024, help="longer documents are cut")
@@ -279,13 +291,11 @@ def main() -> None:
         jobs = [(args.model, part, DEFAULTS[part], 1.0) for part in args.parts]
     lengths = read_lengths(args.tokenizer, args.documents, args.examples, args.source_length, args.seed)
     rows: list[dict] = []
-    bench = None
     try:
         for i, (name, part, variants, share) in enumerate(jobs):
-            if bench is None or bench.about["model"] != name:
-                bench = None  # frees the last model before the next one is made
-                bench = Bench(name, lengths, args)
-                bench.rows = rows
+            bench = None  # the last model, before the next one is made
+            free()
+            bench = Bench(name, lengths, rows, args)
             left = args.seconds - (time.perf_counter() - begin)
             bench.run(part, args.variants or variants, left * share / sum(job[3] for job in jobs[i:]))
     finally:
