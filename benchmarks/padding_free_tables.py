@@ -27,7 +27,7 @@ def measurements(rows: list[dict]) -> Iterator[Table]:
         for row in rows:
             if (row["model"], row["part"]) == (model, part):
                 values = (row.get(name) for name in (*COLUMNS[part], "took_s", "error"))
-                table.add_row(*("" if value is None else str(value) for value in values))
+                table.add_row(*("" if value is None else str(value)[:60] for value in values))
         yield table
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import BartConfig, BartForConditionalGeneration
+from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 
 import hf_flashbsa  # noqa: F401  (registers bsa_dense)
 from hf_flashbsa.training import ledger as parts
@@ -107,6 +107,18 @@ def test_weight_copies_of_autocast():
     sizes = sum(2 * p.numel() for module in linear for p in module.parameters())
     # The padding entries of position tables and the norms are not cast.
     assert ledger.parts[parts.WEIGHT_COPIES] == sizes
+
+
+def test_logits_of_a_language_model_counted_by_hand():
+    """Under autocast the peak is in the loss's backward: log-probabilities kept, two gradients, all float32."""
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=4096)
+    model = LlamaForCausalLM._from_config(LlamaConfig(**sizes), attn_implementation="bsa_dense").train()
+    ids = torch.randint(4, 4096, (B, S))
+    ledger = measure_step(model, {"input_ids": ids, "labels": ids}, autocast_dtype=torch.bfloat16)
+    one = 4 * B * S * 4096
+    assert ledger.moment == "backward"
+    assert ledger.parts[parts.LOGITS] == pytest.approx(one, rel=0.02)  # and the states that the head reads
+    assert ledger.parts[parts.WORKSPACE] == pytest.approx(2 * one, rel=0.001)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", "bsa_dense"])
