@@ -1,0 +1,269 @@
+"""Which layout each attention layer of a model uses, as data that is saved with the model."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+
+import torch
+
+from hf_flashbsa.layout import BlockLayout, check_block_size
+from hf_flashbsa.pattern_tools import check_parameters, unknown
+from hf_flashbsa.patterns import PATTERNS, has_diagonal, make_layout
+from hf_flashbsa.selection import SELECTIONS
+
+#: Self-attention of an encoder, of a decoder (causal; also that of decoder-only models), and cross-attention.
+ROLES = ("encoder", "decoder", "cross")
+#: Heads enough to try any rule with.
+_MANY_HEADS = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How a layer's layout is made: a pattern or a selection by name, or "dense" for no layout.
+
+    `parameters` are sorted pairs, sequences as tuples, so that equal rules compare equal and can be looked up.
+    """
+
+    pattern: str
+    block_size: int = 128
+    parameters: tuple[tuple[str, object], ...] = ()
+
+    @property
+    def is_dense(self) -> bool:
+        return self.pattern == "dense"
+
+    @property
+    def selects(self) -> bool:
+        """Whether the layout depends on queries and keys."""
+        return self.pattern in SELECTIONS
+
+    @classmethod
+    def of(cls, given: str | dict, block_size: int, where: str) -> Rule:
+        """The rule that a user wrote: a name, or a dict of `pattern`, perhaps `block_size`, and parameters."""
+        given = {"pattern": given} if isinstance(given, str) else given
+        if not isinstance(given, dict) or "pattern" not in given:
+            raise ValueError(f"{where}: {given!r}; give 'dense' or a dict with 'pattern' and its parameters.")
+        rest = {key: value for key, value in given.items() if key not in ("pattern", "block_size")}
+        pattern, block_size = given["pattern"], given.get("block_size", block_size)
+        try:
+            check_block_size(block_size)
+            known = {**PATTERNS, **SELECTIONS}
+            if pattern == "dense":
+                if rest:
+                    raise ValueError(f"'dense' has no parameters, {', '.join(sorted(rest))} given.")
+            elif not isinstance(pattern, str) or pattern not in known:
+                raise ValueError(unknown("pattern", pattern, ["dense", *known]))
+            else:
+                check_parameters(pattern, known[pattern], rest)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        if pattern == "dense":
+            return _DENSE
+        frozen = ((key, tuple(value) if isinstance(value, list) else value) for key, value in rest.items())
+        return cls(pattern, block_size, tuple(sorted(frozen)))
+
+    def check(self, role: str, where: str) -> None:
+        """Raises ValueError where this rule cannot serve a role."""
+        if self.is_dense:
+            return
+        if role == "cross" and not self.selects and has_diagonal(self.pattern):
+            legal = ["dense", *SELECTIONS, *(name for name in PATTERNS if not has_diagonal(name))]
+            raise ValueError(
+                f"{where}: {self.pattern!r} follows the diagonal, which cross-attention does not have; give one of "
+                f"{', '.join(sorted(legal))}."
+            )
+        size = self.block_size
+        try:
+            if self.selects:
+                SELECTIONS[self.pattern](*torch.zeros(2, 1, 1, size, 1), size, **dict(self.parameters))
+            else:
+                options = dict(self.parameters)
+                make_layout(self.pattern, size, size, size, causal=role == "decoder", num_heads=_MANY_HEADS, **options)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+
+    def to_dict(self) -> str | dict:
+        if self.is_dense:
+            return self.pattern
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in self.parameters}
+        return {"pattern": self.pattern, "block_size": self.block_size, **values}
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class BlockSparseConfig:
+    """The block layouts of a model: a default rule, and others for roles and layers.
+
+    ```python
+    BlockSparseConfig(
+        "longformer", window=512, num_global_tokens=128,
+        roles={"decoder": {"pattern": "local", "window": 256}, "cross": "dense"},
+        layers={"encoder.0": "dense"},
+    )
+    ```
+
+    A rule is `"dense"`, or a dict with a `pattern` of `hf_flashbsa.patterns` or a selection of
+    `hf_flashbsa.selection`, its parameters, and perhaps a `block_size` of its own. A layer's own rule wins over its
+    role's, that over the default; cross-attention without a rule is dense.
+
+    Args:
+        pattern: name of the default pattern or selection, or "dense".
+        block_size: of rules that name none.
+        roles: rules for "encoder", "decoder" (also that of decoder-only models) and "cross".
+        layers: rules by role and number of the layer, such as "decoder.3".
+        parameters: of the default pattern.
+
+    Raises:
+        ValueError: an unknown role, layer, pattern or parameter; a value of the wrong type or out of range; a block
+            size that no kernel tile divides; a pattern with a diagonal for cross-attention.
+    """
+
+    default: Rule
+    roles: dict[str, Rule]
+    layers: dict[str, Rule]
+
+    def __init__(
+        self,
+        pattern: str,
+        block_size: int = 128,
+        *,
+        roles: dict[str, str | dict] | None = None,
+        layers: dict[str, str | dict] | None = None,
+        **parameters,
+    ) -> None:
+        default = Rule.of({"pattern": pattern, **parameters}, block_size, "BlockSparseConfig")
+        default.check("encoder", "BlockSparseConfig")
+        by_role, by_layer = {}, {}
+        for role, given in (roles or {}).items():
+            if role not in ROLES:
+                raise ValueError(f"roles: {unknown('role', role, ROLES)}")
+            by_role[role] = Rule.of(given, block_size, f"roles[{role!r}]")
+            by_role[role].check(role, f"roles[{role!r}]")
+        for layer, given in (layers or {}).items():
+            role, _, number = str(layer).partition(".")
+            if role not in ROLES or not number.isdecimal():
+                raise ValueError(f"layers: {layer!r}; give role and number, such as 'encoder.0' or 'cross.3'.")
+            by_layer[f"{role}.{int(number)}"] = rule = Rule.of(given, block_size, f"layers[{layer!r}]")
+            rule.check(role, f"layers[{layer!r}]")
+        for name, value in (("default", default), ("roles", by_role), ("layers", by_layer)):
+            object.__setattr__(self, name, value)
+
+    def rule(self, role: str, layer_index: int) -> Rule:
+        """The rule of one attention layer."""
+        if role not in ROLES:
+            raise ValueError(unknown("role", role, ROLES))
+        rule = self.layers.get(f"{role}.{layer_index}") or self.roles.get(role)
+        return rule or (_DENSE if role == "cross" else self.default)
+
+    @torch.compiler.disable
+    def layout(
+        self,
+        role: str,
+        layer_index: int,
+        num_queries: int,
+        num_keys: int,
+        num_heads: int,
+        device: torch.device | str,
+    ) -> BlockLayout | None:
+        """The layout of one attention layer on `device`, or None where it is dense.
+
+        Layouts are made once for a rule and a number of blocks, and shared by all layers with equal rules. Those of a
+        decoder are causal, and need as many queries as keys. `torch.compile` breaks its graph here, for a look-up.
+
+        Raises:
+            ValueError: the rule selects blocks by queries and keys; see `select`.
+        """
+        rule = self.rule(role, layer_index)
+        if rule.is_dense:
+            return None
+        if rule.selects:
+            raise ValueError(f"{rule.pattern} needs queries and keys; call select(), not layout().")
+        if role == "decoder" and num_queries != num_keys:
+            raise ValueError(f"A decoder's layout needs as many queries as keys, got {num_queries} and {num_keys}.")
+        blocks = (-(-length // rule.block_size) for length in (num_queries, num_keys))
+        return _layout(rule, role == "decoder", *blocks, num_heads, torch.device(device))
+
+    def select(
+        self,
+        role: str,
+        layer_index: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        live_q: torch.Tensor | None = None,
+        live_k: torch.Tensor | None = None,
+    ) -> BlockLayout:
+        """The layout that a selecting rule chooses for these queries and keys; arguments as in
+        `hf_flashbsa.selection`."""
+        rule = self.rule(role, layer_index)
+        if not rule.selects:
+            raise ValueError(f"{rule.pattern} does not depend on queries and keys; call layout(), not select().")
+        causal, diagonal = role == "decoder", role != "cross"
+        choose = SELECTIONS[rule.pattern]
+        return choose(q, k, rule.block_size, causal, diagonal, live_q, live_k, **dict(rule.parameters))
+
+    def to_dict(self) -> dict:
+        """The arguments that make this config again, as JSON can hold them."""
+        default = self.default.to_dict()
+        fields = {"pattern": default} if self.default.is_dense else dict(default)
+        # Rules name their block size, so what is left to inherit is the default rule's.
+        for name, rules in (("roles", self.roles), ("layers", self.layers)):
+            if rules:
+                fields[name] = {key: rule.to_dict() for key, rule in rules.items()}
+        return fields
+
+    @classmethod
+    def from_dict(cls, fields: dict) -> BlockSparseConfig:
+        """The config that `to_dict` wrote."""
+        if not isinstance(fields, dict) or "pattern" not in fields:
+            raise ValueError(f"block_sparse: {fields!r}; give the dict of BlockSparseConfig.to_dict().")
+        return cls(**fields)
+
+    @classmethod
+    @torch.compiler.disable
+    def of(cls, model_config) -> BlockSparseConfig:
+        """The config that `configure` stored in a Transformers config. Read once for each stored dict.
+
+        Raises:
+            ValueError: there is none.
+        """
+        fields = getattr(model_config, "block_sparse", None)
+        if fields is None:
+            raise ValueError(
+                f"bsa_sparse: {type(model_config).__name__} has no block layout. Give one with "
+                "hf_flashbsa.configure(model, BlockSparseConfig('longformer', window=512, num_global_tokens=128)), or "
+                "use attn_implementation='bsa_dense'."
+            )
+        known = _READ.get(id(fields))
+        if known is None or known[0] != fields:
+            known = _READ[id(fields)] = (copy.deepcopy(fields), cls.from_dict(fields))
+        return known[1]
+
+
+_DENSE = Rule("dense")
+#: Configs by the identity of the dict they were read from, with a copy of it that tells whether it was changed since.
+_READ: dict[int, tuple[dict, BlockSparseConfig]] = {}
+
+
+@functools.lru_cache(maxsize=256)
+def _layout(rule: Rule, causal: bool, rows: int, columns: int, num_heads: int, device: torch.device) -> BlockLayout:
+    if device.type != "cpu":
+        return _layout(rule, causal, rows, columns, num_heads, torch.device("cpu")).to(device)
+    size, parameters = rule.block_size, dict(rule.parameters)
+    return make_layout(
+        rule.pattern, rows * size, columns * size, size, causal=causal, num_heads=num_heads, **parameters
+    )
+
+
+def configure(model: torch.nn.Module, config: BlockSparseConfig) -> None:
+    """Stores block layouts in a Transformers model's config, so that "bsa_sparse" finds and `save_pretrained` keeps
+    them.
+
+    Encoder and decoder of some models hold copies of the config; all that the model's modules hold are written.
+    """
+    if not isinstance(config, BlockSparseConfig):
+        raise ValueError(f"config: {config!r}; give a BlockSparseConfig.")
+    for module in model.modules():
+        held = getattr(module, "config", None)
+        if hasattr(held, "model_type"):
+            held.block_sparse = config.to_dict()
