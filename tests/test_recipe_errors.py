@@ -39,6 +39,7 @@ def test_errors_come_without_traceback_from_the_real_script(tmp_path):
     [
         ({"attn_implementation": "bsa_dens"}, "unknown attn_implementation 'bsa_dens'; known here: eager, bsa_dense"),
         ({"attn_implementation": "flash_attention_2", "mixed_precision": "bf16"}, "flash_attention_2 needs a CUDA"),
+        ({"attn_implementation": "fa2_repaired", "mixed_precision": "bf16"}, "fa2_repaired needs a CUDA device"),
         ({"require_cuda": True}, "require_cuda: true needs a CUDA device, but this run would be on cpu"),
         ({"report_to": ["tensorbord"]}, "report_to: 'tensorbord' is not installed or unknown; installed: "),
         ({"per_device_batch_size": 64}, "40 training documents do not fill one batch of 64"),
