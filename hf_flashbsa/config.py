@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import copy
+import ast
 import dataclasses
-import functools
+import operator
+from collections.abc import Callable
 
 import torch
 
@@ -156,7 +157,6 @@ class BlockSparseConfig:
         rule = self.layers.get(f"{role}.{layer_index}") or self.roles.get(role)
         return rule or (_DENSE if role == "cross" else self.default)
 
-    @torch.compiler.disable
     def layout(
         self,
         role: str,
@@ -169,7 +169,7 @@ class BlockSparseConfig:
         """The layout of one attention layer on `device`, or None where it is dense.
 
         Layouts are made once for a rule and a number of blocks, and shared by all layers with equal rules. Those of a
-        decoder are causal, and need as many queries as keys. `torch.compile` breaks its graph here, for a look-up.
+        decoder are causal, and need as many queries as keys.
 
         Raises:
             ValueError: the rule selects blocks by queries and keys; see `select`.
@@ -181,8 +181,9 @@ class BlockSparseConfig:
             raise ValueError(f"{rule.pattern} needs queries and keys; call select(), not layout().")
         if role == "decoder" and num_queries != num_keys:
             raise ValueError(f"A decoder's layout needs as many queries as keys, got {num_queries} and {num_keys}.")
-        blocks = (-(-length // rule.block_size) for length in (num_queries, num_keys))
-        return _layout(rule, role == "decoder", *blocks, num_heads, torch.device(device))
+        # Under torch.compile lengths may be symbols; a graph holds for one number of blocks.
+        blocks = (operator.index(-(-length // rule.block_size)) for length in (num_queries, num_keys))
+        return getattr(_MADE, _name_of_layout(rule, role == "decoder", *blocks, num_heads, torch.device(device)))
 
     def select(
         self,
@@ -220,9 +221,8 @@ class BlockSparseConfig:
         return cls(**fields)
 
     @classmethod
-    @torch.compiler.disable
     def of(cls, model_config) -> BlockSparseConfig:
-        """The config that `configure` stored in a Transformers config. Read once for each stored dict.
+        """The config that `configure` stored in a Transformers config. Read once for equal dicts.
 
         Raises:
             ValueError: there is none.
@@ -234,25 +234,53 @@ class BlockSparseConfig:
                 "hf_flashbsa.configure(model, BlockSparseConfig('longformer', window=512, num_global_tokens=128)), or "
                 "use attn_implementation='bsa_dense'."
             )
-        known = _READ.get(id(fields))
-        if known is None or known[0] != fields:
-            known = _READ[id(fields)] = (copy.deepcopy(fields), cls.from_dict(fields))
-        return known[1]
+        return getattr(_MADE, _name_of_config(repr(fields)))
 
 
 _DENSE = Rule("dense")
-#: Configs by the identity of the dict they were read from, with a copy of it that tells whether it was changed since.
-_READ: dict[int, tuple[dict, BlockSparseConfig]] = {}
 
 
-@functools.lru_cache(maxsize=256)
-def _layout(rule: Rule, causal: bool, rows: int, columns: int, num_heads: int, device: torch.device) -> BlockLayout:
+class _Made:
+    """Layouts and configs that were made, as attributes. torch.compile reads and guards those by name, and calls the
+    functions that tell the names instead of tracing them."""
+
+
+_MADE = _Made()
+_NAMES: dict[tuple | str, str] = {}
+
+
+@torch.compiler.assume_constant_result
+def _name_of_layout(*arguments) -> str:
+    """Which attribute of `_MADE` is the layout of these arguments."""
+    return _name(arguments, lambda: _make(*arguments))
+
+
+@torch.compiler.assume_constant_result
+def _name_of_config(fields: str) -> str:
+    """Which attribute of `_MADE` is the config of the dict with this `repr`, a constant to torch.compile."""
+    return _name(fields, lambda: BlockSparseConfig.from_dict(ast.literal_eval(fields)))
+
+
+def _name(key: tuple | str, make: Callable[[], object]) -> str:
+    if key not in _NAMES:
+        made = make()
+        name = f"made_{len(_NAMES)}"
+        setattr(_MADE, name, made)
+        _NAMES[key] = name
+    return _NAMES[key]
+
+
+def _make(rule: Rule, causal: bool, rows: int, columns: int, num_heads: int, device: torch.device) -> BlockLayout:
     if device.type != "cpu":
-        return _layout(rule, causal, rows, columns, num_heads, torch.device("cpu")).to(device)
+        name = _name_of_layout(rule, causal, rows, columns, num_heads, torch.device("cpu"))
+        return getattr(_MADE, name).to(device)
     size, parameters = rule.block_size, dict(rule.parameters)
-    return make_layout(
+    layout = make_layout(
         rule.pattern, rows * size, columns * size, size, causal=causal, num_heads=num_heads, **parameters
     )
+    for side in ("q", "k"):
+        layout.lists(side)
+    return layout
 
 
 def configure(model: torch.nn.Module, config: BlockSparseConfig) -> None:

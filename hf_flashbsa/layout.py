@@ -24,7 +24,7 @@ class BlockLists(NamedTuple):
 
     `index[..., :full]` are the full blocks, `index[..., full:total]` the partial ones, each ascending; what follows is
     a valid index that nobody should visit. `full` and `total` are `(B or 1, H or 1, R)`, `index` has a fourth
-    dimension: as many entries as the longest list where the layout was made on the CPU, else as there are blocks.
+    dimension: as many entries as the longest list where they were made on the CPU, else as there are blocks.
     """
 
     full: torch.Tensor
@@ -77,7 +77,7 @@ class BlockLayout:
             raise ValueError(f"tile_masks: {masks.dtype} {tuple(masks.shape)}; give bool (U, {size}, {size}).")
         if masks is not None and masks.device != grid.device:
             raise ValueError(f"tile_masks are on {masks.device}, the grid is on {grid.device}; give one device.")
-        if grid.device.type == "cpu":
+        if _can_read(grid):
             lowest, highest = torch.aminmax(grid)
             count = 0 if masks is None else len(masks)
             if lowest < EMPTY or highest >= PARTIAL + count:
@@ -157,10 +157,18 @@ class BlockLayout:
         full = (kind == FULL).sum(-1, dtype=torch.int32)
         total = (kind <= PARTIAL).sum(-1, dtype=torch.int32)
         index = torch.argsort(kind, dim=-1, stable=True).to(torch.int32)
-        if grid.device.type == "cpu":
+        if _can_read(grid):
             index = index[..., : max(1, int(total.max()))]
         used = torch.arange(index.shape[-1], device=grid.device) < total[..., None]
         return BlockLists(full, total, (index * used).contiguous())
+
+    def table(self, side: str) -> torch.Tensor:
+        """`lists` as the kernels read them, int32 `(B or 1, H or 1, R, 2 + C)`: full, total, index. Made once."""
+        name = f"table {side}"
+        if name not in self._cache:
+            full, total, index = self.lists(side)
+            self._cache[name] = torch.cat([full[..., None], total[..., None], index], dim=-1)
+        return self._cache[name]
 
     def to(self, device: torch.device | str) -> BlockLayout:
         """This layout and its lists on another device, moved once and without waiting."""
@@ -328,6 +336,11 @@ def distinct_masks(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     words = masks.flatten(1).contiguous().view(torch.int64)
     words, which = torch.unique(words, dim=0, return_inverse=True)
     return words.view(torch.bool).view(-1, *masks.shape[1:]), which
+
+
+def _can_read(grid: torch.Tensor) -> bool:
+    """Whether values may decide what happens next: on a GPU that waits, under `torch.compile` it is impossible."""
+    return grid.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _four_dimensions(name: str, mask: torch.Tensor) -> torch.Tensor:

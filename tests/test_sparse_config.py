@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 import transformers
+from torch._dynamo.testing import CompileCounter
 
 from hf_flashbsa.config import BlockSparseConfig, Rule, configure
 from hf_flashbsa.patterns import make_layout
@@ -147,15 +148,32 @@ def test_a_stored_config_is_read_once_and_again_when_it_changes():
     assert BlockSparseConfig.of(model_config).default.parameters == (("window", 5),)
 
 
-def test_compiled_code_looks_layouts_up():
-    config = BlockSparseConfig("local", 32, window=40)
+def test_compiled_code_has_one_graph_for_a_number_of_blocks():
+    model_config = transformers.LlamaConfig(block_sparse={"pattern": "local", "block_size": 32, "window": 40})
 
     def visited(x: torch.Tensor) -> torch.Tensor:
-        return x + config.layout("encoder", 0, len(x), len(x), 1, x.device).lists("q").total.sum()
+        config = BlockSparseConfig.of(model_config)
+        layouts = [config.layout("encoder", i, len(x), len(x), 1, x.device) for i in range(2)]
+        return x + sum(layout.lists("q").total.sum() for layout in layouts)
 
-    x = torch.zeros(100)
     torch._dynamo.reset()
-    assert torch.equal(torch.compile(visited, backend="eager")(x), visited(x))
+    counter = CompileCounter()
+    compiled = torch.compile(visited, backend=counter, fullgraph=True)
+    for length in (100, 110, 128, 300, 290):
+        assert torch.equal(compiled(torch.zeros(length)), visited(torch.zeros(length)))
+    assert counter.frame_count == 3, "one for the first length, one for any with 4 blocks, one for any with 10"
+
+
+def test_compiled_code_selects():
+    config = BlockSparseConfig("top_k_blocks", 32, top_k=2)
+
+    def visited(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        lists = config.select("decoder", 0, q, k).lists("q")
+        return lists.total + lists.index[..., 0]
+
+    q, k = torch.randn(2, 1, 2, 100, 4, generator=torch.Generator().manual_seed(0))
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(visited, backend="eager", fullgraph=True)(q, k), visited(q, k))
 
 
 def test_a_model_without_a_config():
