@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from hf_flashbsa.kernels.autograd import attend
+from hf_flashbsa.layout import BlockLayout
 from hf_flashbsa.spec import AttentionSpec, Shape
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ def attention(
     segment_ids_q: torch.Tensor | None = None,
     segment_ids_k: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
+    layout: BlockLayout | None = None,
     bias: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     softmax_scale: float | None = None,
@@ -62,10 +64,10 @@ def attention(
             with a contiguous last dimension. `1 <= D <= 256`.
         k, v: `(B, Hkv, Sk, D)` and `(B, Hkv, Sk, Dv)`, dtype and device of `q`. `Hq` is a multiple of `Hkv`;
             query head `h` reads key head `h // (Hq // Hkv)`.
-        spec: which scores exist; instead of the ten keywords from `causal` to `mask`, which build one. A spec
+        spec: which scores exist; instead of the eleven keywords from `causal` to `layout`, which build one. A spec
             made once and passed to many calls (the layers of a model) derives its tile tables once.
         causal, window_size, query_offset, seqlens_q, seqlens_k, cu_seqlens_q, cu_seqlens_k, segment_ids_q,
-        segment_ids_k, mask: see `AttentionSpec`. Causality is aligned at the bottom right, as in
+        segment_ids_k, mask, layout: see `AttentionSpec`. Causality is aligned at the bottom right, as in
             FlashAttention since 2.1.
         bias: `(B or 1, Hq or 1, Sq or 1, Sk)`, any float dtype, added to the scaled scores. Its gradient is
             summed over broadcast dimensions. Values at or below the lowest finite number of its dtype hide the
@@ -91,13 +93,13 @@ def attention(
     """
     masking = (
         causal, window_size, query_offset, seqlens_q, seqlens_k,
-        cu_seqlens_q, cu_seqlens_k, segment_ids_q, segment_ids_k, mask,
+        cu_seqlens_q, cu_seqlens_k, segment_ids_q, segment_ids_k, mask, layout,
     )  # fmt: skip
     if spec is None:
         spec = AttentionSpec(*masking)
     elif masking != _NO_MASKING:
         raise ValueError(
-            "spec and masking keywords (causal, window_size, ..., mask) exclude each other; put all in spec."
+            "spec and masking keywords (causal, window_size, ..., layout) exclude each other; put all in spec."
         )
     shape = _validate(q, k, v, spec)
     scale = 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
@@ -126,7 +128,7 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-_NO_MASKING = (False, (None, None)) + (None,) * 8
+_NO_MASKING = (False, (None, None)) + (None,) * 9
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype) -> Backend:

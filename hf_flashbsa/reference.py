@@ -49,6 +49,9 @@ def _visible(spec: AttentionSpec, q_row: int, q: slice, k_row: int, k: slice, de
         if spec.segment_ids_q is not None:
             ids_q = spec.segment_ids_q[q_row if len(spec.segment_ids_q) > 1 else 0, q]
         visible &= (ids_q[:, None] == ids_k[None, :]) & (ids_k >= 0)[None, :]
+    if spec.layout is not None:
+        shown = spec.layout.to_mask(n_q, n_k)
+        visible = visible & shown[q_row if len(shown) > 1 else 0]
     if spec.mask is not None:
         row = q_row if spec.mask.shape[0] > 1 else 0
         rows = q if spec.mask.shape[2] > 1 else slice(None)

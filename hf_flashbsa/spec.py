@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from hf_flashbsa.layout import BlockLayout
+
 #: Rows per entry of a work table. Kernel tiles divide it, so one table serves every tile size.
 TILE = 128
 
@@ -62,6 +64,8 @@ class AttentionSpec:
             Negative ids see nothing and are seen by nobody. Without `segment_ids_q` every query has id 0.
         mask: bool `(B or 1, H or 1, Sq or 1, Sk)`, True where a key is visible. Slower than the forms above,
             except for `(B, 1, 1, Sk)`, which is read as padding of the keys.
+        layout: the blocks of scores that are visited at all; all where there is none. Rows and columns count from
+            the first query and key of each packed sequence, or of each batch row.
     """
 
     causal: bool = False
@@ -74,6 +78,7 @@ class AttentionSpec:
     segment_ids_q: torch.Tensor | None = None
     segment_ids_k: torch.Tensor | None = None
     mask: torch.Tensor | None = None
+    layout: BlockLayout | None = None
     _cache: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -126,7 +131,7 @@ class AttentionSpec:
     @property
     def is_ragged(self) -> bool:
         """Whether tiles differ in what they see beyond causality and window, so that a work table is needed."""
-        return self.segment_ids_k is not None or self.differs_by_row
+        return self.segment_ids_k is not None or self.differs_by_row or self.layout is not None
 
     def diagonal(self, shape: Shape) -> int:
         """Key position of query row 0 when every sequence fills its batch row (0 where a work table says it)."""
@@ -158,6 +163,10 @@ class AttentionSpec:
                     f"query_offset: {tuple(self.query_offset.shape)} elements; give an int or one element."
                 )
             self._expect("query_offset", self.query_offset, tuple(self.query_offset.shape), device)
+        if self.layout is not None:
+            packed = [side for side in "qk" if self._get("cu_seqlens", side) is not None]
+            length_q, length_k = (0 if s in packed else n for s, n in (("q", shape.len_q), ("k", shape.len_k)))
+            self.layout.validate(heads, 1 if packed else shape.batch_q, length_q, length_k, device)
         if self.mask is not None:
             full = (shape.batch_q, heads, shape.len_q, shape.len_k)
             if (
@@ -250,6 +259,8 @@ class AttentionSpec:
 
     def _build_work(self, side: str, shape: Shape, device: torch.device, tile: int) -> torch.Tensor:
         s = self.sequences(shape, device)
+        if self.layout is not None:
+            self._assert_covered(s)
         if side == "q":
             row, begin, end, other_row, lo, hi = s.q_row, s.q_begin, s.q_end, s.k_row, s.k_begin, s.k_end
             length, packed = shape.len_q, self.cu_seqlens_q is not None
@@ -297,7 +308,23 @@ class AttentionSpec:
             origin_k[index],
         ]
         table = torch.stack([c.to(torch.int32) for c in columns], dim=1) * used[:, None]
-        return table[torch.argsort(table[:, 7] - table[:, 4], descending=True, stable=True)].contiguous()
+        amount = table[:, 7] - table[:, 4]
+        if self.layout is not None:
+            listed = self.layout.lists(side).total.float().mean((0, 1)) * self.layout.block_size
+            place = (table[:, 1] - table[:, 9 if side == "q" else 10]) // self.layout.block_size
+            amount = torch.minimum(amount, listed[place.clamp(max=len(listed) - 1)])
+        return table[torch.argsort(amount, descending=True, stable=True)].contiguous()
+
+    def _assert_covered(self, s: Sequences) -> None:
+        """Stops the device where a packed sequence is longer than the layout, which nobody can see before."""
+        for name, begin, end, blocks in (
+            ("queries", s.q_begin, s.q_end, self.layout.grid.shape[2]),
+            ("keys", s.k_begin, s.k_end, self.layout.grid.shape[3]),
+        ):
+            most = blocks * self.layout.block_size
+            torch._assert_async(
+                (end - begin <= most).all(), f"layout: covers {most} {name}; make it for the longest sequence."
+            )
 
     def _segment_bounds(self, side: str, shape: Shape, tile: int) -> tuple[torch.Tensor, ...]:
         """`(lo, full_lo, full_hi, hi)`, each `(B, tiles)`: hull of what a tile's ids meet, and its first full run."""

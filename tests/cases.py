@@ -9,6 +9,7 @@ import torch
 
 from hf_flashbsa import AttentionSpec, attention
 from hf_flashbsa.kernels.dropout import drop_threshold, keep_mask
+from hf_flashbsa.layout import BlockLayout
 from hf_flashbsa.reference import reference_attention, sequence_ranges
 
 MASKS = ("none", "seqlens", "cu_seqlens", "key_padding", "segments", "dense", "offset_tensor", "mixed")
@@ -38,8 +39,9 @@ class Case:
     softcap: float | None
     dropout_p: float
     scale: float | None
-    layout: str
+    strides: str
     gain: float
+    blocks: int | None
 
     def __str__(self) -> str:
         fields = dataclasses.asdict(self)
@@ -81,8 +83,9 @@ def random_case(seed: int, *, dtypes: tuple[torch.dtype, ...], max_len: int, dim
         softcap=r.choice((None, None, None, 5.0, 50.0)),
         dropout_p=dropout_p,
         scale=r.choice((None, None, None, 1.0, 0.05)),
-        layout=r.choice(("bhsd", "bshd", "sliced", "fused")),
+        strides=r.choice(("bhsd", "bshd", "sliced", "fused")),
         gain=r.choice((1.0, 1.0, 3.0)),
+        blocks=r.choice((None, None, None, 32, 64, 128)),
     )
 
 
@@ -97,14 +100,14 @@ def _cumulative(lengths: list[int], device) -> torch.Tensor:
     return torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
 
 
-def _placed(values: torch.Tensor, layout: str) -> torch.Tensor:
+def _placed(values: torch.Tensor, strides: str) -> torch.Tensor:
     """The same `(B, H, S, D)` values under other strides, with NaN in whatever memory lies between."""
     b, h, s, d = values.shape
-    if layout == "bhsd":
+    if strides == "bhsd":
         return values
-    if layout == "bshd":
+    if strides == "bshd":
         return values.transpose(1, 2).contiguous().transpose(1, 2)
-    if layout == "sliced":
+    if strides == "sliced":
         room = torch.full((b, h, s + 3, d + 5), float("nan"), dtype=values.dtype, device=values.device)
         view = room[:, :, 1 : s + 1, 2 : d + 2]
     else:
@@ -149,6 +152,18 @@ def _spec(case: Case, r: random.Random, g: torch.Generator, device) -> Attention
     return AttentionSpec(**options)
 
 
+def _layout(size: int, batch: int, heads: int, len_q: int, len_k: int, r: random.Random, g, device) -> BlockLayout:
+    """Random blocks, full and partial ones, of which some rows and columns have none."""
+    rows, columns = (max(1, -(-n // size)) for n in (len_q, len_k))
+    shape = (r.choice((1, batch)), r.choice((1, heads)), rows, columns)
+    masks = torch.rand(3, size, size, generator=g) < 0.6
+    masks[1].tril_()
+    masks[2, : size // 2] = False
+    kinds = r.choice(((0, 1), (0, 1, 1, 2, 3, 4), (1, 1, 2)))
+    grid = torch.tensor(kinds, dtype=torch.int32)[torch.randint(len(kinds), shape, generator=g)]
+    return BlockLayout(grid, size, masks if 2 in kinds else None).to(device)
+
+
 @dataclasses.dataclass
 class Problem:
     """Tensors of a case. `sizes` are those of q and k after packing."""
@@ -189,14 +204,20 @@ def make_problem(case: Case, device: torch.device | str) -> Problem:
             batch_k, len_k = n, max(1, max(lengths_k))
             options["seqlens_k"] = torch.tensor(lengths_k, device=device)
         spec = AttentionSpec(**options)
+        longest = max(1, max(lengths_q)), max(1, max(lengths_k))
     else:
         spec = _spec(case, r, g, device)
+        longest = len_q, len_k
+    if case.blocks is not None:
+        batch = 1 if case.masking == "cu_seqlens" else batch_q
+        layout = _layout(case.blocks, batch, case.heads, *longest, r, g, device)
+        spec = dataclasses.replace(spec, layout=layout)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=g).to(device=device, dtype=case.dtype)
 
-    q = _placed(draw(batch_q, case.heads, len_q, case.dim) * case.gain, case.layout)
-    k = _placed(draw(batch_k, case.heads_k, len_k, case.dim), case.layout)
+    q = _placed(draw(batch_q, case.heads, len_q, case.dim) * case.gain, case.strides)
+    k = _placed(draw(batch_k, case.heads_k, len_k, case.dim), case.strides)
     v = _placed(draw(batch_k, case.heads_k, len_k, case.dim_v), r.choice(("bhsd", "bshd", "sliced")))
     dout = _placed(draw(batch_q, case.heads, len_q, case.dim_v), r.choice(("bhsd", "bshd", "sliced")))
     dlse = torch.randn(batch_q, case.heads, len_q, generator=g).to(device) * 0.1
@@ -205,7 +226,7 @@ def make_problem(case: Case, device: torch.device | str) -> Problem:
         rows, heads = (size if full else 1 for size, full in zip((batch_q, case.heads), case.bias, strict=True))
         if case.masking == "cu_seqlens":
             # By place in the sequence; a little more than the longest needs.
-            len_q, len_k = max(1, max(lengths_q)) + 3, max(1, max(lengths_k)) + 1
+            len_q, len_k = longest[0] + 3, longest[1] + 1
         options["bias"] = draw(rows, heads, len_q, len_k)
         if r.random() < 0.3:
             options["bias"][..., : len_k // 2] = r.choice((float("-inf"), torch.finfo(case.dtype).min))

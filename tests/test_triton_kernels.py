@@ -25,7 +25,7 @@ NAN = float("nan")
 PLAIN = Case(
     seed=0, dtype=torch.float32, batch=1, heads=2, heads_k=2, len_q=65, len_k=65, dim=16, dim_v=16, masking="none",
     causal=False, window_size=(None, None), bias=None, sinks=False, softcap=None, dropout_p=0.0, scale=None,
-    layout="bhsd", gain=1.0,
+    strides="bhsd", gain=1.0, blocks=None,
 )  # fmt: skip
 RANDOM = [random_case(seed, dtypes=DTYPES, max_len=111, dims=(8, 16, 40, 59, 64, 80)) for seed in range(60, 116)]
 

@@ -18,7 +18,8 @@ from hf_flashbsa.spec import TILE, AttentionSpec, Shape
 
 _EXTRAS = ", ".join(f"Tensor? {name}" for name in Extras._fields)
 _PARAMS = (
-    "float scale, float softcap, int window_left, int window_right, SymInt diagonal, int drop_threshold, str backend"
+    "float scale, float softcap, int window_left, int window_right, SymInt diagonal, int drop_threshold, "
+    "int block_size, str backend"
 )
 _COUNT = len(Extras._fields) + len(Params._fields)
 
@@ -150,6 +151,7 @@ def attend(
     if mask is not None:
         mask = mask.expand(shape.batch_q, q.shape[1], shape.len_q, shape.len_k)
     left, right = spec.window
+    layout = spec.layout
     segment_ids_q, segment_ids_k = spec.segment_ids(shape)
     extras = Extras(
         bias=bias,
@@ -161,6 +163,10 @@ def attend(
         work_k=spec.work("k", shape, q.device, tile) if needs_grad else None,
         sequences=spec.sequence_table(shape, q.device) if bias is not None and bias.requires_grad else None,
         seed=seed,
+        grid=None if layout is None else layout.grid,
+        tile_masks=None if layout is None else layout.tile_masks,
+        blocks_q=None if layout is None else layout.table("q"),
+        blocks_k=None if layout is None or not needs_grad else layout.table("k"),
     )
     params = Params(
         scale=scale,
@@ -169,6 +175,7 @@ def attend(
         window_right=-1 if right is None else right,
         diagonal=spec.diagonal(shape),
         drop_threshold=drop_threshold(dropout_p),
+        block_size=0 if layout is None else layout.block_size,
         backend=backend,
     )
     # Dynamo refuses to trace a Function that gets one tensor twice; it pays no host cost for the op's own formula.

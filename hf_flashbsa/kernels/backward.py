@@ -13,7 +13,9 @@ import triton.language as tl
 from hf_flashbsa.kernels.primitives import (
     LOG2E,
     Rows,
+    Rules,
     Tiles,
+    block_pointer,
     dot,
     dropout_keep,
     dropout_words,
@@ -22,7 +24,8 @@ from hf_flashbsa.kernels.primitives import (
     log2_factor,
     logits,
     matrix_pointers,
-    partial_begin,
+    partial_place,
+    place_of,
     span_of,
     store_tile,
     visible,
@@ -89,7 +92,7 @@ def _load_rows(rowwise, plane, score, batch_head, begin, lo, hi, len_q, BLOCK: t
 
 @triton.jit
 def _dkdv_block(
-    dk, dv, k_tile, v_tile, q, dout, rowwise, plane, m0, item, span, mask, dense, score, bias, head, heads, len_q,
+    dk, dv, k_tile, v_tile, q, dout, rowwise, plane, m0, item, span, rules, head, heads, len_q,
     tiles: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One block of queries from `m0`: adds its part to `dk` (before the scale) and `dv`. Scores are `[n, m]`."""
@@ -100,35 +103,27 @@ def _dkdv_block(
     batch_head = item.other_row * heads + head
     # [m, d]
     q_block = load_tile(q, m0, span.lo, span.hi, tiles.head_dim, tiles.m, tiles.d, MASKED)
-    rows = _load_rows(rowwise, plane, score, batch_head, m0, span.lo, span.hi, len_q, tiles.m, MASKED)
+    rows = _load_rows(rowwise, plane, rules.score, batch_head, m0, span.lo, span.hi, len_q, tiles.m, MASKED)
     # [n, m]
     s = dot(k_tile, tl.trans(q_block))
     s, slope = logits(
-        s,
-        score,
-        bias,
-        item.other_row,
-        head,
-        queries[None, :],
-        keys[:, None],
-        inside,
-        item.query_origin,
-        item.key_origin,
+        s, rules, item.other_row, head, queries[None, :], keys[:, None], inside, item.query_origin, item.key_origin
     )
     if MASKED:
         ok = visible(
-            mask, dense, item.other_row, item.row, head, queries[None, :], keys[:, None], inside, item.diagonal
-        )
+            rules, item.other_row, item.row, head, queries[None, :], keys[:, None], inside, item.diagonal,
+            item.query_origin, item.key_origin, m0, item.begin, tiles,
+        )  # fmt: skip
         s = tl.where(ok, s, float("-inf"))
-    p = tl.math.exp2(s * log2_factor(score, bias) - rows.lse[None, :])
+    p = tl.math.exp2(s * log2_factor(rules) - rows.lse[None, :])
     # [m, dv]
     do_block = load_tile(dout, m0, span.lo, span.hi, tiles.head_dim_v, tiles.m, tiles.dv, MASKED)
     dp = dot(v_tile, tl.trans(do_block))
     p_kept = p
-    if score.seed is not None:
-        keep = dropout_keep(score, rows.pad[None, :], rows.factor[None, :], (keys - item.key_origin)[:, None])
-        p_kept = tl.where(keep, p * score.keep_scale, 0.0)
-        dp = tl.where(keep, dp * score.keep_scale, 0.0)
+    if rules.score.seed is not None:
+        keep = dropout_keep(rules.score, rows.pad[None, :], rows.factor[None, :], (keys - item.key_origin)[:, None])
+        p_kept = tl.where(keep, p * rules.score.keep_scale, 0.0)
+        dp = tl.where(keep, dp * rules.score.keep_scale, 0.0)
     dv = dot(p_kept.to(do_block.dtype), do_block, dv)
     ds = p * (dp - rows.delta[None, :]) * slope
     dk = dot(ds.to(q_block.dtype), q_block, dk)
@@ -137,20 +132,20 @@ def _dkdv_block(
 
 @triton.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles", "plane"])
 def dkdv_kernel(
-    dout, dk_out, dv_out, q, k, v, rowwise, plane, work, mask, dense, score, bias, diagonal, heads, group, len_q,
-    len_k, num_tiles,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    dout, dk_out, dv_out, q, k, v, rowwise, plane, work, mask, dense, blocks, score, bias, diagonal, heads, group,
+    len_q, len_k, num_tiles, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, LISTED: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Writes `dk` and `dv`. Grid: tiles of keys * key heads * batch."""
-    tiles: tl.constexpr = Tiles(BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV)
+    tiles: tl.constexpr = Tiles(BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LISTED, WIDTH)
+    rules = Rules(mask, dense, blocks, score, bias)
     pid = tl.program_id(0)
     heads_k = heads // group
     head_k = (pid // num_tiles) % heads_k
     item = work_item(work, pid % num_tiles, pid // (num_tiles * heads_k), len_k, len_q, diagonal, BLOCK_N)
     if item.begin >= item.end:
         return
-    span = span_of(item, -item.diagonal, mask.window_right, mask.window_left, dense.ptr is None, BLOCK_M)
+    span = span_of(item, rules, head_k * group, tiles, True)
     k_head = head_of(k, item.row, head_k)
     v_head = head_of(v, item.row, head_k)
     k_tile = load_tile(k_head, item.begin, 0, item.end, HEAD_DIM, BLOCK_N, BLOCK_D, True)
@@ -158,20 +153,22 @@ def dkdv_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for head in range(head_k * group, head_k * group + group):
+        visits = span
+        if tiles.listed > 0:
+            visits = span_of(item, rules, head, tiles, True)
         q_head = head_of(q, item.other_row, head)
         dout_head = head_of(dout, item.other_row, head)
-        for index in range(0, span.partial):
-            m0 = partial_begin(span, index, BLOCK_M)
+        for index in range(0, visits.partial):
+            m0 = partial_place(visits, blocks, index, BLOCK_M, tiles)
             dk, dv = _dkdv_block(
-                dk, dv, k_tile, v_tile, q_head, dout_head, rowwise, plane, m0, item, span, mask, dense, score, bias,
-                head, heads,
-                len_q, tiles, True,
+                dk, dv, k_tile, v_tile, q_head, dout_head, rowwise, plane, m0, item, visits, rules, head,
+                heads, len_q, tiles, True,
             )  # fmt: skip
-        for m0 in range(span.full_begin, span.full_end, BLOCK_M):
+        for position in range(visits.full_begin, visits.full_end, BLOCK_M):
+            m0 = place_of(visits, blocks, position, tiles)
             dk, dv = _dkdv_block(
-                dk, dv, k_tile, v_tile, q_head, dout_head, rowwise, plane, m0, item, span, mask, dense, score, bias,
-                head, heads,
-                len_q, tiles, False,
+                dk, dv, k_tile, v_tile, q_head, dout_head, rowwise, plane, m0, item, visits, rules, head,
+                heads, len_q, tiles, False,
             )  # fmt: skip
     dk_head = head_of(dk_out, item.row, head_k)
     dv_head = head_of(dv_out, item.row, head_k)
@@ -181,29 +178,30 @@ def dkdv_kernel(
 
 @triton.jit
 def _score_gradient(
-    q_tile, do_tile, rows, k_block, v_block, queries, n0, query_origin, key_origin, inside, row_q, row_k,
-    diagonal,
-    mask, dense, score, bias, head, tiles: tl.constexpr, MASKED: tl.constexpr,
+    q_tile, do_tile, rows, k_block, v_block, queries, first_q, n0, query_origin, key_origin, inside, row_q, row_k,
+    diagonal, rules, head, tiles: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """`[m, n]` gradients of the biased score for keys from `n0`, and the softcap's slope."""
     keys = n0 + tl.arange(0, tiles.n)
     s = dot(q_tile, tl.trans(k_block))
-    s, slope = logits(s, score, bias, row_q, head, queries[:, None], keys[None, :], inside, query_origin, key_origin)
+    s, slope = logits(s, rules, row_q, head, queries[:, None], keys[None, :], inside, query_origin, key_origin)
     if MASKED:
-        ok = visible(mask, dense, row_q, row_k, head, queries[:, None], keys[None, :], inside, diagonal)
+        ok = visible(
+            rules, row_q, row_k, head, queries[:, None], keys[None, :], inside, diagonal, query_origin,
+            key_origin, first_q, n0, tiles,
+        )  # fmt: skip
         s = tl.where(ok, s, float("-inf"))
-    p = tl.math.exp2(s * log2_factor(score, bias) - rows.lse[:, None])
+    p = tl.math.exp2(s * log2_factor(rules) - rows.lse[:, None])
     dp = dot(do_tile, tl.trans(v_block))
-    if score.seed is not None:
-        keep = dropout_keep(score, rows.pad[:, None], rows.factor[:, None], (keys - key_origin)[None, :])
-        dp = tl.where(keep, dp * score.keep_scale, 0.0)
+    if rules.score.seed is not None:
+        keep = dropout_keep(rules.score, rows.pad[:, None], rows.factor[:, None], (keys - key_origin)[None, :])
+        dp = tl.where(keep, dp * rules.score.keep_scale, 0.0)
     return p * (dp - rows.delta[:, None]), slope
 
 
 @triton.jit
 def _dq_block(
-    dq, q_tile, do_tile, rows, k, v, n0, item, span, mask, dense, score, bias, head, tiles: tl.constexpr,
-    MASKED: tl.constexpr,
+    dq, q_tile, do_tile, rows, k, v, n0, item, span, rules, head, tiles: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One block of keys from `n0`: adds its part to `dq` (before the scale)."""
     queries = item.begin + tl.arange(0, tiles.m)
@@ -212,21 +210,21 @@ def _dq_block(
     k_block = load_tile(k, n0, span.lo, span.hi, tiles.head_dim, tiles.n, tiles.d, MASKED)
     v_block = load_tile(v, n0, span.lo, span.hi, tiles.head_dim_v, tiles.n, tiles.dv, MASKED)
     ds, slope = _score_gradient(
-        q_tile, do_tile, rows, k_block, v_block, queries, n0, item.query_origin, item.key_origin, inside,
-        item.row, item.other_row, item.diagonal, mask, dense, score, bias, head, tiles, MASKED,
+        q_tile, do_tile, rows, k_block, v_block, queries, item.begin, n0, item.query_origin, item.key_origin, inside,
+        item.row, item.other_row, item.diagonal, rules, head, tiles, MASKED,
     )  # fmt: skip
     return dot((ds * slope).to(k_block.dtype), k_block, dq)
 
 
 @triton.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles", "plane"])
 def dq_kernel(
-    dout, dq_out, q, k, v, rowwise, plane, work, mask, dense, score, bias, diagonal, heads, group, len_q, len_k,
-    num_tiles,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    dout, dq_out, q, k, v, rowwise, plane, work, mask, dense, blocks, score, bias, diagonal, heads, group,
+    len_q, len_k, num_tiles, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, LISTED: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Writes `dq`. Grid: tiles of queries * heads * batch."""
-    tiles: tl.constexpr = Tiles(BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV)
+    tiles: tl.constexpr = Tiles(BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LISTED, WIDTH)
+    rules = Rules(mask, dense, blocks, score, bias)
     pid = tl.program_id(0)
     head = (pid // num_tiles) % heads
     tile = pid % num_tiles
@@ -235,7 +233,7 @@ def dq_kernel(
     item = work_item(work, tile, pid // (num_tiles * heads), len_q, len_k, diagonal, BLOCK_M)
     if item.begin >= item.end:
         return
-    span = span_of(item, item.diagonal, mask.window_left, mask.window_right, dense.ptr is None, BLOCK_N)
+    span = span_of(item, rules, head, tiles, False)
     batch_head = item.row * heads + head
     dout_head = head_of(dout, item.row, head)
     q_tile = load_tile(head_of(q, item.row, head), item.begin, 0, item.end, HEAD_DIM, BLOCK_M, BLOCK_D, True)
@@ -245,30 +243,26 @@ def dq_kernel(
     v_head = head_of(v, item.other_row, head // group)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for index in range(0, span.partial):
-        n0 = partial_begin(span, index, BLOCK_N)
-        dq = _dq_block(
-            dq, q_tile, do_tile, rows, k_head, v_head, n0, item, span, mask, dense, score, bias, head,
-            tiles, True,
-        )  # fmt: skip
-    for n0 in range(span.full_begin, span.full_end, BLOCK_N):
-        dq = _dq_block(
-            dq, q_tile, do_tile, rows, k_head, v_head, n0, item, span, mask, dense, score, bias, head,
-            tiles, False,
-        )  # fmt: skip
+        n0 = partial_place(span, blocks, index, BLOCK_N, tiles)
+        dq = _dq_block(dq, q_tile, do_tile, rows, k_head, v_head, n0, item, span, rules, head, tiles, True)
+    for position in range(span.full_begin, span.full_end, BLOCK_N):
+        n0 = place_of(span, blocks, position, tiles)
+        dq = _dq_block(dq, q_tile, do_tile, rows, k_head, v_head, n0, item, span, rules, head, tiles, False)
     dq_head = head_of(dq_out, item.row, head)
     store_tile(dq_head, item.begin, item.end, dq * score.scale, HEAD_DIM, BLOCK_M, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["diagonal", "len_q", "len_k", "count", "bias_batch", "plane"])
 def dbias_kernel(
-    dout, dbias, q, k, v, rowwise, plane, sequences, mask, dense, score, bias, diagonal, count, heads, group,
+    dout, dbias, q, k, v, rowwise, plane, sequences, mask, dense, blocks, score, bias, diagonal, count, heads, group,
     bias_batch, bias_heads, len_q, len_k, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, LISTED: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Writes `dbias`, a Matrix, from `count` sequences: those of a table (`AttentionSpec.sequence_table`) or whole
     batch rows. Grid: tiles of keys, tiles of queries, bias batch * bias heads.
     """
-    tiles: tl.constexpr = Tiles(BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV)
+    tiles: tl.constexpr = Tiles(BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LISTED, WIDTH)
+    rules = Rules(mask, dense, blocks, score, bias)
     place_n = tl.program_id(0) * BLOCK_N
     place_m = tl.program_id(1) * BLOCK_M
     bias_row = tl.program_id(2) // bias_heads
@@ -291,6 +285,9 @@ def dbias_kernel(
             met = met & (n0 <= tl.minimum(m0 + BLOCK_M, q_end) - 1 + shift + mask.window_right)
         if mask.window_left is not None:
             met = met & (tl.minimum(n0 + BLOCK_N, k_end) - 1 >= m0 + shift - mask.window_left)
+        if tiles.listed > 0:
+            # Grids may end before the bias does.
+            met = met & (tl.load(block_pointer(blocks, row_q, head, place_m, place_n, tiles), mask=met, other=0) != 0)
         if met:
             queries = m0 + tl.arange(0, BLOCK_M)
             keys = n0 + tl.arange(0, BLOCK_N)
@@ -301,8 +298,8 @@ def dbias_kernel(
             k_block = load_tile(head_of(k, row_k, head // group), n0, 0, k_end, HEAD_DIM, BLOCK_N, BLOCK_D, True)
             v_block = load_tile(head_of(v, row_k, head // group), n0, 0, k_end, HEAD_DIM_V, BLOCK_N, BLOCK_DV, True)
             ds, _ = _score_gradient(
-                q_tile, do_tile, rows, k_block, v_block, queries, n0, q_begin, k_begin, inside,
-                row_q, row_k, shift, mask, dense, score, bias, head, tiles, True,
+                q_tile, do_tile, rows, k_block, v_block, queries, m0, n0, q_begin, k_begin, inside,
+                row_q, row_k, shift, rules, head, tiles, True,
             )  # fmt: skip
             total += ds
     places_m = place_m + tl.arange(0, BLOCK_M)

@@ -8,6 +8,7 @@ import triton.language as tl
 from hf_flashbsa.kernels.primitives import (
     LN2,
     LOG2E,
+    Rules,
     Tiles,
     dot,
     dropout_keep,
@@ -16,7 +17,8 @@ from hf_flashbsa.kernels.primitives import (
     load_tile,
     log2_factor,
     logits,
-    partial_begin,
+    partial_place,
+    place_of,
     span_of,
     store_tile,
     visible,
@@ -26,7 +28,7 @@ from hf_flashbsa.kernels.primitives import (
 
 @triton.jit
 def _attend(
-    acc, row_max, row_sum, q_tile, k, v, n0, item, span, mask, dense, score, bias, head, pad, factor,
+    acc, row_max, row_sum, q_tile, k, v, n0, item, span, rules, head, pad, factor,
     tiles: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One block of keys from `n0`: folds its weights and values into the running softmax."""
@@ -38,25 +40,26 @@ def _attend(
     # [m, n]
     s = dot(q_tile, tl.trans(k_block))
     s, _ = logits(
-        s, score, bias, item.row, head, queries[:, None], keys[None, :], inside, item.query_origin, item.key_origin
+        s, rules, item.row, head, queries[:, None], keys[None, :], inside, item.query_origin, item.key_origin
     )
     if MASKED:
         ok = visible(
-            mask, dense, item.row, item.other_row, head, queries[:, None], keys[None, :], inside, item.diagonal
-        )
+            rules, item.row, item.other_row, head, queries[:, None], keys[None, :], inside, item.diagonal,
+            item.query_origin, item.key_origin, item.begin, n0, tiles,
+        )  # fmt: skip
         s = tl.where(ok, s, float("-inf"))
-    to_log2 = log2_factor(score, bias)
+    to_log2 = log2_factor(rules)
     new_max = tl.maximum(row_max, tl.max(s, 1) * to_log2)
     pivot = new_max
-    if MASKED or bias.ptr is not None:
+    if MASKED or rules.bias.ptr is not None:
         # A row that has met no key yet has maximum -inf; any finite pivot gives it weights of 0 and not NaN.
         pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
     p = tl.math.exp2(s * to_log2 - pivot[:, None])
     shrink = tl.math.exp2(row_max - pivot)
     row_sum = row_sum * shrink + tl.sum(p, 1)
     acc = acc * shrink[:, None]
-    if score.seed is not None:
-        keep = dropout_keep(score, pad[:, None], factor[:, None], (keys - item.key_origin)[None, :])
+    if rules.score.seed is not None:
+        keep = dropout_keep(rules.score, pad[:, None], factor[:, None], (keys - item.key_origin)[None, :])
         p = tl.where(keep, p, 0.0)
     # [n, dv]
     v_block = load_tile(v, n0, span.lo, span.hi, tiles.head_dim_v, tiles.n, tiles.dv, MASKED)
@@ -66,12 +69,13 @@ def _attend(
 
 @triton.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles"])
 def forward_kernel(
-    q, k, v, out, lse, sinks, work, mask, dense, score, bias, diagonal, heads, group, len_q, len_k, num_tiles,
+    q, k, v, out, lse, sinks, work, mask, dense, blocks, score, bias, diagonal, heads, group, len_q, len_k, num_tiles,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, LISTED: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Writes `out` and `lse` `(B, Hq, Sq)`. Grid: tiles * heads * batch, the tiles of a head side by side."""
-    tiles: tl.constexpr = Tiles(BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV)
+    tiles: tl.constexpr = Tiles(BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LISTED, WIDTH)
+    rules = Rules(mask, dense, blocks, score, bias)
     pid = tl.program_id(0)
     head = (pid // num_tiles) % heads
     tile = pid % num_tiles
@@ -81,7 +85,7 @@ def forward_kernel(
     item = work_item(work, tile, pid // (num_tiles * heads), len_q, len_k, diagonal, BLOCK_M)
     if item.begin >= item.end:
         return
-    span = span_of(item, item.diagonal, mask.window_left, mask.window_right, dense.ptr is None, BLOCK_N)
+    span = span_of(item, rules, head, tiles, False)
     q_tile = load_tile(head_of(q, item.row, head), item.begin, 0, item.end, HEAD_DIM, BLOCK_M, BLOCK_D, True)
     k_head = head_of(k, item.other_row, head // group)
     v_head = head_of(v, item.other_row, head // group)
@@ -92,16 +96,15 @@ def forward_kernel(
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     for index in range(0, span.partial):
-        n0 = partial_begin(span, index, BLOCK_N)
+        n0 = partial_place(span, blocks, index, BLOCK_N, tiles)
         acc, row_max, row_sum = _attend(
-            acc, row_max, row_sum, q_tile, k_head, v_head, n0, item, span, mask, dense, score, bias, head, pad,
-            factor, tiles, True,
-        )  # fmt: skip
-    for n0 in range(span.full_begin, span.full_end, BLOCK_N):
+            acc, row_max, row_sum, q_tile, k_head, v_head, n0, item, span, rules, head, pad, factor, tiles, True
+        )
+    for position in range(span.full_begin, span.full_end, BLOCK_N):
+        n0 = place_of(span, blocks, position, tiles)
         acc, row_max, row_sum = _attend(
-            acc, row_max, row_sum, q_tile, k_head, v_head, n0, item, span, mask, dense, score, bias, head, pad,
-            factor, tiles, False,
-        )  # fmt: skip
+            acc, row_max, row_sum, q_tile, k_head, v_head, n0, item, span, rules, head, pad, factor, tiles, False
+        )
     if sinks is not None:
         # A row that sees no key stays without weights.
         sink = tl.where(row_max == float("-inf"), float("-inf"), tl.load(sinks + head) * LOG2E)

@@ -44,7 +44,9 @@ class Head(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Compile-time sizes of a kernel: blocks of queries and keys, head dims, and the powers of 2 that hold them."""
+    """Compile-time sizes of a kernel: blocks of queries and keys, head dims, and the powers of 2 that hold them;
+    then, where `Blocks` are given, their size, and the power of 2 that holds the longest list.
+    """
 
     m: object
     n: object
@@ -52,6 +54,8 @@ class Tiles(NamedTuple):
     head_dim_v: object
     d: object
     dv: object
+    listed: object
+    width: object
 
 
 class Matrix(NamedTuple):
@@ -65,6 +69,25 @@ class Matrix(NamedTuple):
     stride_h: object
     stride_q: object
     stride_k: object
+
+
+class Blocks(NamedTuple):
+    """The blocks of a BlockLayout that one side visits, in place of ranges.
+
+    `lists` is `(batch, heads, rows, width)`: the number of full blocks of a row, that of all listed blocks, and their
+    indices, full ones first, both groups ascending. `grid` and `masks` are those of the layout, `masks` None where
+    no block is partial. Strides of batch and head are 0 where they are shared.
+    """
+
+    lists: object
+    stride_b: object
+    stride_h: object
+    stride_row: object
+    grid: object
+    grid_stride_b: object
+    grid_stride_h: object
+    grid_stride_q: object
+    masks: object
 
 
 class Mask(NamedTuple):
@@ -95,6 +118,16 @@ class Score(NamedTuple):
     keep_scale: object
 
 
+class Rules(NamedTuple):
+    """Everything that says which scores exist and what they are; `blocks` are None where `Tiles.listed` is 0."""
+
+    mask: object
+    dense: object
+    blocks: object
+    score: object
+    bias: object
+
+
 class Rows(NamedTuple):
     """What the backward pass needs of each query: log-sum-exp in log2 units, delta, and the words of its dropout."""
 
@@ -121,14 +154,24 @@ class Item(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Blocks to visit: `partial` blocks that need masking, `left` of them before the full ones, then full ones."""
+    """What a tile visits, in steps of a kernel's block: `partial` blocks that need masking, then the full ones.
 
+    Positions count along the rows themselves, or along the listed blocks laid end to end (`place_of` tells the row).
+    Those of the full blocks are `[full_begin, full_end)`. Of the partial ones, `left` lie before them from `begin`
+    on, `right - left` behind them, and the rest from `listed` on. No row outside `[lo, hi)` is met.
+    """
+
+    begin: object
     left: object
+    right: object
     partial: object
     full_begin: object
     full_end: object
+    listed: object
     lo: object
     hi: object
+    index: object
+    origin: object
 
 
 @triton.jit
@@ -151,8 +194,18 @@ def work_item(work, tile, batch, len_own, len_other, diagonal, BLOCK: tl.constex
 
 
 @triton.jit
-def span_of(item, offset, before, after, KEEP_FULL: tl.constexpr, BLOCK: tl.constexpr):
-    """Blocks of the other side for a tile whose row `i` meets rows `i + offset - before .. i + offset + after`."""
+def span_of(item, rules, head, tiles: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """What a tile of queries visits of the keys; with `TRANSPOSED`, what a tile of keys visits of the queries."""
+    blocks = rules.blocks
+    # Row i of the tile meets rows i + offset - before .. i + offset + after of the other side.
+    if TRANSPOSED:
+        BLOCK: tl.constexpr = tiles.m
+        own_origin, other_origin, offset = item.key_origin, item.query_origin, -item.diagonal
+        before, after = rules.mask.window_right, rules.mask.window_left
+    else:
+        BLOCK: tl.constexpr = tiles.n
+        own_origin, other_origin, offset = item.query_origin, item.key_origin, item.diagonal
+        before, after = rules.mask.window_left, rules.mask.window_right
     lo, full_lo, full_hi, hi = item.lo, item.full_lo, item.full_hi, item.hi
     first, last = item.begin + offset, item.end - 1 + offset
     if after is not None:
@@ -162,20 +215,57 @@ def span_of(item, offset, before, after, KEEP_FULL: tl.constexpr, BLOCK: tl.cons
         lo = tl.maximum(lo, first - before)
         full_lo = tl.maximum(full_lo, last - before)
     hi = tl.maximum(hi, lo)
-    full_begin = lo + (tl.maximum(full_lo - lo, 0) + BLOCK - 1) // BLOCK * BLOCK
-    full_end = lo + tl.maximum(full_hi - lo, 0) // BLOCK * BLOCK
-    has_full = (full_end > full_begin) & KEEP_FULL
-    full_begin = tl.where(has_full, full_begin, lo)
-    full_end = tl.where(has_full, full_end, lo)
-    left = (full_begin - lo) // BLOCK
-    partial = left + (hi - full_end + BLOCK - 1) // BLOCK
-    return Span(left, partial, full_begin, full_end, lo, hi)
+    if tiles.listed == 0:
+        begin, end = lo, hi
+        full_begin = lo + (tl.maximum(full_lo - lo, 0) + BLOCK - 1) // BLOCK * BLOCK
+        full_end = lo + tl.maximum(full_hi - lo, 0) // BLOCK * BLOCK
+        index, listed, listed_end = 0, 0, 0
+    else:
+        # Lists ascend, so bounds cut them; how far, a count over the whole list tells without a search.
+        SIZE: tl.constexpr = tiles.listed
+        row = blocks.lists + tl.cast(item.row, tl.int64) * blocks.stride_b + tl.cast(head, tl.int64) * blocks.stride_h
+        # Tiles that meet nothing may lie beyond the grid.
+        own = tl.where(lo < hi, (item.begin - own_origin) // SIZE, 0)
+        row += tl.cast(own, tl.int64) * blocks.stride_row
+        full, total = tl.load(row), tl.load(row + 1)
+        index = row + 2
+        entries = tl.arange(0, tiles.width)
+        block = other_origin + tl.load(index + entries, mask=entries < total, other=0) * SIZE
+        is_full, is_partial = entries < full, (entries >= full) & (entries < total)
+        below, reached = block + SIZE <= lo, block < hi
+        begin = tl.sum((is_full & below).to(tl.int32), 0) * SIZE
+        end = tl.sum((is_full & reached).to(tl.int32), 0) * SIZE
+        full_begin = tl.sum((is_full & (block < full_lo)).to(tl.int32), 0) * SIZE
+        full_end = tl.sum((is_full & (block + SIZE <= full_hi)).to(tl.int32), 0) * SIZE
+        listed = (full + tl.sum((is_partial & below).to(tl.int32), 0)) * SIZE
+        listed_end = (full + tl.sum((is_partial & reached).to(tl.int32), 0)) * SIZE
+    # A dense mask leaves no block without masking.
+    has_full = (full_end > full_begin) & (rules.dense.ptr is None)
+    full_begin = tl.where(has_full, full_begin, begin)
+    full_end = tl.where(has_full, full_end, begin)
+    left = (full_begin - begin) // BLOCK
+    right = left + (end - full_end + BLOCK - 1) // BLOCK
+    partial = right + (listed_end - listed) // BLOCK
+    return Span(begin, left, right, partial, full_begin, full_end, listed, lo, hi, index, other_origin)
 
 
 @triton.jit
-def partial_begin(span, index, BLOCK: tl.constexpr):
-    """First row of the `index`-th partial block: those before the full blocks, then those behind them."""
-    return span.lo + index * BLOCK + tl.where(index >= span.left, span.full_end - span.full_begin, 0)
+def place_of(span, blocks, position, tiles: tl.constexpr):
+    """The row that a position stands for."""
+    if tiles.listed == 0:
+        return position
+    else:
+        SIZE: tl.constexpr = tiles.listed
+        return span.origin + tl.load(span.index + position // SIZE) * SIZE + position % SIZE
+
+
+@triton.jit
+def partial_place(span, blocks, index, BLOCK: tl.constexpr, tiles: tl.constexpr):
+    """First row of the `index`-th partial block."""
+    position = span.begin + index * BLOCK + tl.where(index >= span.left, span.full_end - span.full_begin, 0)
+    if tiles.listed > 0:
+        position = tl.where(index >= span.right, span.listed + (index - span.right) * BLOCK, position)
+    return place_of(span, blocks, position, tiles)
 
 
 @triton.jit
@@ -226,8 +316,15 @@ def matrix_pointers(x, batch, head, queries, keys):
 
 
 @triton.jit
-def visible(mask, dense, row_q, row_k, head, queries, keys, inside, diagonal):
-    """Which scores exist, given broadcastable `queries` and `keys`. `inside` guards rows that tensors have."""
+def visible(
+    rules, row_q, row_k, head, queries, keys, inside, diagonal, query_origin, key_origin, first_q, first_k,
+    tiles: tl.constexpr,
+):  # fmt: skip
+    """Which scores of a tile exist, given broadcastable `queries` and `keys`, of which `first_*` are the first.
+
+    `inside` guards rows that tensors have.
+    """
+    mask, dense, blocks = rules.mask, rules.dense, rules.blocks
     ok = inside
     ahead = keys - queries - diagonal
     if mask.window_right is not None:
@@ -246,7 +343,24 @@ def visible(mask, dense, row_q, row_k, head, queries, keys, inside, diagonal):
         ok = ok & (id_k >= 0)
     if dense.ptr is not None:
         ok = ok & (tl.load(matrix_pointers(dense, row_q, head, queries, keys), mask=inside, other=0) != 0)
+    if tiles.listed > 0:
+        if blocks.masks is not None:
+            SIZE: tl.constexpr = tiles.listed
+            kind = tl.load(block_pointer(blocks, row_q, head, first_q - query_origin, first_k - key_origin, tiles))
+            within = ((queries - query_origin) % SIZE) * SIZE + (keys - key_origin) % SIZE
+            masks = blocks.masks + tl.cast(tl.maximum(kind - 2, 0), tl.int64) * (SIZE * SIZE)
+            ok = ok & (tl.load(masks + within, mask=inside & (kind >= 2), other=1) != 0)
     return ok
+
+
+@triton.jit
+def block_pointer(blocks, row_q, head, place_q, place_k, tiles: tl.constexpr):
+    """Where the grid of a layout tells of the block that holds a query and a key, counted in their sequence."""
+    SIZE: tl.constexpr = tiles.listed
+    grid = (
+        blocks.grid + tl.cast(row_q, tl.int64) * blocks.grid_stride_b + tl.cast(head, tl.int64) * blocks.grid_stride_h
+    )
+    return grid + tl.cast(place_q // SIZE, tl.int64) * blocks.grid_stride_q + place_k // SIZE
 
 
 @triton.jit
@@ -259,8 +373,9 @@ def tanh(x):
 
 
 @triton.jit
-def logits(s, score, bias, row_q, head, queries, keys, inside, query_origin, key_origin):
+def logits(s, rules, row_q, head, queries, keys, inside, query_origin, key_origin):
     """The score that enters the softmax, divided by `log2_factor` and multiplied with log2(e); and d score / d s."""
+    score, bias = rules.score, rules.bias
     slope = 1.0
     if score.softcap is not None:
         s = s * score.scale
@@ -278,10 +393,10 @@ def logits(s, score, bias, row_q, head, queries, keys, inside, query_origin, key
 
 
 @triton.jit
-def log2_factor(score, bias):
+def log2_factor(rules):
     """What turns `logits` into exponents of 2."""
-    if (score.softcap is None) and (bias.ptr is None):
-        return score.scale * LOG2E
+    if (rules.score.softcap is None) and (rules.bias.ptr is None):
+        return rules.score.scale * LOG2E
     else:
         return LOG2E
 

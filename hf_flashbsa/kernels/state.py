@@ -11,7 +11,8 @@ class Extras(NamedTuple):
     """Optional tensors of a call. Shapes as `attention` documents them; masks and biases expanded to Sq, Sk.
 
     `work_q` and `work_k` are the tables of `AttentionSpec.work`, `sequences` that of `AttentionSpec.sequence_table`
-    (for the gradient of a bias only); `seed` is int64 `(1,)`.
+    (for the gradient of a bias only); `seed` is int64 `(1,)`. Of a `BlockLayout`: its `grid` and `tile_masks`, and its
+    `table` for each side.
     """
 
     bias: torch.Tensor | None
@@ -23,10 +24,15 @@ class Extras(NamedTuple):
     work_k: torch.Tensor | None
     sequences: torch.Tensor | None
     seed: torch.Tensor | None
+    grid: torch.Tensor | None
+    tile_masks: torch.Tensor | None
+    blocks_q: torch.Tensor | None
+    blocks_k: torch.Tensor | None
 
 
 class Params(NamedTuple):
-    """Numbers of a call. 0 softcap is none, -1 is an unlimited window, `drop_threshold` is that of dropout.py."""
+    """Numbers of a call. 0 softcap is none, -1 is an unlimited window, `drop_threshold` is that of dropout.py,
+    `block_size` that of a layout, 0 without."""
 
     scale: float
     softcap: float
@@ -34,6 +40,7 @@ class Params(NamedTuple):
     window_right: int
     diagonal: int
     drop_threshold: int
+    block_size: int
     backend: str
 
 

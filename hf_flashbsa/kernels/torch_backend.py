@@ -62,9 +62,27 @@ def _visible(piece: Piece, extras: Extras, params: Params, device: torch.device)
         conditions.append((ids_k == ids_q) & (ids_k >= 0))
     if extras.mask is not None:
         conditions.append(extras.mask[piece.rows_q, :, piece.q, piece.k])
+    if extras.grid is not None:
+        conditions.append(_visited(piece, extras, params))
     visible = None
     for condition in conditions:
         visible = condition if visible is None else visible & condition
+    return visible
+
+
+def _visited(piece: Piece, extras: Extras, params: Params) -> torch.Tensor:
+    """bool `(B or 1, H or 1, m, n)`: entries that a layout shows."""
+    size = params.block_size
+    grid = extras.grid[piece.rows_q] if extras.grid.shape[0] > 1 else extras.grid
+    places, inner = [], []
+    for part, origin in ((piece.q, piece.query_origin), (piece.k, piece.key_origin)):
+        place = torch.arange(part.start - origin, part.stop - origin, device=grid.device)
+        places.append(place // size)
+        inner.append(place % size)
+    kind = grid[:, :, places[0][:, None], places[1]]
+    visible = kind == 1
+    if extras.tile_masks is not None:
+        visible |= (kind >= 2) & extras.tile_masks[(kind - 2).clamp(min=0), inner[0][:, None], inner[1]]
     return visible
 
 

@@ -8,7 +8,7 @@ from hf_flashbsa.kernels import tuning
 from hf_flashbsa.kernels.backward import dbias_kernel, dkdv_kernel, dq_kernel, rowwise_kernel
 from hf_flashbsa.kernels.dropout import keep_scale
 from hf_flashbsa.kernels.forward import forward_kernel
-from hf_flashbsa.kernels.primitives import WORK_TILE, Mask, Matrix, Operand, Score
+from hf_flashbsa.kernels.primitives import WORK_TILE, Blocks, Mask, Matrix, Operand, Score
 from hf_flashbsa.kernels.state import Extras, Params, sinks_gradient
 
 #: Stands in for a scale of 0, whose product with a hidden score's -inf would be NaN.
@@ -41,6 +41,23 @@ def _mask(extras: Extras, params: Params) -> Mask:
 
 def _dense(extras: Extras) -> Matrix:
     return _matrix(None if extras.mask is None else extras.mask.view(torch.uint8))
+
+
+def _blocks(lists: torch.Tensor | None, extras: Extras) -> Blocks | None:
+    if lists is None:
+        return None
+    grid, masks = extras.grid, extras.tile_masks
+    return Blocks(
+        lists,
+        0 if lists.shape[0] == 1 else lists.stride(0),
+        0 if lists.shape[1] == 1 else lists.stride(1),
+        lists.stride(2),
+        grid,
+        0 if grid.shape[0] == 1 else grid.stride(0),
+        0 if grid.shape[1] == 1 else grid.stride(1),
+        grid.stride(2),
+        None if masks is None else masks.view(torch.uint8),
+    )
 
 
 def _as_int32(bits: int) -> int:
@@ -81,17 +98,18 @@ def _is_aligned(x: torch.Tensor) -> bool:
 def _config(
     kernel: str, q: torch.Tensor, v: torch.Tensor, aligned: bool, extras: Extras, params: Params
 ) -> tuning.Config:
-    plain = (
-        extras.bias is None
-        and extras.mask is None
-        and extras.segment_ids_q is None
-        and params.softcap == 0.0
-    )
+    plain = extras.bias is None and extras.mask is None and extras.segment_ids_q is None and params.softcap == 0.0
     block_dim = max(_padded(q.shape[-1]), _padded(v.shape[-1]))
-    return tuning.select(kernel, tuning.architecture(q.device), block_dim, q.element_size(), plain, aligned)
+    config = tuning.select(kernel, tuning.architecture(q.device), block_dim, q.element_size(), plain, aligned)
+    if extras.grid is not None:  # no tile reaches over a block's edge
+        size = params.block_size
+        config = config._replace(block_m=min(config.block_m, size), block_n=min(config.block_n, size))
+    return config
 
 
-def _meta(config: tuning.Config, q: torch.Tensor, v: torch.Tensor) -> dict:
+def _meta(
+    config: tuning.Config, q: torch.Tensor, v: torch.Tensor, params: Params, lists: torch.Tensor | None = None
+) -> dict:
     return {
         "HEAD_DIM": q.shape[-1],
         "HEAD_DIM_V": v.shape[-1],
@@ -99,6 +117,8 @@ def _meta(config: tuning.Config, q: torch.Tensor, v: torch.Tensor) -> dict:
         "BLOCK_N": config.block_n,
         "BLOCK_D": _padded(q.shape[-1]),
         "BLOCK_DV": _padded(v.shape[-1]),
+        "LISTED": params.block_size,
+        "WIDTH": 0 if lists is None else 1 << (lists.shape[-1] - 3).bit_length(),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
@@ -121,9 +141,9 @@ def forward(q, k, v, out, lse, extras: Extras, params: Params) -> None:
     tiles, batch = _tiles(extras.work_q, len_q, batch, config.block_m)
     forward_kernel[(tiles * heads * batch,)](
         _operand(q), _operand(k), _operand(v), _operand(out), lse, extras.sinks, extras.work_q,
-        _mask(extras, params), _dense(extras), _score(extras, params), _matrix(extras.bias), params.diagonal, heads,
-        heads // heads_k, len_q, len_k, tiles,
-        **_meta(config, q, v),
+        _mask(extras, params), _dense(extras), _blocks(extras.blocks_q, extras), _score(extras, params),
+        _matrix(extras.bias), params.diagonal, heads, heads // heads_k, len_q, len_k, tiles,
+        **_meta(config, q, v, params, extras.blocks_q),
     )  # fmt: skip
 
 
@@ -147,26 +167,27 @@ def backward(dout, dlse, q, k, v, out, lse, gradients, extras: Extras, params: P
         config = _config("dq", q, v, aligned, extras, params)
         tiles, rows = _tiles(extras.work_q, len_q, batch, config.block_m)
         dq_kernel[(tiles * heads * rows,)](
-            dout_, _operand(dq), *operands, rowwise, plane, extras.work_q, mask, dense, score, bias,
-            params.diagonal, heads, group,
-            len_q, len_k, tiles, **_meta(config, q, v),
+            dout_, _operand(dq), *operands, rowwise, plane, extras.work_q, mask, dense,
+            _blocks(extras.blocks_q, extras), score, bias, params.diagonal, heads, group, len_q, len_k, tiles,
+            **_meta(config, q, v, params, extras.blocks_q),
         )  # fmt: skip
     if k.numel() > 0:
         config = _config("dkdv", q, v, aligned, extras, params)
         tiles, rows = _tiles(extras.work_k, len_k, batch_k, config.block_n)
         dkdv_kernel[(tiles * heads_k * rows,)](
-            dout_, _operand(dk), _operand(dv), *operands, rowwise, plane, extras.work_k, mask, dense, score, bias,
-            params.diagonal,
-            heads, group, len_q, len_k, tiles, **_meta(config, q, v),
+            dout_, _operand(dk), _operand(dv), *operands, rowwise, plane, extras.work_k, mask, dense,
+            _blocks(extras.blocks_k, extras), score, bias, params.diagonal, heads, group, len_q, len_k, tiles,
+            **_meta(config, q, v, params, extras.blocks_k),
         )  # fmt: skip
     if dbias.numel() > 0:
         config = _config("dbias", q, v, aligned, extras, params)
         tiles_m, tiles_n = _cdiv(dbias.shape[2], config.block_m), _cdiv(dbias.shape[3], config.block_n)
         sequences = extras.sequences
         dbias_kernel[(tiles_n, tiles_m, dbias.shape[0] * dbias.shape[1])](
-            dout_, _matrix(dbias), *operands, rowwise, plane, sequences, mask, dense, score, bias, params.diagonal,
+            dout_, _matrix(dbias), *operands, rowwise, plane, sequences, mask, dense,
+            _blocks(extras.blocks_q, extras), score, bias, params.diagonal,
             batch if sequences is None else sequences.shape[0], heads, group, dbias.shape[0], dbias.shape[1], len_q,
-            len_k, **_meta(config, q, v),
+            len_k, **_meta(config, q, v, params, extras.blocks_q),
         )  # fmt: skip
     if extras.sinks is not None:
         dsinks.copy_(sinks_gradient(extras.sinks, lse, rowwise[1]))
