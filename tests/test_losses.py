@@ -1,9 +1,6 @@
 """The fused loss: equal to Transformers' own in value and gradients, never with logits, and nothing else changed."""
 
 import copy
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -221,19 +218,15 @@ def test_missing_package_and_missing_gpu_are_named(monkeypatch):
     model = tiny("bart", "eager")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(RuntimeError, match="need a GPU; without one leave enable_fused_loss .*out"):
+    with pytest.raises(RuntimeError, match="need a GPU; without one leave it out"):
         enable_fused_loss(model)
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install --no-deps 'liger-kernel>=0.8.5'"):
         enable_fused_loss(model)
 
 
-def test_importing_the_package_does_not_import_liger_kernel():
-    code = "import sys, hf_flashbsa; assert not any(name.startswith('liger') for name in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["bart", "t5", "gemma2"])
 def test_gpu_autocast_and_memory(name):
     """A real vocabulary: no more rounding than with logits, and their memory is not needed."""

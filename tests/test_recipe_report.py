@@ -12,6 +12,7 @@ from PIL import Image
 from recipes.xsum import report
 
 REPORT = Path(report.__file__)
+GIB = 2**30
 KINDS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
@@ -27,6 +28,7 @@ def make_run(folder, attention="sdpa", *, steps=40, loss=3.0, speed=100.0, **lef
         "train_file": None,
         "per_device_batch_size": 2,
         "gradient_accumulation_steps": 1,
+        "group_by_length": True,
         "mixed_precision": "no",
         "label_smoothing": 0.0,
         "rouge": "end",
@@ -54,6 +56,10 @@ def make_run(folder, attention="sdpa", *, steps=40, loss=3.0, speed=100.0, **lef
     if "metrics" not in left_out:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (folder / "env.json").write_text(json.dumps({"device": "a machine", "processes": 1}))
+    if "ledger" not in left_out:
+        parts = {"weights": GIB, "attention": GIB // 4} | ({"mlp": GIB // 2} if attention == "bsa_dense" else {})
+        ledger = {"parts": parts | {"workspace": GIB}, "moment": "backward", "allocator_peak": None}
+        (folder / "ledger.json").write_text(json.dumps(ledger))
     if "model" not in left_out:
         (folder / "model").mkdir()
     if "rouge" not in left_out:
@@ -79,6 +85,15 @@ def test_script_reports_two_runs(tmp_path):
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "out" / "report.md").read_text()
     settings, results, trained, untrained = rows_of(text, "| two |")
+    memory = text[text.index("## Memory") : text.index("## Data order")]
+    assert rows_of(memory, "| ")[2:] == [
+        ["weights", "1.000", "1.000"],
+        ["attention", "0.250", "0.250"],
+        ["mlp", "0.000", "0.500"],
+        ["workspace", "1.000", "1.000"],
+        ["all parts", "2.250", "2.750"],
+        ["peak in", "backward", "backward"],
+    ]
     assert settings == [
         "two",
         "bsa_dense",
@@ -86,12 +101,13 @@ def test_script_reports_two_runs(tmp_path):
         "bart, from scratch",
         "generated",
         "2",
+        "group_by_length",
         "fp32",
         "a machine",
     ]
     # The last tenth is steps 37 to 40.
     loss = sum(3.5 + 2.0 / step for step in (37, 38, 39, 40)) / 4
-    assert results == ["two", "40", f"{loss:.4f}", "2.5000 (test)", "200", "4.0", "0.50 GiB", "0 min 25 s"]
+    assert results == ["two", "40", f"{loss:.4f}", "2.5000 (test)", "17%", "200", "4.0", "0.50 GiB", "0 min 25 s"]
     assert trained[:3] == ["two", "trained", "30.00 (28.00 to 32.50)"]
     assert untrained[:3] == ["two", "untrained", "1.00 (0.50 to 1.50)"]
     assert "Same documents in the same order as one: two." in text
@@ -99,7 +115,7 @@ def test_script_reports_two_runs(tmp_path):
     pictures = {path.name for path in (tmp_path / "out").glob("*.png")}
     assert pictures == {
         *("loss_by_step.png", "loss_by_token.png", "loss_by_time.png", "loss_difference.png"),
-        *("rouge.png", "throughput.png", "memory.png"),
+        *("rouge.png", "throughput.png", "memory.png", "memory_parts.png"),
     }
     for name in pictures:
         assert f"]({name})" in text
@@ -120,7 +136,7 @@ def test_missing_pieces_are_stated(tmp_path):
     runs = [
         make_run(tmp_path / "whole"),
         make_run(tmp_path / "killed", model=True, rouge=True),
-        make_run(tmp_path / "barely", metrics=True, model=True, rouge=True),
+        make_run(tmp_path / "barely", metrics=True, model=True, rouge=True, ledger=True),
     ]
     metrics = runs[1] / "metrics.jsonl"
     kept = metrics.read_text().splitlines(keepends=True)[:12]
@@ -132,11 +148,12 @@ def test_missing_pieces_are_stated(tmp_path):
         "- **killed**: no ROUGE scores: no rouge.json of the trained model",
         "- **killed**: no evaluation loss",
         "- **barely**: no metrics.jsonl: training never started",
+        "- **barely**: no ledger.json: a single process writes it after its first step",
     ):
         assert note in text
     assert "- **whole**" not in text
     assert rows_of(text, "| killed |")[1][1] == "12"
-    assert rows_of(text, "| barely |")[1][1:] == ["–"] * 7
+    assert rows_of(text, "| barely |")[1][1:] == ["–"] * 8
 
 
 def test_runs_with_another_data_order_are_left_out_of_differences(tmp_path):

@@ -60,7 +60,7 @@ def finished(full_config, tmp_path_factory):
 
 def test_run_directory_holds_everything(finished):
     assert {path.name for path in finished.iterdir()} == {
-        *("config.yaml", "env.json", "metrics.jsonl", "rouge.json", "predictions.jsonl"),
+        *("config.yaml", "env.json", "metrics.jsonl", "ledger.json", "rouge.json", "predictions.jsonl"),
         *("checkpoints", "model", "tokenizer", "trackers"),
     }
     assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["step_00000030", "step_00000036"]

@@ -50,7 +50,7 @@ def test_two_processes_equal_one(tmp_path):
     values = {"dropout": 0.0, "label_smoothing": 0.1, "rouge": "end"}
     one = run_main(tmp_path, name="one", per_device_batch_size=8, **values)
     config = write_config(tmp_path, per_device_batch_size=4, **values)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     code, _, err = finish(start(*launch, *command(config, tmp_path / "two")[1:]))
     assert code == 0, err
     close(tmp_path / "two", one)

@@ -73,8 +73,8 @@ def _check_environment() -> None:
         raise ImportError("enable_fused_loss needs liger-kernel: pip install --no-deps 'liger-kernel>=0.8.5'")
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(
-            "enable_fused_loss: liger-kernel's operators are Triton kernels and need a GPU; without one leave "
-            "enable_fused_loss (in the recipe: fused_linear_cross_entropy) out, the loss is the same."
+            "enable_fused_loss: liger-kernel's operators are Triton kernels and need a GPU; without one leave it "
+            "out, the loss is the same."
         )
 
 

@@ -16,7 +16,8 @@ from accelerate import Accelerator
 from recipes.xsum.config import NAMES, Config, ConfigError, load_config
 from recipes.xsum.metrics import TrainingState
 
-OWN_FILES = ("env.json", "metrics.jsonl", "rouge.json", "predictions.jsonl")  # and config.yaml, the mark of a run
+# And config.yaml, the mark of a run.
+OWN_FILES = ("env.json", "metrics.jsonl", "ledger.json", "rouge.json", "predictions.jsonl")
 OWN_FOLDERS = ("checkpoints", "model", "tokenizer", "trackers")
 # A resumed run may differ in these: where it lies, how long it goes on, what it logs and keeps.
 FREE_ON_RESUME = ("output_dir", "max_steps", "num_epochs", "log_every", "save_every", "keep_checkpoints", "report_to")

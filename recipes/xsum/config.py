@@ -49,6 +49,8 @@ class Config:
     )
     attention_dropout: float | None = option(None, "dropout of attention weights; none = the model's", low=0, below=1)
     gradient_checkpointing: bool = option(False, "recompute each layer in the backward pass instead of storing it")
+    padding_free: bool = option(False, "layers skip padding; with attn_implementation bsa_dense or bsa_sparse")
+    fused_linear_cross_entropy: bool = option(False, "the loss without logits, by liger-kernel; needs a GPU")
 
     # Data
     dataset: str = option("generated", "where documents come from", choices=("generated", "hub", "files"))
@@ -78,6 +80,12 @@ class Config:
     max_steps: int | None = option(None, "number of optimiser steps; wins over num_epochs", low=1)
     num_epochs: int = option(1, "passes over the training documents", low=1)
     per_device_batch_size: int = option(8, "documents of a forward pass on one device", low=1)
+    token_budget: int | None = option(
+        None,
+        "instead of per_device_batch_size, which then counts for nothing: as many documents as have at most so many "
+        "source tokens (decoder-only: with summaries), padding included unless padding_free",
+        low=1,
+    )
     gradient_accumulation_steps: int = option(1, "forward passes of an optimiser step", low=1)
     learning_rate: float = option(3e-5, "peak learning rate of AdamW", above=0)
     warmup_steps: int = option(0, "steps over which the learning rate rises from 0", low=0)
@@ -140,6 +148,10 @@ class Config:
             raise ConfigError("eval_untrained scores summaries, so it needs rouge: end or every_eval")
         if "flash_attention" in self.attn_implementation and self.mixed_precision == "no":
             raise ConfigError(f"{self.attn_implementation} cannot compute in float32: set mixed_precision: bf16")
+        if self.padding_free and self.attn_implementation not in ("bsa_dense", "bsa_sparse"):
+            raise ConfigError(
+                f"padding_free needs attn_implementation: bsa_dense or bsa_sparse, not {self.attn_implementation}"
+            )
 
     @property
     def splits(self) -> list[str]:

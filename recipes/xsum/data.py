@@ -295,13 +295,47 @@ def epoch_batches(
     batches are shuffled again: less padding, and still a new set of batches in each epoch.
     """
     draw = random.Random(f"{seed}/{epoch}")
-    indices = list(range(len(lengths)))
-    draw.shuffle(indices)
-    if group_by_length:
-        size = window * batch_size
-        windows = [sorted(indices[i : i + size], key=lengths.__getitem__) for i in range(0, len(indices), size)]
-        indices = [index for part in windows for index in part]
+    indices = _shuffled(lengths, draw, window * batch_size if group_by_length else None)
     batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
     if group_by_length:
         draw.shuffle(batches)
     return batches
+
+
+def budget_batches(
+    lengths: list[int],
+    token_budget: int,
+    *,
+    padded: bool,
+    seed: int,
+    epoch: int,
+    group_by_length: bool,
+    window: int = 50,
+) -> list[list[int]]:
+    """As `epoch_batches`, but each batch is filled, in order, with as many tokens as the budget allows.
+
+    A batch counts as its documents' tokens or, where `padded`, as its number of documents times the longest one. A
+    document beyond the budget is a batch by itself.
+    """
+    draw = random.Random(f"{seed}/{epoch}")
+    documents = max(1, token_budget * len(lengths) // sum(lengths))  # of a batch without padding
+    batches, tokens, longest = [], 0, 0
+    for index in _shuffled(lengths, draw, window * documents if group_by_length else None):
+        tokens, longest = tokens + lengths[index], max(longest, lengths[index])
+        if not batches or ((len(batches[-1]) + 1) * longest if padded else tokens) > token_budget:
+            batches.append([])
+            tokens = longest = lengths[index]
+        batches[-1].append(index)
+    if group_by_length:
+        draw.shuffle(batches)
+    return batches
+
+
+def _shuffled(lengths: list[int], draw: random.Random, window: int | None) -> list[int]:
+    """All indices in random order, sorted by length inside each `window` of them unless that is None."""
+    indices = list(range(len(lengths)))
+    draw.shuffle(indices)
+    if window is None:
+        return indices
+    parts = [sorted(indices[i : i + window], key=lengths.__getitem__) for i in range(0, len(indices), window)]
+    return [index for part in parts for index in part]

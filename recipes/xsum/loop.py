@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list
 
 from recipes.xsum.config import Config, ConfigError
@@ -27,6 +28,14 @@ def learning_rate_at(step: int, total_steps: int, config: Config) -> float:
     done = (step - 1 - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
     factor = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[config.lr_scheduler]
     return config.learning_rate * factor
+
+
+def check_trackers(config: Config) -> None:
+    """Raise `ConfigError` where `report_to` names a tracker that Accelerate does not find."""
+    known = [str(name) for name in get_available_trackers()]
+    for name in config.report_to:
+        if name not in known:
+            raise ConfigError(f"report_to: {name!r} is not installed or unknown; installed: {', '.join(known) or '-'}")
 
 
 class Interrupted(Exception):

@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,11 @@ from accelerate import Accelerator
 from recipes.xsum.model import IGNORED_LABEL
 
 GIB = 2**30
-PACKAGES = ("hf_flashbsa", "torch", "transformers", "accelerate", "datasets", "tokenizers", "triton", "flash_attn")
+COUNTERS = ("step", "examples", "source_tokens", "target_tokens", "padded_tokens", "seconds")
+PACKAGES = (
+    *("hf_flashbsa", "torch", "transformers", "accelerate", "datasets"),
+    *("tokenizers", "triton", "flash_attn", "liger_kernel"),
+)
 
 
 @dataclass
@@ -32,11 +36,15 @@ class TrainingState:
     examples: int = 0
     source_tokens: int = 0  # without padding
     target_tokens: int = 0
-    padded_tokens: int = 0  # every position the model saw, source and target, padding included
+    padded_tokens: int = 0  # every position of the batches, source and target, padding included
     seconds: float = 0.0  # training only, over all resumes
     peak_memory_bytes: int = 0
     window_loss: float = 0.0  # summed over the target tokens since the last line of metrics.jsonl
     window_tokens: int = 0
+
+    def counters(self) -> dict[str, int | float]:
+        """Those that a line of metrics.jsonl shows as they are."""
+        return {name: value for name, value in asdict(self).items() if name in COUNTERS}
 
 
 class Window:

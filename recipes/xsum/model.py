@@ -155,13 +155,14 @@ def _check_lengths(config: Config, model_config: PreTrainedConfig) -> None:
         )
 
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's groups: matrices decay, vectors (biases and norms) do not."""
+def build_optimizer(config: Config, model: torch.nn.Module) -> torch.optim.AdamW:
+    """AdamW; matrices decay, vectors (biases and norms) do not."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
+    return torch.optim.AdamW(groups, config.learning_rate, tuple(config.adam_betas), fused=True)
 
 
 def prepare(
@@ -207,6 +208,13 @@ def attention_record(model: torch.nn.Module, implementation: str) -> dict[str, A
             "the others would attend some other way unnoticed"
         )
     return {"implementation": implementation, "backends": dict(sorted(backends.items())), "layers": layers}
+
+
+def training_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor], config: Config) -> torch.Tensor:
+    """The loss that training descends: `summed_loss`, with or without logits as `config` says."""
+    if config.fused_linear_cross_entropy:
+        return model(**batch, use_cache=False, num_items_in_batch=1).loss
+    return summed_loss(model, batch, config.label_smoothing)
 
 
 def summed_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor], smoothing: float) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 if TYPE_CHECKING:
     from recipes.xsum.report import Run
 
+GIB = 2**30
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", "-.", ":")  # runs that should agree lie on each other: both must show
 ROUGE_LABELS = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum"}
@@ -151,6 +152,37 @@ def _bars(axes: plt.Axes, runs: Sequence[Run], values: Sequence[float | None], l
     return True
 
 
+def part_names(ledgers: Iterable[dict]) -> list[str]:
+    """The parts that any of the ledgers has, in their order."""
+    names = []
+    for ledger in ledgers:
+        previous = 0
+        for name in ledger["parts"]:
+            if name not in names:
+                names.insert(previous, name)
+            previous = names.index(name) + 1
+    return names
+
+
+def _parts(axes: plt.Axes, runs: Sequence[Run]) -> bool:
+    shown = [run for run in runs if run.ledger]
+    if not shown:
+        return False
+    left = np.zeros(len(shown))
+    names = part_names(run.ledger for run in shown)
+    for name, colour in zip(names, plt.get_cmap("tab20").colors, strict=False):
+        sizes = np.array([run.ledger["parts"].get(name, 0) / GIB for run in shown])
+        axes.barh(range(len(shown)), sizes, left=left, height=0.6, color=colour, label=name)
+        left += sizes
+    axes.set_yticks(range(len(shown)), [run.name for run in shown])
+    axes.set_ylim(len(shown) - 0.5, -0.5)
+    axes.set(xlabel="memory at the peak of a step (GiB)")
+    axes.grid(axis="y", visible=False)
+    axes.figure.legend(loc="outside lower center", ncols=4)
+    axes.figure.set_size_inches(7.5, 2.3 + 0.45 * len(shown))
+    return True
+
+
 def _throughput(axes: plt.Axes, runs: Sequence[Run]) -> bool:
     return _bars(axes, runs, [run.rate("tokens") for run in runs], "tokens per second", "{:,.0f}")
 
@@ -183,6 +215,7 @@ FIGURES = (
         "Peak memory of training",
         "What torch's CUDA allocator gave out; on the CPU, the whole process.",
     ),
+    (_parts, "memory_parts.png", "Where the memory goes", "One micro-batch's forward and backward pass, as measured."),
 )
 
 

@@ -20,9 +20,14 @@ import yaml
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes.xsum.plots import ROUGE_LABELS, draw_plots
+from recipes.xsum.plots import GIB, ROUGE_LABELS, draw_plots, part_names
 
 COUNTERS = ("examples", "source_tokens", "target_tokens")
+MEMORY_NOTE = (
+    "Tensors alive at the peak of one forward and backward pass of one micro-batch, which the run repeated after its "
+    "first step. Activations stand under the part of the model that keeps them for the backward pass; workspace is "
+    "what nothing keeps."
+)
 
 
 class ReportError(ValueError):
@@ -39,6 +44,7 @@ class Run:
     evals: list[dict[str, Any]] = field(default_factory=list)
     rouge: dict[str, Any] | None = None
     env: dict[str, Any] | None = None
+    ledger: dict[str, Any] | None = None  # where the memory of a step goes, in bytes
     missing: tuple[str, ...] = ()
 
     def rate(self, what: str) -> float | None:
@@ -94,7 +100,10 @@ def read_run(path: Path) -> Run:
         rouge = None
     if not evals:
         missing.append("no evaluation loss")
-    return Run(path.resolve().name, config, train, evals, rouge, env, tuple(missing))
+    ledger = _read_json(path / "ledger.json")
+    if ledger is None:
+        missing.append("no ledger.json: a single process writes it after its first step")
+    return Run(path.resolve().name, config, train, evals, rouge, env, ledger, tuple(missing))
 
 
 def _read_json(path: Path) -> dict | None:
@@ -120,6 +129,8 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
             f"The training loss of {', '.join(smoothed)} includes label smoothing, the evaluation loss does not."
         )
     parts += ["## ROUGE", _rouge_table(runs)]
+    if any(run.ledger for run in runs):
+        parts += ["## Memory", _memory_table(runs), MEMORY_NOTE]
     if notes := [f"- **{run.name}**: {note}" for run in runs for note in run.missing]:
         parts += ["## Missing", "\n".join(notes)]
     if len(runs) > 1:
@@ -153,9 +164,29 @@ def _model(run: Run) -> str:
 
 def _batch(run: Run) -> str:
     config = run.config
-    parts = [config["per_device_batch_size"], config["gradient_accumulation_steps"]]
+    budget = config.get("token_budget")
+    parts = [budget or config["per_device_batch_size"], config["gradient_accumulation_steps"]]
     parts.append((run.env or {}).get("processes", 1))
-    return f"{parts[0] * parts[1] * parts[2]}" + (f" = {' × '.join(map(str, parts))}" if parts[1:] != [1, 1] else "")
+    whole = f"{parts[0] * parts[1] * parts[2]:,d}" + (" tokens" if budget else "")
+    return whole + (f" = {' × '.join(map(str, parts))}" if parts[1:] != [1, 1] else "")
+
+
+def _options(run: Run) -> str:
+    on = [
+        name
+        for name in ("padding_free", "fused_linear_cross_entropy", "gradient_checkpointing", "group_by_length")
+        if run.config.get(name)
+    ]
+    return ", ".join(on) or "–"
+
+
+def _padding(run: Run) -> str:
+    """Share of padding among the positions of all batches."""
+    if not run.train:
+        return "–"
+    last = run.train[-1]
+    share = 1 - (last["source_tokens"] + last["target_tokens"]) / last["padded_tokens"]
+    return f"{share:.0%}" + (" (skipped)" if run.config.get("padding_free") else "")
 
 
 def _dataset(run: Run) -> str:
@@ -184,6 +215,7 @@ SETTING_COLUMNS = {
     "model": _model,
     "dataset": _dataset,
     "batch": _batch,
+    "options": _options,
     "precision": lambda run: {"no": "fp32"}.get(run.config["mixed_precision"], run.config["mixed_precision"]),
     "device": lambda run: (run.env or {}).get("device", "–"),
 }
@@ -191,6 +223,7 @@ RESULT_COLUMNS = {
     "steps": lambda run: _number(_last(run, "step"), ",d"),
     "train loss": lambda run: _number(run.final_loss, ".4f"),
     "eval loss": lambda run: f"{run.evals[-1]['eval_loss']:.4f} ({run.evals[-1]['split']})" if run.evals else "–",
+    "padding": _padding,
     "tokens/s": lambda run: _number(run.rate("tokens"), ",.0f"),
     "examples/s": lambda run: _number(run.rate("examples"), ",.1f"),
     "peak memory": lambda run: "–" if not run.train else f"{_last(run, 'peak_memory_gib'):.2f} GiB",
@@ -220,6 +253,18 @@ def _rouge_table(runs: Sequence[Run]) -> str:
         return "No run has ROUGE scores."
     table = _markdown(["run", "model", *ROUGE_LABELS.values()], rows, 2)
     return f"{table}\n\nF-measure from 0 to 100 with stemming; in brackets the 95 % bootstrap interval."
+
+
+def _memory_table(runs: Sequence[Run]) -> str:
+    ledgers = {run.name: run.ledger for run in runs if run.ledger}
+    names = part_names(ledgers.values())
+    rows = [[name, *(f"{ledger['parts'].get(name, 0) / GIB:.3f}" for ledger in ledgers.values())] for name in names]
+    rows.append(["all parts", *(f"{sum(ledger['parts'].values()) / GIB:.3f}" for ledger in ledgers.values())])
+    peaks = [ledger["allocator_peak"] for ledger in ledgers.values()]
+    if any(peaks):
+        rows.append(["allocator's peak", *("–" if peak is None else f"{peak / GIB:.3f}" for peak in peaks)])
+    rows.append(["peak in", *(ledger["moment"] for ledger in ledgers.values())])
+    return _markdown(["GiB", *ledgers], rows, 1)
 
 
 def _order_note(runs: Sequence[Run]) -> str:

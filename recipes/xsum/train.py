@@ -25,8 +25,7 @@ if __name__ == "__main__":  # run as a file: the repository's root is not on the
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import ProjectConfiguration, send_to_device, set_seed
+from accelerate.utils import DistributedType, ProjectConfiguration, send_to_device, set_seed
 
 import hf_flashbsa  # noqa: F401 - registers bsa_dense
 from recipes.xsum.batches import RunData
@@ -41,16 +40,17 @@ from recipes.xsum.evaluate import (
     write_scores,
     write_untrained_scores,
 )
-from recipes.xsum.loop import Interrupted, StopSignal, learning_rate_at, on_main
+from recipes.xsum.loop import Interrupted, StopSignal, check_trackers, learning_rate_at, on_main
+from recipes.xsum.memory import apply_options, options_record, write_ledger
 from recipes.xsum.metrics import GIB, Meter, MetricsLog, TrainingState, Window, environment
 from recipes.xsum.model import (
     IGNORED_LABEL,
     attention_record,
     build_model,
+    build_optimizer,
     check_attention,
-    parameter_groups,
     prepare,
-    summed_loss,
+    training_loss,
 )
 from recipes.xsum.rouge import rouge_scores
 
@@ -71,10 +71,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
         Interrupted: SIGINT or SIGTERM came; the message names the checkpoint to resume from.
     """
     quiet_libraries()
-    known = [str(name) for name in get_available_trackers()]
-    for name in config.report_to:
-        if name not in known:
-            raise ConfigError(f"report_to: {name!r} is not installed or unknown; installed: {', '.join(known) or '-'}")
+    check_trackers(config)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         log_with=config.report_to or None,
@@ -99,13 +96,12 @@ class Training:
         self.config, self.accelerator, self.checkpoint = config, accelerator, checkpoint
         self.run_dir = Path(config.output_dir)
         self.data = RunData(config, accelerator, self.run_dir / "tokenizer" if checkpoint else None)
-        self.total_steps = config.max_steps or config.num_epochs * self.data.steps_per_epoch
+        self.total_steps = config.max_steps or self.data.steps_in(config.num_epochs)
         set_seed(config.seed)
         model = build_model(config, self.data.tokenizer)
+        apply_options(config, model)
         self.collator = self.data.collator(model)
-        groups = parameter_groups(model, config.weight_decay)
-        optimizer = torch.optim.AdamW(groups, config.learning_rate, tuple(config.adam_betas), fused=True)
-        self.model, self.optimizer = prepare(accelerator, model, optimizer)
+        self.model, self.optimizer = prepare(accelerator, model, build_optimizer(config, model))
         set_seed(config.seed, device_specific=True)  # the same weights on every process, but not the same dropout
         self.state, self.metrics_bytes = TrainingState(), 0
         if checkpoint is not None:
@@ -148,6 +144,7 @@ class Training:
             for micro_batches in islice(batches, self.total_steps - state.step):
                 grad_norm, learning_rate = self._optimiser_step(micro_batches)
                 state.step += 1
+                self._measure_memory(micro_batches[0])
                 self.display.step(state.step)
                 last = state.step == self.total_steps
                 logged = last or state.step % config.log_every == 0
@@ -196,7 +193,7 @@ class Training:
         for batch in micro_batches:
             with nullcontext() if batch is micro_batches[-1] else accelerator.no_sync(self.model):
                 inputs = send_to_device(batch, accelerator.device, non_blocking=True)
-                loss = summed_loss(self.model, inputs, self.config.label_smoothing)
+                loss = training_loss(self.model, inputs, self.config)
                 accelerator.backward(loss * scale)
             self.window.add(batch, loss)
         grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
@@ -232,18 +229,14 @@ class Training:
             model = self.accelerator.unwrap_model(self.model)
             self.attention = attention_record(model, self.config.attn_implementation)
         record = {
-            "step": state.step,
-            "epoch": state.step / self.data.steps_per_epoch,
-            "examples": state.examples,
-            "source_tokens": state.source_tokens,
-            "target_tokens": state.target_tokens,
-            "padded_tokens": state.padded_tokens,
-            "seconds": state.seconds,
+            **state.counters(),
+            "epoch": self.data.epochs_at(state.step),
             "loss": loss,
             "grad_norm": float(grad_norm),
             "learning_rate": learning_rate,
             "peak_memory_gib": state.peak_memory_bytes / GIB,
             "attention": self.attention,
+            "options": options_record(self.config),
         }
         self._write(record, {name: record[name] for name in ("loss", "grad_norm", "learning_rate")}, "train")
         self.display.log(record)
@@ -252,6 +245,14 @@ class Training:
         if self.log is not None:
             self.log.write(record)
         self.accelerator.log({f"{prefix}/{name}": value for name, value in tracked.items()}, step=self.state.step)
+
+    def _measure_memory(self, batch: dict[str, Any]) -> None:
+        """Write ledger.json once, when the optimiser has a state; models spread over processes have no ledger."""
+        path = self.run_dir / "ledger.json"
+        if self.accelerator.distributed_type == DistributedType.NO and not path.exists():
+            with self._aside():
+                batch = send_to_device(batch, self.accelerator.device)
+                write_ledger(path, self.config, self.model, self.optimizer.optimizer, batch)
 
     def _save_checkpoint(self) -> None:
         self.meter.pause()
@@ -294,7 +295,7 @@ class Training:
             predictions, scores = self._score(split) if with_rouge else ([], None)
         record = {
             "step": self.state.step,
-            "epoch": self.state.step / self.data.steps_per_epoch,
+            "epoch": self.data.epochs_at(self.state.step),
             "split": split,
             "eval_loss": loss,
             "rouge": scores,
