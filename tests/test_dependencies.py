@@ -14,7 +14,9 @@ SOURCES = [*ROOT.glob("hf_flashbsa/**/*.py"), *ROOT.glob("recipes/**/*.py")]
 #: What a module may import beside the standard library; the longest prefix of its name counts. A name allows all
 #: that lies in it.
 ALLOWED = {
-    "hf_flashbsa": {"hf_flashbsa.attention", "hf_flashbsa.spec", "hf_flashbsa.integration"},
+    "hf_flashbsa": {
+        "hf_flashbsa.attention", "hf_flashbsa.spec", "hf_flashbsa.integration", "hf_flashbsa.training.losses",
+    },
     "hf_flashbsa.spec": {"torch"},
     "hf_flashbsa.reference": {"torch", "hf_flashbsa.spec"},
     "hf_flashbsa.kernels": {"torch", "hf_flashbsa.kernels"},
@@ -28,8 +30,8 @@ ALLOWED = {
         "torch", "transformers", "packaging", "hf_flashbsa.attention", "hf_flashbsa.spec", "hf_flashbsa.integration",
     },
     "hf_flashbsa.training": {
-        "torch", "transformers", "rich", "matplotlib", "hf_flashbsa.attention", "hf_flashbsa.integration",
-        "hf_flashbsa.training",
+        "torch", "transformers", "rich", "matplotlib", "liger_kernel", "hf_flashbsa.attention",
+        "hf_flashbsa.integration", "hf_flashbsa.training",
     },
     "hf_flashbsa.bench": {"torch", "triton", "rich", "matplotlib", "hf_flashbsa"},
     "hf_flashbsa.doctor": {"torch", "transformers", "packaging", "hf_flashbsa"},
@@ -40,7 +42,7 @@ ALLOWED = {
 }  # fmt: skip
 #: Loaded by nobody who does not ask for them.
 HEAVY = ("hf_flashbsa.kernels.triton_backend", "hf_flashbsa.kernels.primitives", "hf_flashbsa.bench",
-         "datasets", "matplotlib", "rich", "transformers.models.bart.modeling_bart")  # fmt: skip
+         "datasets", "matplotlib", "rich", "liger_kernel", "transformers.models.bart.modeling_bart")  # fmt: skip
 
 
 def _name(path: Path) -> str:

@@ -62,6 +62,15 @@ def test_loss_and_gradients_are_those_of_the_logits(name, smoothing):
     assert model(**inputs).logits is None
 
 
+def test_several_pieces_make_the_same_loss():
+    """With more labels than words the operator works piece by piece."""
+    model, inputs = biased("bart"), labelled("bart", "right", batch=24)
+    assert (inputs["labels"] != -100).sum() > model.config.vocab_size
+    expected = by_logits(model, inputs, 0.1)
+    enable_fused_loss(model, label_smoothing=0.1)
+    assert distance(losses(model, inputs), expected) < 1e-5
+
+
 def test_t5s_scaled_states_and_own_targets():
     model, inputs = biased("t5", tie_word_embeddings=True), labelled("t5", "right")
     del inputs["decoder_input_ids"]
