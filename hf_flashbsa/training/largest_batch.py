@@ -134,6 +134,8 @@ def _limited(device: torch.device, budget: int) -> Iterator[Measure]:
     """Keeps the CUDA allocator within a budget of bytes, and measures with it."""
     if device.type != "cuda" or not torch.cuda.is_available():
         raise ValueError(f"device: {device} has no allocator to ask for a peak; give a CUDA device, or `measure`.")
+    if device.index is None:  # the allocator's limits are kept by number
+        device = torch.device("cuda", torch.cuda.current_device())
     total = torch.cuda.get_device_properties(device).total_memory
     if budget > total:
         raise ValueError(f"budget_gib: {budget / GIB:.1f} is more than the device has, {total / GIB:.1f} GiB.")
