@@ -39,6 +39,8 @@ def attention(
     query_offset: int | torch.Tensor | None = None,
     seqlens_q: torch.Tensor | None = None,
     seqlens_k: torch.Tensor | None = None,
+    starts_q: torch.Tensor | None = None,
+    starts_k: torch.Tensor | None = None,
     cu_seqlens_q: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
     segment_ids_q: torch.Tensor | None = None,
@@ -64,15 +66,16 @@ def attention(
             with a contiguous last dimension. `1 <= D <= 256`.
         k, v: `(B, Hkv, Sk, D)` and `(B, Hkv, Sk, Dv)`, dtype and device of `q`. `Hq` is a multiple of `Hkv`;
             query head `h` reads key head `h // (Hq // Hkv)`.
-        spec: which scores exist; instead of the eleven keywords from `causal` to `layout`, which build one. A spec
+        spec: which scores exist; instead of the thirteen keywords from `causal` to `layout`, which build one. A spec
             made once and passed to many calls (the layers of a model) derives its tile tables once.
-        causal, window_size, query_offset, seqlens_q, seqlens_k, cu_seqlens_q, cu_seqlens_k, segment_ids_q,
-        segment_ids_k, mask, layout: see `AttentionSpec`. Causality is aligned at the bottom right, as in
+        causal, window_size, query_offset, seqlens_q, seqlens_k, starts_q, starts_k, cu_seqlens_q, cu_seqlens_k,
+        segment_ids_q, segment_ids_k, mask, layout: see `AttentionSpec`. Causality is aligned at the bottom right, as in
             FlashAttention since 2.1.
         bias: `(B or 1, Hq or 1, Sq or 1, Sk)`, any float dtype, added to the scaled scores. Its gradient is
             summed over broadcast dimensions. Values at or below the lowest finite number of its dtype hide the
             key, as Transformers' additive masks mean it. With `cu_seqlens_*` it is `(1, Hq or 1, Lq, Lk)`, addressed
-            by place in the sequence, the same for all sequences; places that it does not reach are hidden.
+            by place in the sequence, the same for all sequences; places that it does not reach are hidden. With
+            `starts_*` it is addressed by place in the sequence too.
         sinks: `(Hq,)` one extra logit for each query head that takes part in the softmax and has no value
             (gpt-oss). Part of `lse`.
         softmax_scale: factor >= 0; default `1 / sqrt(D)`.
@@ -92,7 +95,7 @@ def attention(
         ValueError: an argument that does not fit; the message names it and the remedy.
     """
     masking = (
-        causal, window_size, query_offset, seqlens_q, seqlens_k,
+        causal, window_size, query_offset, seqlens_q, seqlens_k, starts_q, starts_k,
         cu_seqlens_q, cu_seqlens_k, segment_ids_q, segment_ids_k, mask, layout,
     )  # fmt: skip
     if spec is None:
@@ -128,7 +131,7 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-_NO_MASKING = (False, (None, None)) + (None,) * 9
+_NO_MASKING = (False, (None, None)) + (None,) * 11
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype) -> Backend:

@@ -17,15 +17,16 @@ def sequence_ranges(
 ) -> list[tuple[int, int, int, int, int, int]]:
     """`(q_row, q_begin, q_end, k_row, k_begin, k_end)` of each independent sequence of a call."""
 
-    def side(cu: torch.Tensor | None, lengths: torch.Tensor | None, x: torch.Tensor) -> list[tuple[int, int, int]]:
+    def side(cu, lengths, starts, x: torch.Tensor) -> list[tuple[int, int, int]]:
         if cu is not None:
             cu = cu.tolist()
             return [(0, begin, end) for begin, end in zip(cu[:-1], cu[1:], strict=True)]
         lengths = [x.shape[2]] * x.shape[0] if lengths is None else lengths.tolist()
-        return [(row, 0, length) for row, length in enumerate(lengths)]
+        starts = [0] * x.shape[0] if starts is None else starts.tolist()
+        return [(row, min(begin, end), end) for row, (begin, end) in enumerate(zip(starts, lengths, strict=True))]
 
-    queries = side(spec.cu_seqlens_q, spec.seqlens_q, q)
-    keys = side(spec.cu_seqlens_k, spec.seqlens_k, k)
+    queries = side(spec.cu_seqlens_q, spec.seqlens_q, spec.starts_q, q)
+    keys = side(spec.cu_seqlens_k, spec.seqlens_k, spec.starts_k, k)
     return [(*a, *b) for a, b in zip(queries, keys, strict=True)]
 
 
@@ -105,7 +106,8 @@ def reference_attention(
                 missing = (0, k_end - k_begin - b.shape[2], 0, q_end - q_begin - b.shape[1])
                 b = torch.nn.functional.pad(b, missing, value=-math.inf)
             else:
-                b = b[:, rows if b.shape[1] > 1 else slice(None), keys]
+                places = slice(0, q_end - q_begin) if b.shape[1] > 1 else slice(None)
+                b = b[:, places, : k_end - k_begin]
             s = s + b.to(dtype)
             visible = visible & (b > torch.finfo(bias.dtype).min)
         s = s.masked_fill(~visible, -math.inf)

@@ -58,6 +58,8 @@ class AttentionSpec:
             number of keys minus number of queries, for each sequence.
         seqlens_q, seqlens_k: `(B,)` integers, live rows of each batch row, counted from the start. Dead query
             rows give zeros; dead keys are seen by nobody.
+        starts_q, starts_k: `(B,)` integers, the first live row of each batch row, for padding on the left. Layouts and
+            biases count from it; dead rows as above.
         cu_seqlens_q, cu_seqlens_k: `(n + 1,)` integers, cumulative lengths of `n` sequences packed in one batch
             row. Queries and keys are packed independently; a side that is not packed has `n` batch rows.
         segment_ids_q, segment_ids_k: `(B or 1, Sq)` and `(B or 1, Sk)` integers; a query sees the keys of equal id.
@@ -65,7 +67,7 @@ class AttentionSpec:
         mask: bool `(B or 1, H or 1, Sq or 1, Sk)`, True where a key is visible. Slower than the forms above,
             except for `(B, 1, 1, Sk)`, which is read as padding of the keys.
         layout: the blocks of scores that are visited at all; all where there is none. Rows and columns count from
-            the first query and key of each packed sequence, or of each batch row.
+            the first query and key of each packed sequence, or of each batch row (`starts_*`).
     """
 
     causal: bool = False
@@ -73,6 +75,8 @@ class AttentionSpec:
     query_offset: int | torch.Tensor | None = None
     seqlens_q: torch.Tensor | None = None
     seqlens_k: torch.Tensor | None = None
+    starts_q: torch.Tensor | None = None
+    starts_k: torch.Tensor | None = None
     cu_seqlens_q: torch.Tensor | None = None
     cu_seqlens_k: torch.Tensor | None = None
     segment_ids_q: torch.Tensor | None = None
@@ -91,6 +95,10 @@ class AttentionSpec:
         for side in "qk":
             if self._get("seqlens", side) is not None and self._get("cu_seqlens", side) is not None:
                 raise ValueError(f"seqlens_{side} and cu_seqlens_{side} exclude each other; give one of them.")
+            if self._get("starts", side) is not None and self._get("cu_seqlens", side) is not None:
+                raise ValueError(
+                    f"starts_{side} and cu_seqlens_{side} exclude each other; packed rows have no padding."
+                )
             if (cu := self._get("cu_seqlens", side)) is not None and (cu.ndim != 1 or len(cu) < 1):
                 raise ValueError(f"cu_seqlens_{side}: shape is {tuple(cu.shape)}; give (sequences + 1,).")
             if (ids := self._get("segment_ids", side)) is not None and ids.ndim != 2:
@@ -125,8 +133,9 @@ class AttentionSpec:
     @property
     def differs_by_row(self) -> bool:
         """Whether batch rows have lengths or an offset of their own, which only a work table can say."""
-        lengths = (self.seqlens_q, self.seqlens_k, self.cu_seqlens_q, self.cu_seqlens_k)
-        return isinstance(self.query_offset, torch.Tensor) or any(x is not None for x in lengths)
+        names = ("seqlens", "starts", "cu_seqlens")
+        given = any(self._get(name, side) is not None for name in names for side in "qk")
+        return isinstance(self.query_offset, torch.Tensor) or given
 
     @property
     def is_ragged(self) -> bool:
@@ -152,8 +161,9 @@ class AttentionSpec:
                     f"{side} has {batch} batch rows for {n} sequences; "
                     f"give cu_seqlens_{side}, or one batch row for each sequence."
                 )
-            if (lengths := self._get("seqlens", side)) is not None:
-                self._expect(f"seqlens_{side}", lengths, (n,), device)
+            for name in ("seqlens", "starts"):
+                if (rows := self._get(name, side)) is not None:
+                    self._expect(f"{name}_{side}", rows, (n,), device)
             if (ids := self._get("segment_ids", side)) is not None:
                 name = f"segment_ids_{side}" if self.segment_ids_q is not None else "mask or segment_ids_k"
                 self._expect(name, ids, (batch if ids.shape[0] != 1 else 1, length), device)
@@ -203,8 +213,9 @@ class AttentionSpec:
                 # Wrong lengths, which nobody can see without waiting for the device, must not lead out of the tensors.
                 cu = cu.to(torch.int32).clamp(0, length)
                 return zero, cu[:-1], cu[1:]
-            lengths = self._get("seqlens", name)
-            return index, zero, zero + length if lengths is None else lengths.to(torch.int32).clamp(0, length)
+            lengths, starts = self._get("seqlens", name), self._get("starts", name)
+            end = zero + length if lengths is None else lengths.to(torch.int32).clamp(0, length)
+            return index, zero if starts is None else torch.minimum(starts.to(torch.int32).clamp(min=0), end), end
 
         q_row, q_begin, q_end = side("q", shape.len_q)
         k_row, k_begin, k_end = side("k", shape.len_k)
@@ -268,18 +279,22 @@ class AttentionSpec:
             row, begin, end, other_row, lo, hi = s.k_row, s.k_begin, s.k_end, s.q_row, s.q_begin, s.q_end
             length, packed = shape.len_k, self.cu_seqlens_k is not None
         n, diagonal, origin_q, origin_k = row.shape[0], s.diagonal, s.q_begin, s.k_begin
-        count = n * -(-length // tile)
+        count = length // tile + n if packed else n * -(-length // tile)
+        # Dead rows still need their zeros: they are sequences that meet nothing.
+        dead = []
+        if self._get("starts", side) is not None:
+            dead.append((row, torch.zeros_like(begin), begin))
         if packed or self._get("seqlens", side) is not None:
-            # Rows behind the last live one still need their zeros: they are sequences that meet nothing.
             rest_row, rest_begin = (row[:1], end[-1:]) if packed else (row, end)
-            extra = rest_row.shape[0]
-            count = length // tile + n + extra if packed else count + n
-            empty = torch.zeros(extra, device=device, dtype=torch.int32)
-            row, begin = torch.cat([row, rest_row]), torch.cat([begin, rest_begin])
-            end = torch.cat([end, empty + length])
-            other_row, diagonal = torch.cat([other_row, empty]), torch.cat([diagonal, empty])
-            origin_q, origin_k = torch.cat([origin_q, empty]), torch.cat([origin_k, empty])
-            lo, hi = torch.cat([lo, empty]), torch.cat([hi, empty])
+            dead.append((rest_row, rest_begin, torch.full_like(rest_begin, length)))
+        for dead_row, dead_begin, dead_end in dead:
+            count += dead_row.shape[0]
+            row, begin, end = (
+                torch.cat(pair) for pair in zip((row, begin, end), (dead_row, dead_begin, dead_end), strict=True)
+            )
+            other_row, diagonal, origin_q, origin_k, lo, hi = (
+                torch.cat([x, torch.zeros_like(dead_row)]) for x in (other_row, diagonal, origin_q, origin_k, lo, hi)
+            )
         # Entry e belongs to the sequence whose cumulative number of tiles first exceeds e.
         tiles = (end - begin + tile - 1) // tile
         cumulative = torch.cumsum(tiles, 0)
@@ -293,7 +308,13 @@ class AttentionSpec:
         lo, hi = lo[index], hi[index]
         full_lo, full_hi = lo, hi
         if self.segment_ids_k is not None:
-            lo, full_lo, full_hi, hi = (x.reshape(-1) for x in self._segment_bounds(side, shape, tile))
+            bounds = self._segment_bounds(side, shape, tile, begin[:n])
+            place = (index * bounds[0].shape[1] + nth).clamp(max=bounds[0].numel() - 1)
+            met_lo, met_full_lo, met_full_hi, met_hi = (x.flatten()[place] for x in bounds)
+            # What meets nothing stays empty; dead rows have nothing between lo and hi.
+            lo, hi = torch.maximum(lo, met_lo), torch.minimum(hi, met_hi)
+            lo = torch.minimum(lo, hi)
+            full_lo, full_hi = torch.maximum(lo, met_full_lo), torch.minimum(hi, met_full_hi)
         columns = [
             row[index],
             own_begin,
@@ -326,16 +347,22 @@ class AttentionSpec:
                 (end - begin <= most).all(), f"layout: covers {most} {name}; make it for the longest sequence."
             )
 
-    def _segment_bounds(self, side: str, shape: Shape, tile: int) -> tuple[torch.Tensor, ...]:
-        """`(lo, full_lo, full_hi, hi)`, each `(B, tiles)`: hull of what a tile's ids meet, and its first full run."""
+    def _segment_bounds(self, side: str, shape: Shape, tile: int, begin: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """`(lo, full_lo, full_hi, hi)`, each `(B, tiles)`: hull of what a tile's ids meet, and its first full run.
+        Tiles of batch row `b` begin at row `begin[b]`."""
         ids_q, ids_k = self.segment_ids(shape)
         if ids_q is None:
             ids_q = ids_k.new_zeros(1, 1).expand(shape.batch_q, shape.len_q)
         own, other = (ids_q, ids_k) if side == "q" else (ids_k, ids_q)
         length = own.shape[1]
         tiles = -(-length // tile)
-        last = torch.arange(tiles * tile, device=own.device).clamp(max=length - 1)
-        own = own[:, last].reshape(own.shape[0], tiles, tile)
+        if self._get("starts", side) is None:
+            last = torch.arange(tiles * tile, device=own.device).clamp(max=length - 1)
+            own = own[:, last]
+        else:
+            last = (begin[:, None] + torch.arange(tiles * tile, device=own.device)).clamp(max=length - 1)
+            own = own.gather(1, last)
+        own = own.reshape(own.shape[0], tiles, tile)
         highest = own.amax(-1, keepdim=True)
         lowest = own.masked_fill(own < 0, torch.iinfo(own.dtype).max).amin(-1, keepdim=True)
         uniform = (own.amin(-1, keepdim=True) == highest) & (highest >= 0)

@@ -12,7 +12,7 @@ from hf_flashbsa.kernels.dropout import drop_threshold, keep_mask
 from hf_flashbsa.layout import BlockLayout
 from hf_flashbsa.reference import reference_attention, sequence_ranges
 
-MASKS = ("none", "seqlens", "cu_seqlens", "key_padding", "segments", "dense", "offset_tensor", "mixed")
+MASKS = ("none", "seqlens", "cu_seqlens", "key_padding", "segments", "dense", "offset_tensor", "mixed", "starts")
 
 
 LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 100, 111, 127, 128, 129, 203, 217, 256, 300, 437, 512, 777, 1024)
@@ -147,6 +147,13 @@ def _spec(case: Case, r: random.Random, g: torch.Generator, device) -> Attention
         options["mask"] = (torch.rand(shape, generator=g) < 0.6).to(device)
         if case.masking == "mixed":
             options["segment_ids_k"] = (torch.rand(b, lk, generator=g) < 0.3).to(device, torch.int32) * -1
+    elif case.masking == "starts":
+        ends = _lengths(r, b, lk, case.dropout_p > 0.0)
+        options["starts_k"] = lk - torch.tensor(ends, device=device)
+        if r.random() < 0.5:
+            options["starts_q"] = lq - torch.tensor(_lengths(r, b, lq, False), device=device)
+        if r.random() < 0.5:
+            options["segment_ids_k"] = (torch.rand(b, lk, generator=g) < 0.1).to(device, torch.int32) * -1
     elif case.masking == "offset_tensor":
         options["query_offset"] = torch.tensor([r.randint(-lq, lk)], device=device)
     return AttentionSpec(**options)

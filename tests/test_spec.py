@@ -28,7 +28,7 @@ def random_spec(seed: int) -> tuple[AttentionSpec, Shape]:
     len_q, len_k = r.choice((1, 7, 64, 70)), r.choice((1, 9, 64, 70))
     batch_q = batch_k = n
     options: dict = {"causal": r.random() < 0.3, "window_size": r.choice([(None, None), (5, 2)])}
-    kind = r.choice(("seqlens", "packed", "segments", "padding", "offset"))
+    kind = r.choice(("seqlens", "packed", "segments", "padding", "offset", "left"))
     if kind == "seqlens":
         options["seqlens_k"] = torch.tensor(_lengths(r, n, len_k))
         if r.random() < 0.5:
@@ -47,6 +47,14 @@ def random_spec(seed: int) -> tuple[AttentionSpec, Shape]:
             options[f"segment_ids_{side}"] = ids.flip(1) if r.random() < 0.2 else ids
     elif kind == "padding":
         options["mask"] = torch.rand(n, 1, 1, len_k, generator=g) < r.choice((0.0, 0.5, 0.97))
+    elif kind == "left":
+        options["starts_k"] = torch.tensor(_lengths(r, n, len_k))
+        if r.random() < 0.5:
+            options["starts_q"] = torch.tensor(_lengths(r, n, len_q), dtype=torch.int32)
+        if r.random() < 0.5:
+            options["mask"] = torch.rand(n, 1, 1, len_k, generator=g) < r.choice((0.0, 0.5, 0.97))
+        elif r.random() < 0.5:
+            options["seqlens_q"] = torch.tensor(_lengths(r, n, len_q))
     else:
         options["query_offset"] = torch.tensor([r.randint(-9, 9)])
     return AttentionSpec(**options), Shape(batch_q, batch_k, len_q, len_k)
@@ -55,14 +63,15 @@ def random_spec(seed: int) -> tuple[AttentionSpec, Shape]:
 def sequences(spec: AttentionSpec, shape: Shape) -> list[tuple[int, int, int, int, int, int]]:
     """`(q_row, q_begin, q_end, k_row, k_begin, k_end)` of each sequence."""
 
-    def side(cu, lengths, batch: int, length: int) -> list[tuple[int, int, int]]:
+    def side(cu, lengths, starts, batch: int, length: int) -> list[tuple[int, int, int]]:
         if cu is not None:
             return [(0, a, b) for a, b in zip(cu.tolist(), cu.tolist()[1:], strict=False)]
         ends = [length] * batch if lengths is None else lengths.tolist()
-        return [(row, 0, end) for row, end in enumerate(ends)]
+        begins = [0] * batch if starts is None else starts.tolist()
+        return [(row, min(begin, end), end) for row, (begin, end) in enumerate(zip(begins, ends, strict=True))]
 
-    queries = side(spec.cu_seqlens_q, spec.seqlens_q, shape.batch_q, shape.len_q)
-    keys = side(spec.cu_seqlens_k, spec.seqlens_k, shape.batch_k, shape.len_k)
+    queries = side(spec.cu_seqlens_q, spec.seqlens_q, spec.starts_q, shape.batch_q, shape.len_q)
+    keys = side(spec.cu_seqlens_k, spec.seqlens_k, spec.starts_k, shape.batch_k, shape.len_k)
     return [(*a, *b) for a, b in zip(queries, keys, strict=True)]
 
 
