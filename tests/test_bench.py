@@ -10,14 +10,18 @@ import run_cases
 import torch
 
 from hf_flashbsa import __main__
-from hf_flashbsa.bench import report, tune
+from hf_flashbsa.bench import jobs, report, targets, tune
 from hf_flashbsa.bench.cases import MASKS, Case, make_inputs, reference_error
-from hf_flashbsa.bench.measure import Timing, measure, measure_host
+from hf_flashbsa.bench.jobs import Job, measure_job
+from hf_flashbsa.bench.layouts import PATTERNS, flex_block_mask
+from hf_flashbsa.bench.measure import Timing, measure, measure_host, measure_wall, peak_bytes
 from hf_flashbsa.bench.providers import PROVIDERS, Unsupported, _flash_package, enabled
+from hf_flashbsa.bench.targets import PRESETS
 from hf_flashbsa.bench.tune import KERNELS, VARIANTS, Target
 from hf_flashbsa.bench.workers import JobError, run_jobs
 from hf_flashbsa.kernels import tuning
 from hf_flashbsa.kernels.tuning import Config
+from hf_flashbsa.layout import BlockLayout
 
 CPU = torch.device("cpu")
 DTYPE = torch.bfloat16
@@ -32,16 +36,81 @@ def small(mask: str, **fields) -> Case:
 def test_live_scores_are_those_of_the_mask(mask):
     case = small(mask, length=700)
     inputs = make_inputs(case, CPU)
-    length = inputs.q.shape[2]
-    visible = torch.ones(1, 1, length, length, dtype=torch.bool) if inputs.mask is None else inputs.mask
+    queries, keys = inputs.q.shape[2], inputs.k.shape[2]
+    visible = torch.ones(1, 1, queries, keys, dtype=torch.bool) if inputs.mask is None else inputs.mask
     if mask == "padded":
         visible = visible & inputs.live[:, None, :, None]
     rows = 1 if case.is_packed else case.batch
-    count = visible.expand(rows, 1, length, length).sum().item()
+    count = visible.expand(rows, 1, queries, keys).sum().item()
     # The custom of counting causal attention as half a square leaves out half of the diagonal.
-    diagonal = length * rows / 2 if mask in ("causal", "packed-causal") else 0
+    diagonal = queries * rows / 2 if mask in ("causal", "packed-causal") else 0
     assert case.live_scores == count - diagonal
     assert case.flops("both") == case.flops("forward") + case.flops("backward")
+
+
+def with_layout(mask: str, pattern: str, **fields) -> Case:
+    return small(mask, pattern=pattern, chance=0.3 if pattern == "random" else None, block_size=32, **fields)
+
+
+@pytest.mark.parametrize("mask", ["full", "causal", "padded", "packed", "packed-causal"])
+@pytest.mark.parametrize("pattern", PATTERNS[1:])
+def test_live_scores_of_layouts_are_counted_exactly(mask, pattern):
+    case = with_layout(mask, pattern, batch=2, length=550)
+    inputs = make_inputs(case, CPU)
+    visible = inputs.mask & inputs.live[:, None, :, None] if mask == "padded" else inputs.mask
+    rows, heads = 1 if case.is_packed else case.batch, visible.shape[1]
+    assert case.live_scores == visible.expand(rows, -1, -1, -1).sum().item() / heads
+    assert case.live_scores > 0.0
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("pattern", PATTERNS[1:])
+def test_flex_gets_the_same_entries_and_full_blocks(pattern, causal):
+    case = with_layout("causal" if causal else "full", pattern, length=704)
+    inputs = make_inputs(case, CPU)
+    block_mask = flex_block_mask(pattern, case.layout, case.length, causal)
+    shown = BlockLayout.from_flex(block_mask)
+    assert torch.equal(shown.to_mask(704, 704), inputs.mask)
+    # Blocks that are full are listed as such, so that no rule is looked at within them.
+    exact = BlockLayout.from_mask(inputs.mask, 32)
+    assert torch.equal(block_mask.full_kv_num_blocks, exact.lists("q").full)
+    assert torch.equal(block_mask.kv_num_blocks, exact.lists("q").total - exact.lists("q").full)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_random_layouts_have_their_density_and_no_empty_row(causal):
+    mask = "causal" if causal else "full"
+    sizes = {"length": 8192, "pattern": "random", "block_size": 32}
+    for chance in (0.5, 0.1):
+        case = small(mask, chance=chance, **sizes)
+        assert case.fields()["density"] == pytest.approx(chance, rel=0.05)
+        assert torch.equal(case.layout.grid, small(mask, chance=chance, batch=1, **sizes).layout.grid)
+    rare = small(mask, chance=1e-6, **sizes).layout.lists("q")
+    assert (rare.total == 1).all()
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"mask": "window", "pattern": "local", "block_size": 32}, "take another"),
+        ({"mask": "packed", "pattern": "local", "block_size": 32, "bias": True}, "without"),
+        ({"mask": "packed-cross", "bias": True}, "without"),
+        ({"mask": "full", "pattern": "local"}, "give both"),
+        ({"mask": "full", "pattern": "random", "block_size": 32}, "give one"),
+        ({"mask": "full", "chance": 0.5}, "none for others"),
+    ],
+)
+def test_cases_that_cannot_be_are_errors(fields, message):
+    with pytest.raises(ValueError, match=message):
+        small(**fields)
+
+
+def test_cross_attention_has_few_queries_for_each_document():
+    case = small("packed-cross", length=300)
+    inputs = make_inputs(case, CPU)
+    assert inputs.q.shape[2] == 28 * len(case.documents) and inputs.k.shape[2] == 3 * 300
+    assert inputs.document_q[0].bincount().tolist() == case.queries
+    assert inputs.document_k[0].bincount().tolist() == case.documents
 
 
 def test_documents_have_the_lengths_of_news():
@@ -52,8 +121,16 @@ def test_documents_have_the_lengths_of_news():
     assert len(Case("padded", 16, 1, 1, 1024, 16).documents) == 16
 
 
-@pytest.mark.parametrize("options", [{}, {"heads_k": 2}, {"bias": True}], ids=["plain", "gqa", "bias"])
-@pytest.mark.parametrize("mask", MASKS)
+LAYOUT = {"length": 300, "pattern": "random", "chance": 0.3, "block_size": 32}
+PROBLEMS = [
+    pytest.param(mask, options, id=f"{mask}-{name}")
+    for mask in MASKS
+    for name, options in (("plain", {}), ("gqa", {"heads_k": 2}), ("bias", {"bias": True}), ("layout", LAYOUT))
+    if not (mask == "packed-cross" and name in ("bias", "layout")) and not (mask == "window" and name == "layout")
+] + [pytest.param("full", LAYOUT | {"pattern": "bigbird", "chance": None, "heads_k": 2}, id="layout of each head")]
+
+
+@pytest.mark.parametrize("mask, options", PROBLEMS)
 def test_providers_compute_the_same(mask, options):
     inputs = make_inputs(small(mask, **options), CPU)
     for name in ("hf_flashbsa", "sdpa", "math", "eager"):
@@ -85,12 +162,33 @@ def test_padding_is_unpadded_for_ragged_kernels(monkeypatch):
     assert reference_error(inputs, out, gradients) < 1e-5
 
 
+def test_providers_without_layouts_are_given_the_dense_problem(monkeypatch):
+    seen = []
+
+    def provider(inputs):
+        seen.append(inputs.case)
+        return lambda: torch.nn.functional.scaled_dot_product_attention(inputs.q, inputs.k, inputs.v)
+
+    monkeypatch.setitem(PROVIDERS, "fa2", provider)
+    monkeypatch.setattr(jobs, "enabled", lambda name: contextlib.nullcontext())
+    case = small("full", **LAYOUT)
+    job = Job("fa2", case, "both")
+    measured = measure_job(job, CPU, repeats=2)
+    assert seen == [case.dense] and measured["relative_error"] < 1e-5
+    assert measured["tflops"] == pytest.approx(case.dense.flops("both") / measured["ms"] / 1e9, abs=1e-3)
+    assert job.fields()["dense"] and job.fields()["pattern"] == "random"
+    assert "dense" not in Job("hf_flashbsa", case, "both").fields()
+    assert "dense" not in Job("fa2", case.dense, "both").fields()
+
+
 def test_unsupported_says_why():
     inputs = make_inputs(small("causal", dropout_p=0.1), CPU)
     with pytest.raises(Unsupported, match="no_such_package"):
         _flash_package(inputs, module="no_such_package")
     with pytest.raises(Unsupported, match="dropout"):
         PROVIDERS["flex"](inputs)
+    with pytest.raises(Unsupported, match="layout"):
+        PROVIDERS["flex"](make_inputs(small("padded", **LAYOUT), CPU))
     with enabled("cudnn"), pytest.raises(Unsupported):
         PROVIDERS["cudnn"](inputs)
 
@@ -119,6 +217,57 @@ def test_bench_writes_rows_table_and_plot(tmp_path, capsys):
     assert "1.00x" in capsys.readouterr().out
 
 
+def test_bench_times_layouts(tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    command = (
+        "bench --device cpu --passes forward --masks causal --head-dims 16 --lengths 256 --tokens 256 --hidden 32 "
+        "--patterns dense random longformer --densities 0.5 0.2 --block-size 64 --dtype float32 --repeats 2 "
+        f"--providers sdpa hf_flashbsa --out {rows}"
+    )
+    assert __main__.main(command.split()) == 0
+    written = [json.loads(line) for line in rows.read_text().splitlines()]
+    layouts = [(row["pattern"], row["chance"], row["block_size"]) for row in written[::2]]
+    assert layouts == [(None, None, None), ("random", 0.5, 64), ("random", 0.2, 64), ("longformer", None, 64)]
+    assert all(row["relative_error"] < 1e-5 for row in written)
+    assert [row["density"] is None for row in written] == [True] * 2 + [False] * 6
+    assert "causal random 0.2" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="take another"):
+        __main__.main([*command.split(), "--masks", "window"])
+
+
+def test_preset_times_its_jobs_and_judges_its_targets(tmp_path, monkeypatch, capsys):
+    case = small("full", dtype="float32")
+    ours, other = (Job(name, case, "forward", "wall") for name in ("hf_flashbsa", "sdpa"))
+    preset = [
+        targets.Target("easy", "ms", ours, other, 1e-6, 1e6),
+        targets.Target("hard", "ms", other, ours, 1e6),
+        targets.Target("shown", "ms", ours, ours),
+        targets.Target("memory", "peak_bytes", ours, other, None, 1.0),
+    ]
+    monkeypatch.setitem(PRESETS, "hopper", lambda: iter(preset))
+    path = tmp_path / "rows.jsonl"
+    assert __main__.main(f"bench --device cpu --preset hopper --repeats 2 --out {path}".split()) == 0
+    assert len(path.read_text().splitlines()) == 2, "a job that several targets name is timed once"
+    printed = capsys.readouterr().out
+    lines = {words[0]: words for words in (line.split() for line in printed.splitlines()) if words}
+    assert lines["easy"][-1] == "yes" and lines["hard"][-1] == "NO"
+    assert lines["shown"] == ["shown", "1.000"]
+    assert lines["memory"][1:3] == ["not", "measured"]
+    assert __main__.main(f"bench --device cpu --preset hopper --show {path}".split()) == 0
+    assert "easy" in capsys.readouterr().out
+    assert __main__.main(f"bench --device cpu --preset hopper --seconds 0 --out {path}".split()) == 0
+    assert "2 of 2 measurements were left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_name_jobs_that_can_be_told_apart(name):
+    named = targets.jobs(PRESETS[name]())
+    assert len({targets._key(job.fields()) for job in named}) == len(named)
+    texts = [target.text for target in PRESETS[name]()]
+    assert len(set(texts)) == len(texts)
+    assert all(job.provider in PROVIDERS for job in named)
+
+
 def test_newest_row_counts(tmp_path):
     path = tmp_path / "rows.jsonl"
     row = {name: 0 for name in report.PROBLEM} | {"provider": "fa2", "mask": "full", "ms": 2.0, "tflops": 1.0}
@@ -130,7 +279,8 @@ def test_newest_row_counts(tmp_path):
 
 def test_measured_percentiles_are_ordered():
     x = torch.randn(64, 64)
-    for timing in (measure(lambda: x @ x, CPU, repeats=5), measure_host(lambda: x @ x, CPU, repeats=5)):
+    for clock in (measure, measure_host, measure_wall):
+        timing = clock(lambda: x @ x, CPU, repeats=5)
         assert 0.0 < timing.p20 <= timing.median <= timing.p80
 
 
@@ -244,6 +394,25 @@ def test_tuner_finds_the_fastest_right_configuration(fake_tuner, tmp_path, capsy
     assert not any(config.block_m == 128 for config in fake_tuner)
     hopeless = [config for config in fake_tuner if config == Config(64, 128, 4, 2)]
     assert len(hopeless) == 1, "a hopeless candidate is timed once"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_peak_is_what_is_held_at_once():
+    device = torch.device("cuda")
+    kept = torch.zeros(1 << 20, device=device)
+    assert peak_bytes(lambda: (kept + 1) + 1, device) == 2 * 4 * (1 << 20)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("pattern", ["random", "longformer"])
+def test_flex_computes_the_same_layout_on_a_gpu(pattern):
+    chance = 0.3 if pattern == "random" else None
+    case = Case("full", 1, 2, 2, 1024, 64, pattern=pattern, chance=chance, block_size=128)
+    for provider in ("flex", "hf_flashbsa"):
+        measured = measure_job(Job(provider, case, "both"), torch.device("cuda"), repeats=2)
+        assert measured["relative_error"] < 0.02, measured
 
 
 @pytest.mark.gpu

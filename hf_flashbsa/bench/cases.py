@@ -9,15 +9,19 @@ import random
 
 import torch
 
+from hf_flashbsa.bench.layouts import layout_of, live_scores
+from hf_flashbsa.layout import BlockLayout
 from hf_flashbsa.reference import reference_attention
 from hf_flashbsa.spec import AttentionSpec
 
-MASKS = ("full", "causal", "window", "padded", "packed", "packed-causal")
+MASKS = ("full", "causal", "window", "padded", "packed", "packed-causal", "packed-cross")
 PASSES = ("forward", "backward", "both")
 #: FLOPs of a pass relative to the forward's two matrix products; the backward counts five, recomputation included.
 FLOP_FACTOR = {"forward": 1.0, "backward": 2.5, "both": 3.5}
 #: Document lengths like those of XSum in tokens: log-normal, cut at the longest that the case has.
 MEAN_LENGTH, SIGMA, SHORTEST = 437.0, 0.7, 16
+#: Queries of each document in cross-attention, the mean length of an XSum summary in tokens.
+CROSS_QUERIES = 28
 #: Most scores that the reference holds at once.
 REFERENCE_SCORES = 1 << 28
 
@@ -27,7 +31,12 @@ class Case:
     """One problem. `mask` is one of `MASKS`; `length` is that of a batch row, or the longest document's.
 
     "window" is causal and sees `window` earlier keys; "padded" rows hold documents of different lengths; "packed" is
-    one row of `batch * length` tokens in documents of such lengths.
+    one row of `batch * length` tokens in documents of such lengths, and "packed-cross" has `CROSS_QUERIES` queries for
+    each of them. `pattern` names a block layout of `layouts.PATTERNS`, and `chance` is a block's to be visited
+    under "random".
+
+    Raises:
+        ValueError: fields that do not go together.
     """
 
     mask: str
@@ -40,6 +49,21 @@ class Case:
     dropout_p: float = 0.0
     bias: bool = False
     window: int = 256
+    pattern: str | None = None
+    chance: float | None = None
+    block_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.mask == "packed-cross" and self.bias:
+            raise ValueError("bias: there is none for the mask 'packed-cross'; time it without.")
+        if self.pattern is not None and self.is_packed and self.bias:
+            raise ValueError("bias: packed documents have none together with a pattern; time it without.")
+        if self.pattern is not None and self.mask in ("window", "packed-cross"):
+            raise ValueError(f"pattern: {self.pattern!r} is not timed with the mask {self.mask!r}; take another one.")
+        if (self.pattern is None) != (self.block_size is None):
+            raise ValueError("pattern, block_size: give both, or none of them.")
+        if (self.pattern == "random") != (self.chance is not None):
+            raise ValueError("chance: give one for the pattern 'random', and none for others.")
 
     @property
     def is_packed(self) -> bool:
@@ -52,7 +76,7 @@ class Case:
     @functools.cached_property
     def documents(self) -> list[int]:
         """Lengths of the documents, a function of the case alone."""
-        if self.mask not in ("padded", "packed", "packed-causal"):
+        if self.mask != "padded" and not self.is_packed:
             return [self.length] * self.batch
         r, room, lengths = random.Random(0), self.batch * self.length, []
         while sum(lengths) < room if self.is_packed else len(lengths) < self.batch:
@@ -63,23 +87,51 @@ class Case:
         return lengths
 
     @property
+    def queries(self) -> list[int]:
+        """How many queries each document has."""
+        return [CROSS_QUERIES] * len(self.documents) if self.mask == "packed-cross" else self.documents
+
+    @property
+    def layout(self) -> BlockLayout | None:
+        """The block layout, on the CPU."""
+        if self.pattern is None:
+            return None
+        return layout_of(self.pattern, self.chance, self.length, self.block_size, self.is_causal, self.heads)
+
+    @property
+    def dense(self) -> Case:
+        """The same problem without its layout."""
+        return dataclasses.replace(self, pattern=None, chance=None, block_size=None)
+
+    @property
     def live_scores(self) -> float:
-        """Scores of one head that exist. Causal counts half of a square, as is the custom."""
+        """Scores of one head that exist. Causal without a layout counts half of a square, as is the custom."""
+        if self.layout is not None:
+            counts = {n: live_scores(self.layout, n, self.is_causal) for n in set(self.documents)}
+            return sum(counts[n] for n in self.documents)
         if self.mask == "window":
             seen = min(self.window + 1, self.length)
             return self.batch * (seen * (seen + 1) / 2 + (self.length - seen) * seen)
+        if self.mask == "packed-cross":
+            return CROSS_QUERIES * sum(self.documents)
         return sum(n * n for n in self.documents) * (0.5 if self.is_causal else 1.0)
 
     def flops(self, pass_: str) -> float:
         """Floating-point operations of a pass on live scores."""
         return 4.0 * self.heads * self.head_dim * self.live_scores * FLOP_FACTOR[pass_]
 
+    def fields(self) -> dict:
+        """The fields as a row of results has them, with the layout's density: visited blocks over all blocks, of which
+        there are none above the diagonal where attention is causal."""
+        density = None if self.layout is None else round(self.layout.density(self.is_causal), 4)
+        return dataclasses.asdict(self) | {"density": density}
+
 
 @dataclasses.dataclass
 class Inputs:
     """Tensors of a case: `q`, `dout` `(B, H, S, D)`, `k`, `v` `(B, Hkv, S, D)` laid out in memory as `(B, S, H, D)`,
-    `bias` `(1, H, S, S)` or None, and for ragged cases `lengths` and `cu_seqlens`, int32. Rows of `dout` are 0 at
-    padding, which no loss depends on."""
+    `bias` `(1, H, S, S)` or None, and for ragged cases the documents' `lengths` and the cumulative lengths of queries
+    and keys, int32. Rows of `dout` are 0 at padding, which no loss depends on."""
 
     case: Case
     q: torch.Tensor
@@ -88,7 +140,8 @@ class Inputs:
     dout: torch.Tensor
     bias: torch.Tensor | None
     lengths: torch.Tensor
-    cu_seqlens: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
 
     @property
     def leaves(self) -> tuple[torch.Tensor, ...]:
@@ -98,64 +151,99 @@ class Inputs:
     @functools.cached_property
     def live(self) -> torch.Tensor:
         """bool `(B, S)`: which rows are no padding."""
-        return torch.arange(self.q.shape[2], device=self.q.device) < self.lengths[:, None]
+        return torch.arange(self.k.shape[2], device=self.k.device) < self.lengths[:, None]
 
     @functools.cached_property
-    def document(self) -> torch.Tensor:
-        """int32 `(1, T)`: the number of each packed token's document."""
-        position = torch.arange(self.q.shape[2], device=self.q.device, dtype=torch.int32)
-        return torch.searchsorted(self.cu_seqlens[1:], position, right=True, out_int32=True)[None]
+    def document_q(self) -> torch.Tensor:
+        """int32 `(1, T)`: the number of each packed query's document."""
+        return _document(self.cu_seqlens_q, self.q.shape[2])
+
+    @functools.cached_property
+    def document_k(self) -> torch.Tensor:
+        """int32 `(1, T)`: the number of each packed key's document."""
+        return _document(self.cu_seqlens_k, self.k.shape[2])
+
+    @functools.cached_property
+    def layout(self) -> BlockLayout | None:
+        """The block layout, on the device of the tensors."""
+        return None if self.case.layout is None else self.case.layout.to(self.q.device)
 
     @functools.cached_property
     def spec(self) -> AttentionSpec:
         """The mask as the plugin makes it: padding as segment ids, packed documents as cumulative lengths, or where
         a bias rules these out, as segment ids."""
-        case = self.case
+        case, layout = self.case, self.layout
         window_size = (case.window, None) if case.mask == "window" else (None, None)
         if case.is_packed and case.bias:
-            return AttentionSpec(case.is_causal, segment_ids_q=self.document, segment_ids_k=self.document)
+            ids = self.document_k
+            return AttentionSpec(case.is_causal, segment_ids_q=ids, segment_ids_k=ids)
         if case.is_packed:
-            return AttentionSpec(case.is_causal, cu_seqlens_q=self.cu_seqlens, cu_seqlens_k=self.cu_seqlens)
+            ragged = {"cu_seqlens_q": self.cu_seqlens_q, "cu_seqlens_k": self.cu_seqlens_k}
+            return AttentionSpec(case.is_causal, **ragged, layout=layout)
         ids = self.live.to(torch.int32) - 1 if case.mask == "padded" else None
-        return AttentionSpec(case.is_causal, window_size, segment_ids_k=ids)
+        return AttentionSpec(case.is_causal, window_size, segment_ids_k=ids, layout=layout)
 
     @functools.cached_property
     def mask(self) -> torch.Tensor | None:
-        """bool `(B or 1, 1, S or 1, S)` for implementations that take nothing better; None where all is visible."""
+        """bool, broadcasts to `(B, H, Sq, Sk)`, for implementations that take nothing better; None where all is
+        visible."""
         case, device = self.case, self.q.device
-        if case.mask == "padded":
-            return self.live[:, None, None]
-        if case.mask == "full":
-            return None
-        position = torch.arange(self.q.shape[2], device=device)
-        ahead = position - position[:, None]
+        if case.pattern is None and case.mask in ("full", "padded"):
+            return None if case.mask == "full" else self.live[:, None, None]
+        queries, keys = (torch.arange(x.shape[2], device=device) for x in (self.q, self.k))
+        ahead = keys - queries[:, None]
         visible = torch.ones_like(ahead, dtype=torch.bool)
         if case.is_causal:
             visible &= ahead <= 0
         if case.mask == "window":
             visible &= ahead >= -case.window
         if case.is_packed:
-            visible &= self.document.T == self.document
-        return visible[None, None]
+            visible &= self.document_q.T == self.document_k
+        visible = visible[None, None]
+        if case.pattern is not None:
+            visible = visible & self._shown()
+        return visible & self.live[:, None, None] if case.mask == "padded" else visible
+
+    def _shown(self) -> torch.Tensor:
+        """bool `(1, H or 1, S, S)`: what the layout shows, of packed documents from the first token of each."""
+        if not self.case.is_packed:
+            return self.layout.to_mask(self.case.length, self.case.length)
+        total = self.k.shape[2]
+        shown = torch.zeros(*self.layout.grid.shape[:2], total, total, dtype=torch.bool, device=self.k.device)
+        begin = 0
+        for length in self.case.documents:
+            own = slice(begin, begin + length)
+            shown[:, :, own, own] = self.layout.to_mask(length, length)
+            begin += length
+        return shown
+
+
+def _document(cu_seqlens: torch.Tensor, total: int) -> torch.Tensor:
+    position = torch.arange(total, device=cu_seqlens.device, dtype=torch.int32)
+    return torch.searchsorted(cu_seqlens[1:], position, right=True, out_int32=True)[None]
 
 
 def make_inputs(case: Case, device: torch.device) -> Inputs:
     """Random tensors of a case, the same for every implementation."""
     generator = torch.Generator(device).manual_seed(0)
     dtype = getattr(torch, case.dtype)
-    batch, length = (1, sum(case.documents)) if case.is_packed else (case.batch, case.length)
+    batch, length_q, length = case.batch, case.length, case.length
+    if case.is_packed:
+        batch, length_q, length = 1, sum(case.queries), sum(case.documents)
 
-    def draw(heads: int) -> torch.Tensor:
+    def draw(heads: int, length: int) -> torch.Tensor:
         x = torch.randn(batch, length, heads, case.head_dim, device=device, dtype=dtype, generator=generator)
         return x.transpose(1, 2)
 
-    q, dout, k, v = draw(case.heads), draw(case.heads), draw(case.heads_k), draw(case.heads_k)
+    q, dout = draw(case.heads, length_q), draw(case.heads, length_q)
+    k, v = draw(case.heads_k, length), draw(case.heads_k, length)
     bias = None
     if case.bias:
         bias = torch.randn(1, case.heads, length, length, device=device, dtype=dtype, generator=generator)
     lengths = torch.tensor(case.documents, device=device, dtype=torch.int32)
-    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-    inputs = Inputs(case, q, k, v, dout, bias, lengths, cu_seqlens)
+    queries = torch.tensor(case.queries, device=device, dtype=torch.int32)
+    cu_seqlens = (torch.nn.functional.pad(n.cumsum(0), (1, 0)).to(torch.int32) for n in (queries, lengths))
+    inputs = Inputs(case, q, k, v, dout, bias, lengths, *cu_seqlens)
     if case.mask == "padded":
         dout.masked_fill_(~inputs.live[:, None, :, None], 0.0)
     for x in inputs.leaves:
@@ -174,7 +262,10 @@ def reference_error(inputs: Inputs, out: torch.Tensor, gradients: tuple[torch.Te
         return None
     spec = inputs.spec
     if case.mask == "padded":
-        spec = AttentionSpec(segment_ids_k=spec.segment_ids_k[:1])
+        spec = dataclasses.replace(spec, segment_ids_k=spec.segment_ids_k[:1])
+    if spec.layout is not None:
+        layout = spec.layout
+        spec = dataclasses.replace(spec, layout=dataclasses.replace(layout, grid=layout.grid[:, :group]))
     q, k, v = (x.detach()[:1, : group if x is inputs.q else 1].float() for x in (inputs.q, inputs.k, inputs.v))
     bias = None if inputs.bias is None else inputs.bias.detach()[:, :group].float()
     live = slice(None) if case.is_packed else slice(0, case.documents[0])

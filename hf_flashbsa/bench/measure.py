@@ -1,4 +1,4 @@
-"""Time of device work, free of what the host does, and time of the host, free of the device."""
+"""Time of device work, free of what the host does, of the host, free of the device, and of both; and memory."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import torch
 FLUSH_BYTES = 1 << 28
 #: Upper bound of GPU clocks, cycles per second.
 CLOCK = 2.2e9
+#: Seconds of repeats after which long-running work is timed fewer times, `FEWEST` at least.
+LONGEST, FEWEST = 3.0, 5
 
 
 class Timing(NamedTuple):
@@ -37,7 +39,7 @@ def measure(fn: Callable[[], Any], device: torch.device, repeats: int = 20, warm
 
     Args:
         fn: the work; it must not wait for the device.
-        repeats: at least 2.
+        repeats: at least 2; fewer are made of work that takes longer than `LONGEST` in all.
     """
     for _ in range(warmup):
         fn()
@@ -52,6 +54,8 @@ def measure(fn: Callable[[], Any], device: torch.device, repeats: int = 20, warm
     begin = time.perf_counter()
     fn()
     cycles = int(1.5 * (time.perf_counter() - begin) * CLOCK)
+    torch.cuda.synchronize(device)
+    repeats = min(repeats, max(FEWEST, int(LONGEST / (time.perf_counter() - begin))))
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
     starts, ends = ([torch.cuda.Event(enable_timing=True) for _ in range(repeats)] for _ in range(2))
     for start, end in zip(starts, ends, strict=True):
@@ -66,12 +70,38 @@ def measure(fn: Callable[[], Any], device: torch.device, repeats: int = 20, warm
 
 def measure_host(fn: Callable[[], Any], device: torch.device, repeats: int = 20, calls: int = 20) -> Timing:
     """Wall time per call that the host spends on queueing `fn`, whose work must be smaller than that."""
-    times = []
-    for _ in range(repeats + 3):
+    return _measure_calls(fn, device, repeats, calls, to_the_end=False)
+
+
+def measure_wall(fn: Callable[[], Any], device: torch.device, repeats: int = 20, calls: int = 20) -> Timing:
+    """Wall time per call of `fn`, called over and over: the host's cost or the device's, whichever is larger."""
+    return _measure_calls(fn, device, repeats, calls, to_the_end=True)
+
+
+def _measure_calls(
+    fn: Callable[[], Any], device: torch.device, repeats: int, calls: int, *, to_the_end: bool
+) -> Timing:
+    def wait() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+
+    times = []
+    for _ in range(repeats + 3):
+        wait()
         begin = time.perf_counter()
         for _ in range(calls):
             fn()
+        if to_the_end:
+            wait()
         times.append(1e3 * (time.perf_counter() - begin) / calls)
     return _timing(times[3:])
+
+
+def peak_bytes(fn: Callable[[], Any], device: torch.device) -> int | None:
+    """Most bytes that `fn` holds at once beyond what was allocated before, its result included; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    fn()
+    return torch.cuda.max_memory_allocated(device) - before

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_flashbsa import attention
 from hf_flashbsa.bench.cases import Inputs
+from hf_flashbsa.bench.layouts import flex_block_mask
 
 #: A function without arguments that returns the output `(B, H, S, D)`, differentiable in `Inputs.leaves`.
 Runner = Callable[[], torch.Tensor]
@@ -51,9 +52,10 @@ def enabled(provider: str) -> contextlib.AbstractContextManager:
 def _sdpa(inputs: Inputs) -> Runner:
     """`scaled_dot_product_attention`, on the back ends that are enabled."""
     case, bias = inputs.case, inputs.bias
-    mask = None if bias is None and case.mask == "causal" else inputs.mask
+    plain_causal = bias is None and case.mask == "causal" and case.pattern is None
+    mask = None if plain_causal else inputs.mask
     options = {
-        "is_causal": bias is None and case.mask == "causal",
+        "is_causal": plain_causal,
         "dropout_p": case.dropout_p,
         "enable_gqa": case.heads != case.heads_k,
     }
@@ -88,10 +90,9 @@ def _torch_flash(inputs: Inputs) -> Runner:
     left, right = (case.window, 0) if case.mask == "window" else (None, None)
 
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        ragged = q.ndim == 3
-        cu_seqlens, longest = (inputs.cu_seqlens, max(case.documents)) if ragged else (None, case.length)
+        cu_seqlens_q, cu_seqlens_k = (inputs.cu_seqlens_q, inputs.cu_seqlens_k) if q.ndim == 3 else (None, None)
         out, *_ = torch.ops.aten._flash_attention_forward(
-            q, k, v, cu_seqlens, cu_seqlens, longest, longest, case.dropout_p,
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max(case.queries), max(case.documents), case.dropout_p,
             case.mask == "packed-causal", False, window_size_left=left, window_size_right=right,
         )  # fmt: skip
         return out
@@ -143,8 +144,8 @@ def _flash_package(inputs: Inputs, module: str) -> Runner:
         if q.ndim == 4:
             out = package.flash_attn_func(q, k, v, **options)
         else:
-            ragged = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), inputs.cu_seqlens)
-            ragged |= dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), max(case.documents))
+            ragged = {"cu_seqlens_q": inputs.cu_seqlens_q, "cu_seqlens_k": inputs.cu_seqlens_k}
+            ragged |= {"max_seqlen_q": max(case.queries), "max_seqlen_k": max(case.documents)}
             out = package.flash_attn_varlen_func(q, k, v, **ragged, **options)
         return out[0] if isinstance(out, tuple) else out
 
@@ -167,19 +168,24 @@ def _flex(inputs: Inputs) -> Runner:
     if case.dropout_p > 0.0:
         raise Unsupported("no dropout")
     flex_attention, create_block_mask = _compiled_flex()
-    length, document = inputs.q.shape[2], inputs.document[0]
-    lengths, window = inputs.lengths, case.window
+    len_q, len_k, lengths, window = inputs.q.shape[2], inputs.k.shape[2], inputs.lengths, case.window
+    document_q, document_k = inputs.document_q[0], inputs.document_k[0]
     mask_mods = {
         "causal": lambda b, h, q, k: q >= k,
         "window": lambda b, h, q, k: (q >= k) & (q - k <= window),
         "padded": lambda b, h, q, k: k < lengths[b],
-        "packed": lambda b, h, q, k: document[q] == document[k],
-        "packed-causal": lambda b, h, q, k: (document[q] == document[k]) & (q >= k),
+        "packed": lambda b, h, q, k: document_q[q] == document_k[k],
+        "packed-causal": lambda b, h, q, k: (document_q[q] == document_k[k]) & (q >= k),
+        "packed-cross": lambda b, h, q, k: document_q[q] == document_k[k],
     }
     block_mask = None
-    if case.mask != "full":
+    if case.pattern is not None:
+        if case.mask not in ("full", "causal"):
+            raise Unsupported(f"no layout of blocks together with the mask {case.mask!r}")
+        block_mask = flex_block_mask(case.pattern, inputs.layout, case.length, case.is_causal)
+    elif case.mask != "full":
         batch = case.batch if case.mask == "padded" else None
-        block_mask = create_block_mask(mask_mods[case.mask], batch, None, length, length, device=device)
+        block_mask = create_block_mask(mask_mods[case.mask], batch, None, len_q, len_k, device=device)
     bias = inputs.bias
     score_mod = None if bias is None else lambda score, b, h, q, k: score + bias[0, h, q, k]
     options = {"score_mod": score_mod, "block_mask": block_mask, "enable_gqa": case.heads != case.heads_k}
@@ -216,5 +222,7 @@ PROVIDERS: dict[str, Callable[[Inputs], Runner]] = {
     "sdpa": _sdpa,
     "eager": _eager,
 }
+#: Those that know no block layouts, and are timed on the dense problem in their place.
+DENSE_PROVIDERS = ("fa2", "cudnn", "flash_attn", "fa4")
 GPU_PROVIDERS = ("hf_flashbsa", "fa2", "cudnn", "efficient", "math", "flex", "flash_attn", "fa4")
 CPU_PROVIDERS = ("hf_flashbsa", "sdpa", "eager")

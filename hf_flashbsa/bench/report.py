@@ -12,7 +12,7 @@ from rich.table import Table
 #: What tells one problem from another; with the provider it identifies a measurement, of which the newest counts.
 PROBLEM = (
     "gpu", "clock", "pass", "mask", "window", "head_dim", "dtype", "heads", "heads_k", "dropout_p", "bias", "batch",
-    "length",
+    "length", "pattern", "chance", "block_size",
 )  # fmt: skip
 
 
@@ -34,36 +34,46 @@ def read(paths: Iterable[Path]) -> list[dict]:
 
 
 def problem(row: dict) -> tuple:
-    return tuple(row[name] for name in PROBLEM)
+    """The values of `PROBLEM`; rows from before there were layouts have none."""
+    return tuple(row.get(name) for name in PROBLEM)
+
+
+def _mask(row: dict) -> str:
+    names = (row["mask"], row.get("pattern"), row.get("chance"))
+    return " ".join(str(name) for name in names if name is not None)
 
 
 def _features(row: dict) -> str:
     """What a problem has beyond its mask and sizes."""
     text = f" group {row['heads'] // row['heads_k']}" if row["heads_k"] != row["heads"] else ""
+    if row.get("block_size") not in (None, 128):
+        text += f" blocks of {row['block_size']}"
     text += f" dropout {row['dropout_p']}" if row["dropout_p"] else ""
     return text + (" bias" if row["bias"] else "")
 
 
-def _label(row: dict) -> str:
-    return f"{row['mask']} B{row['batch']} H{row['heads']} N{row['length']} D{row['head_dim']}{_features(row)}"
+def label(row: dict) -> str:
+    """A problem in a few words."""
+    return f"{_mask(row)} B{row['batch']} H{row['heads']} N{row['length']} D{row['head_dim']}{_features(row)}"
 
 
 def _panel(row: dict) -> str:
-    return f"{row['mask']}, head dim {row['head_dim']}{_features(row)}"
+    return f"{_mask(row)}, head dim {row['head_dim']}{_features(row)}"
 
 
 def table(rows: list[dict], baseline: str) -> Table:
     """One line for each problem, one column for each provider: median ms, TFLOP/s, speed relative to the baseline."""
     providers = list(dict.fromkeys(row["provider"] for row in rows))
-    result = Table("pass", "problem", *providers, caption=f"ms, TFLOP/s (host: ms per call), x: speed over {baseline}")
+    caption = f"ms, TFLOP/s (host, wall: ms per call), x: speed over {baseline}, dense: without the layout"
+    result = Table("pass", "problem", *providers, caption=caption)
     lines: dict[tuple, dict[str, dict]] = {}
     for row in rows:
         lines.setdefault(problem(row), {})[row["provider"]] = row
     for found in lines.values():
         base = found.get(baseline, {}).get("ms")
         first = next(iter(found.values()))
-        name = first["pass"] if first["clock"] == "device" else f"{first['pass']}, host"
-        result.add_row(name, _label(first), *(_cell(found.get(provider), base) for provider in providers))
+        name = first["pass"] if first["clock"] == "device" else f"{first['pass']}, {first['clock']}"
+        result.add_row(name, label(first), *(_cell(found.get(provider), base) for provider in providers))
     return result
 
 
@@ -75,12 +85,14 @@ def _cell(row: dict | None, base: float | None) -> str:
     text = f"{row['ms']:.3f}"
     if row["tflops"] is not None:
         text += f" {row['tflops']:.0f} TF"
-    return text if base is None else f"{text} {base / row['ms']:.2f}x"
+    if base is not None:
+        text += f" {base / row['ms']:.2f}x"
+    return f"{text} dense" if row.get("dense") else text
 
 
 def line(row: dict) -> str:
     """A row in a few words."""
-    return f"{row['provider']} {row['pass']} {_label(row)}: {_cell(row, None)}"
+    return f"{row['provider']} {row['pass']} {label(row)}: {_cell(row, None)}"
 
 
 def reasons(rows: list[dict]) -> list[str]:
@@ -89,7 +101,7 @@ def reasons(rows: list[dict]) -> list[str]:
     for row in rows:
         if row["ms"] is None:
             reason = row.get("unsupported") or row["error"]
-            found.setdefault((row["provider"], reason), _label(row))
+            found.setdefault((row["provider"], reason), label(row))
     return [f"{provider}: {reason} (first at {label})" for (provider, reason), label in found.items()]
 
 

@@ -7,24 +7,25 @@ are medians over repeats with a cold L2 cache and count every launch of a pass. 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import itertools
+import math
 import re
 import sys
-from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.console import Console
 
-from hf_flashbsa.bench import report
-from hf_flashbsa.bench.cases import MASKS, PASSES, Case, Inputs, make_inputs, reference_error
+from hf_flashbsa.bench import report, targets
+from hf_flashbsa.bench.cases import MASKS, PASSES, Case
 from hf_flashbsa.bench.environment import device_name, environment
-from hf_flashbsa.bench.measure import Timing, measure, measure_host
-from hf_flashbsa.bench.providers import CPU_PROVIDERS, GPU_PROVIDERS, PROVIDERS, Runner, Unsupported, enabled
+from hf_flashbsa.bench.jobs import Job, measure_job
+from hf_flashbsa.bench.layouts import PATTERNS
+from hf_flashbsa.bench.providers import CPU_PROVIDERS, GPU_PROVIDERS, PROVIDERS
+from hf_flashbsa.bench.targets import PRESETS
 from hf_flashbsa.bench.workers import JobError, run_jobs
 
 #: The problem whose host cost is measured: too small for the device to be the slower of the two.
@@ -33,78 +34,35 @@ HOST_PASSES = ("forward", "both")
 JOB_SECONDS = 120.0
 
 
-class Job(NamedTuple):
-    """One measurement. `clock` is "device" or "host"."""
-
-    provider: str
-    case: Case
-    pass_: str
-    clock: str
-
-
-def _pass(inputs: Inputs, run: Runner, pass_: str) -> Callable[[], Any]:
-    """What is timed. The output's graph is built beforehand where only the backward pass counts."""
-    if pass_ == "forward":
-        return torch.no_grad()(run)
-    if pass_ == "both":
-        return lambda: torch.autograd.grad(run(), inputs.leaves, inputs.dout)
-    out = run()
-    return lambda: torch.autograd.grad(out, inputs.leaves, inputs.dout, retain_graph=True)
-
-
-def _usable(device: torch.device) -> bool:
-    """Whether the device still answers."""
-    try:
-        torch.zeros(1, device=device).item()
-    except RuntimeError:
-        return False
-    return True
-
-
-def measure_job(job: Job, device: torch.device, repeats: int) -> dict:
-    """The measured part of a row: ms, p20, p80, tflops, relative_error; or why there is none."""
-    torch.manual_seed(0)
-    try:
-        with enabled(job.provider):
-            inputs = make_inputs(job.case, device)
-            timed = _pass(inputs, PROVIDERS[job.provider](inputs), job.pass_)
-            result = timed()
-            out, gradients = (result, None) if job.pass_ == "forward" else (None, result)
-            error = reference_error(inputs, out, gradients)
-            del result, out, gradients
-            timing = (measure if job.clock == "device" else measure_host)(timed, device, repeats)
-    except (Unsupported, NotImplementedError) as reason:
-        return {"ms": None, "tflops": None, "unsupported": str(reason)}
-    except Exception as error:
-        if not _usable(device):
-            raise
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        return {"ms": None, "tflops": None, "error": f"{type(error).__name__}: {error}"[:500]}
-    return _measured(job, timing, error)
-
-
-def _measured(job: Job, timing: Timing, error: float | None) -> dict:
-    tflops = job.case.flops(job.pass_) / timing.median / 1e9 if job.clock == "device" else None
-    rounded = {"ms": timing.median, "p20": timing.p20, "p80": timing.p80}
-    rounded = {name: round(value, 5) for name, value in rounded.items()}
-    return {**rounded, "tflops": tflops and round(tflops, 3), "relative_error": error and float(f"{error:.3g}")}
-
-
 def cases_of(options: argparse.Namespace) -> list[Case]:
     """The problems that the options name."""
-    found = []
-    for mask, head_dim, length in itertools.product(options.masks, options.head_dims, options.lengths):
+    found, layouts = [], [_layout(name, chance, options) for name in options.patterns for chance in options.densities]
+    layouts = [dict(layout) for layout in dict.fromkeys(layouts)]
+    wanted = itertools.product(options.masks, layouts, options.head_dims, options.lengths)
+    for mask, layout, head_dim, length in wanted:
         heads = max(1, options.hidden // head_dim)
         if heads % options.gqa:
             raise SystemExit(f"--gqa: {options.gqa} does not divide {heads} heads (hidden / head dim).")
         batch = max(1, options.tokens // length)
         common = {"dtype": options.dtype, "dropout_p": options.dropout, "bias": options.bias, "window": options.window}
-        found.append(Case(mask, batch, heads, heads // options.gqa, length, head_dim, **common))
+        try:
+            found.append(Case(mask, batch, heads, heads // options.gqa, length, head_dim, **common, **layout))
+        except ValueError as error:
+            raise SystemExit(str(error)) from None
     return found
 
 
+def _layout(name: str, density: float, options: argparse.Namespace) -> tuple[tuple[str, Any], ...]:
+    """The fields of a case that make its layout; only that of "random" depends on the density."""
+    if name == "dense":
+        return ()
+    chance = density if name == "random" else None
+    return ("pattern", name), ("chance", chance), ("block_size", options.block_size)
+
+
 def jobs_of(options: argparse.Namespace) -> list[Job]:
+    if options.preset:
+        return targets.jobs(PRESETS[options.preset]())
     if options.host:
         cases = [
             Case("causal", **HOST_CASE, heads_k=HOST_CASE["heads"], head_dim=dim, dtype=options.dtype)
@@ -118,6 +76,9 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=["forward", "backward"])
     parser.add_argument("--masks", nargs="+", choices=MASKS, default=["full", "causal"])
+    parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=["dense"], help="block layouts")
+    parser.add_argument("--densities", nargs="+", type=float, default=[0.25], help="of the pattern 'random'")
+    parser.add_argument("--block-size", type=int, default=128, help="of block layouts")
     parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--lengths", nargs="+", type=int, default=[512, 1024, 4096, 16384])
     parser.add_argument("--tokens", type=int, default=16384, help="batch size x length")
@@ -129,6 +90,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, help="default: all that the device can have")
     parser.add_argument("--baseline", choices=PROVIDERS, help="whose speed counts as 1; default fa2, on CPU sdpa")
+    parser.add_argument("--preset", choices=PRESETS, help="time the cells of these targets instead, and judge them")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no measurement after this long")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--host", action="store_true", help="time the host's cost per call on a small problem instead")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -139,14 +102,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _show(rows: list[dict], options: argparse.Namespace) -> None:
-    baseline = options.baseline or ("fa2" if options.device == "cuda" else "sdpa")
+    """Prints why measurements are missing, and the rows or, for a preset, its targets."""
     console = Console(width=None if sys.stdout.isatty() else 180)
-    console.print(report.table(rows, baseline))
     for reason in report.reasons(rows):
         print(reason)
     if options.plot:
         report.plot(rows, options.plot)
         print(f"drew {options.plot}")
+    if options.preset:
+        console.print(targets.table(PRESETS[options.preset](), rows))
+    else:
+        baseline = options.baseline or ("fa2" if options.device == "cuda" else "sdpa")
+        console.print(report.table(rows, baseline))
 
 
 def main(options: argparse.Namespace) -> int:
@@ -167,14 +134,11 @@ def main(options: argparse.Namespace) -> int:
     path = options.out or Path("benchmarks", "results", f"{slug}.jsonl")
     work = functools.partial(measure_job, device=device, repeats=options.repeats)
     rows, jobs = [], jobs_of(options)
-    for job, outcome in run_jobs(work, jobs, workers=1, job_seconds=JOB_SECONDS):
+    for job, outcome in run_jobs(work, jobs, workers=1, seconds=options.seconds, job_seconds=JOB_SECONDS):
         if isinstance(outcome, JobError):
             outcome = {"ms": None, "tflops": None, "error": outcome.message[:500]}
         row = {
-            "provider": job.provider,
-            "clock": job.clock,
-            "pass": job.pass_,
-            **dataclasses.asdict(job.case),
+            **job.fields(),
             **outcome,
             **made_with,
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -183,5 +147,7 @@ def main(options: argparse.Namespace) -> int:
         rows.append(row)
         print(f"[{len(rows)}/{len(jobs)}] {report.line(row)}", flush=True)
     _show(rows, options)
+    if len(rows) < len(jobs):
+        print(f"{len(jobs) - len(rows)} of {len(jobs)} measurements were left out after {options.seconds:.0f} s")
     print(f"appended {len(rows)} rows to {path}")
     return 0
