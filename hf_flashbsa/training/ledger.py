@@ -28,6 +28,7 @@ WEIGHT_COPIES = "weight copies"  # what autocast casts parameters to, kept until
 GRADIENTS = "gradients"
 OPTIMIZER = "optimizer state"
 OPTIMIZER_WORKSPACE = "optimizer workspace"
+LIBRARIES = "cuBLAS workspaces"
 INPUTS = "inputs"
 ATTENTION = "attention"
 MASKS = "attention masks"
@@ -40,11 +41,11 @@ WORKSPACE = "workspace"
 #: All parts, in the order of tables and plots. What autograd has saved is found from attention to other; workspace
 #: is alive and not saved: gradients on their way, temporaries, the layer that checkpointing computes again.
 PARTS = (
-    WEIGHTS, WEIGHT_COPIES, GRADIENTS, OPTIMIZER, OPTIMIZER_WORKSPACE, INPUTS, ATTENTION, MASKS, MLP, NORMS,
-    EMBEDDINGS, LOGITS, OTHER, WORKSPACE,
+    WEIGHTS, WEIGHT_COPIES, GRADIENTS, OPTIMIZER, OPTIMIZER_WORKSPACE, LIBRARIES, INPUTS, ATTENTION, MASKS, MLP,
+    NORMS, EMBEDDINGS, LOGITS, OTHER, WORKSPACE,
 )  # fmt: skip
 #: Parts whose size does not depend on the batch.
-FIXED = frozenset({WEIGHTS, WEIGHT_COPIES, GRADIENTS, OPTIMIZER, OPTIMIZER_WORKSPACE})
+FIXED = frozenset({WEIGHTS, WEIGHT_COPIES, GRADIENTS, OPTIMIZER, OPTIMIZER_WORKSPACE, LIBRARIES})
 #: For each of these factors of the batch, the moment that would be the peak is kept. `Ledger.scaled` is exact for
 #: them and a lower bound for others.
 FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
@@ -83,8 +84,7 @@ class Ledger:
     def explained(self) -> float | None:
         """Share of the allocator's peak that the parts add up to; None without an allocator's peak.
 
-        The rest is scratch memory inside operations, the allocator's rounding, libraries' workspaces, and whatever
-        else lies on the device.
+        The rest is scratch memory inside operations, the allocator's rounding, and whatever else lies on the device.
         """
         return None if self.peak is None else self.tracked / self.peak
 
@@ -197,8 +197,11 @@ def measure_step(
             step()
     finally:
         model.zero_grad(set_to_none=True)
-    moment, parts = account.moments[FACTORS.index(1.0)]
-    return Ledger(parts, moment, peak, tuple(account.moments))
+    moments = account.moments
+    if device.type == "cuda" and (size := _cublas_workspaces(device)):
+        moments = [(moment, {**parts, LIBRARIES: size}) for moment, parts in moments]
+    moment, parts = moments[FACTORS.index(1.0)]
+    return Ledger(parts, moment, peak, tuple(moments))
 
 
 def _allocator_peak(step: Callable[[], None], device: torch.device) -> int:
@@ -207,6 +210,14 @@ def _allocator_peak(step: Callable[[], None], device: torch.device) -> int:
     step()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device)
+
+
+def _cublas_workspaces(device: torch.device) -> int:
+    """Bytes of the allocator that cuBLAS holds for its products. Frees them; the next product takes them again."""
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch._C._cuda_clearCublasWorkspaces()
+    return before - torch.cuda.memory_allocated(device)
 
 
 def _scale(parts: Mapping[str, int], factor: float) -> dict[str, int]:
