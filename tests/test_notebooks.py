@@ -58,6 +58,19 @@ def test_quickstart(folder):
     assert shown.pictures == 1
 
 
+def test_block_layouts():
+    shown = Shown("block_layouts.ipynb", ROOT / "notebooks")
+    density = {name: [float(share.strip("%")) for share in row] for name, *row in shown.table("density", "512")}
+    assert set(density.pop("all_blocks")) == {100.0}
+    for name, shares in density.items():
+        assert shares[1] >= 50.0, f"{name}: the words say that half of the blocks are visited at 1,024 tokens"
+        assert shares == sorted(shares, reverse=True) and shares[-1] < 5.0
+    two, four, eight, random = (float(row[2]) for row in shown.table("blocks", "density", "difference"))
+    assert random > 0.5 > two > four > 0.01 > eight
+    assert "same output, same gradients" in shown.text
+    assert shown.pictures == 8
+
+
 def test_study_trains_two_small_runs_where_there_are_none(tmp_path, monkeypatch):
     monkeypatch.setenv("XSUM_RUNS", str(tmp_path / "*"))
     shown = Shown("xsum_study.ipynb", ROOT / "notebooks")
