@@ -288,6 +288,9 @@ def configure(model: torch.nn.Module, config: BlockSparseConfig) -> None:
     them.
 
     Encoder and decoder of some models hold copies of the config; all that the model's modules hold are written.
+    Attention modules whose `layer_idx` is None, as in BART's encoder, get the number of the layer that they are in.
+    Rules for single layers need it, so call this again behind `from_pretrained` where there are any:
+    `configure(model, BlockSparseConfig.of(model.config))`.
     """
     if not isinstance(config, BlockSparseConfig):
         raise ValueError(f"config: {config!r}; give a BlockSparseConfig.")
@@ -295,3 +298,8 @@ def configure(model: torch.nn.Module, config: BlockSparseConfig) -> None:
         held = getattr(module, "config", None)
         if hasattr(held, "model_type"):
             held.block_sparse = config.to_dict()
+        if isinstance(module, torch.nn.ModuleList):
+            for index, layer in enumerate(module):
+                for part in layer.modules():
+                    if getattr(part, "layer_idx", index) is None:
+                        part.layer_idx = index

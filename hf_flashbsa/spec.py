@@ -97,7 +97,7 @@ class AttentionSpec:
                 raise ValueError(f"seqlens_{side} and cu_seqlens_{side} exclude each other; give one of them.")
             if self._get("starts", side) is not None and self._get("cu_seqlens", side) is not None:
                 raise ValueError(
-                    f"starts_{side} and cu_seqlens_{side} exclude each other; packed rows have no padding."
+                    f"starts_{side} and cu_seqlens_{side} exclude each other; packed rows are not padded."
                 )
             if (cu := self._get("cu_seqlens", side)) is not None and (cu.ndim != 1 or len(cu) < 1):
                 raise ValueError(f"cu_seqlens_{side}: shape is {tuple(cu.shape)}; give (sequences + 1,).")

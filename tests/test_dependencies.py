@@ -16,18 +16,27 @@ SOURCES = [*ROOT.glob("hf_flashbsa/**/*.py"), *ROOT.glob("recipes/**/*.py")]
 ALLOWED = {
     "hf_flashbsa": {
         "hf_flashbsa.attention", "hf_flashbsa.spec", "hf_flashbsa.integration", "hf_flashbsa.training.losses",
+        "hf_flashbsa.layout", "hf_flashbsa.patterns", "hf_flashbsa.selection", "hf_flashbsa.config",
     },
-    "hf_flashbsa.spec": {"torch"},
+    "hf_flashbsa.layout": {"torch", "matplotlib"},
+    "hf_flashbsa.pattern_tools": {"torch", "hf_flashbsa.layout"},
+    "hf_flashbsa.patterns": {"torch", "hf_flashbsa.layout", "hf_flashbsa.pattern_tools"},
+    "hf_flashbsa.selection": {"torch", "hf_flashbsa.layout"},
+    "hf_flashbsa.config": {
+        "torch", "hf_flashbsa.layout", "hf_flashbsa.pattern_tools", "hf_flashbsa.patterns", "hf_flashbsa.selection",
+    },
+    "hf_flashbsa.spec": {"torch", "hf_flashbsa.layout"},
     "hf_flashbsa.reference": {"torch", "hf_flashbsa.spec"},
     "hf_flashbsa.kernels": {"torch", "hf_flashbsa.kernels"},
     "hf_flashbsa.kernels.autograd": {"torch", "hf_flashbsa.kernels", "hf_flashbsa.spec"},
-    "hf_flashbsa.kernels.primitives": {"triton"},
+    "hf_flashbsa.kernels.primitives": {"triton", "hf_flashbsa.kernels.dropout"},
     "hf_flashbsa.kernels.forward": {"triton", "hf_flashbsa.kernels.primitives"},
     "hf_flashbsa.kernels.backward": {"triton", "hf_flashbsa.kernels.primitives"},
     "hf_flashbsa.kernels.triton_backend": {"torch", "triton", "hf_flashbsa.kernels"},
-    "hf_flashbsa.attention": {"torch", "hf_flashbsa.kernels.autograd", "hf_flashbsa.spec"},
+    "hf_flashbsa.attention": {"torch", "hf_flashbsa.kernels.autograd", "hf_flashbsa.spec", "hf_flashbsa.layout"},
     "hf_flashbsa.integration": {
         "torch", "transformers", "packaging", "hf_flashbsa.attention", "hf_flashbsa.spec", "hf_flashbsa.integration",
+        "hf_flashbsa.layout", "hf_flashbsa.config",
     },
     "hf_flashbsa.training": {
         "torch", "transformers", "rich", "matplotlib", "liger_kernel", "hf_flashbsa.attention",

@@ -10,6 +10,7 @@ from transformers.utils import logging
 from hf_flashbsa.attention import attention, choose_backend
 from hf_flashbsa.integration.mask import MaskSpec
 from hf_flashbsa.integration.packing import PackedMask
+from hf_flashbsa.integration.sparse import Call, SparseLayer
 from hf_flashbsa.integration.usage import note_backend
 from hf_flashbsa.spec import AttentionSpec
 
@@ -32,6 +33,40 @@ def bsa_dense_forward(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: MaskSpec | torch.Tensor | None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """The attention function "bsa_dense" of Transformers' `AttentionInterface`: exact. Arguments as in `_attend`."""
+    return _attend(None, module, query, key, value, attention_mask, **kwargs)
+
+
+def bsa_sparse_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: MaskSpec | torch.Tensor | None,
+    is_causal: bool | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """The attention function "bsa_sparse": a layer visits the blocks that the model's `BlockSparseConfig` gives it.
+
+    Arguments as in `_attend`. What the mask hides stays hidden; see `hf_flashbsa.integration.sparse` for where layouts
+    begin, and which calls stay dense.
+
+    Raises:
+        ValueError: the model has no `BlockSparseConfig`; the layer's role cannot be told; a layout cannot be applied.
+    """
+    layer = SparseLayer.of(module, is_causal)
+    return _attend(layer, module, query, key, value, attention_mask, is_causal=is_causal, **kwargs)
+
+
+def _attend(
+    sparse: SparseLayer | None,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: MaskSpec | torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
@@ -42,11 +77,14 @@ def bsa_dense_forward(
     position_ids: torch.Tensor | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     cu_seq_lens_k: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """The attention function of Transformers' `AttentionInterface`, exact and with gradients for all inputs.
+    """The attention functions of Transformers' `AttentionInterface`, with gradients for all inputs.
 
     Args:
+        sparse: which layout the layer has; None for all blocks.
         module: the attention layer; its `is_causal`, `is_decoder` and config say which role it has.
         query, key, value: `(B, Hq, Q, D)`, `(B, Hkv, K, D)` and `(B, Hkv, K, Dv)`.
         attention_mask: what `bsa_mask` returned; a bool `(B or 1, H or 1, Q, K)`, True where visible; a float mask of
@@ -61,6 +99,7 @@ def bsa_dense_forward(
         position_ids: `(B or 1, Q)`. Documents whose positions restart are kept apart, see `MaskSpec.by_document`.
         cu_seq_lens_q, cu_seq_lens_k: `(n + 1,)` cumulative lengths of `n` documents in one row. They overrule
             `position_ids`.
+        max_length_q, max_length_k: lengths that none of those documents exceeds, which size its layout.
         kwargs: names that change no result are ignored, others raise.
 
     Returns:
@@ -71,16 +110,18 @@ def bsa_dense_forward(
     """
     for name, meaning in _UNSUPPORTED.items():
         if kwargs.get(name) is not None:
-            raise ValueError(f"{name}: bsa_dense does not support {meaning}; use attn_implementation='eager'.")
+            raise ValueError(f"{name}: hf_flashbsa does not support {meaning}; use attn_implementation='eager'.")
     if kwargs.get("output_attentions") and not torch.compiler.is_compiling():
-        logger.warning_once("bsa_dense keeps no attention weights; use attn_implementation='eager' to see them.")
+        logger.warning_once("hf_flashbsa keeps no attention weights; use attn_implementation='eager' to see them.")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if position_bias is not None and _is_cross(module, causal) and not _learns_bias(module):
         position_bias = None
     query, key, value = _one_dtype(module, query, key, value)
     rows = None
     if isinstance(attention_mask, PackedMask) and (
-        attention_mask.needs_padding or (position_bias is not None and not attention_mask.takes_bias)
+        attention_mask.needs_padding
+        or (position_bias is not None and not attention_mask.takes_bias)
+        or (sparse is not None and sparse.rule.selects)
     ):
         rows = attention_mask.rows_q
         query, key, value = attention_mask.unpack(query, key, value)
@@ -96,6 +137,10 @@ def bsa_dense_forward(
         spec = mask.by_document(position_ids)
     else:
         spec = mask.spec
+    if sparse is not None and not sparse.rule.is_dense:
+        packed, biased = cu_seq_lens_q is not None, position_bias is not None
+        call = Call(mask, spec, position_ids, packed, biased, max_length_q, max_length_k)
+        spec = sparse.spec(module, call, query, key)
 
     out = attention(
         query,

@@ -34,7 +34,7 @@ class MaskSpec:
         spec: which scores exist.
         shape: `(B, 1, Q, K)`.
         device: where the queries are.
-        packed: whether `spec.segment_ids_*` are there and say only which document a token belongs to.
+        packed: whether `spec.segment_ids_*` are there because rows hold documents, and say nothing else.
     """
 
     dtype = torch.bool
@@ -89,7 +89,7 @@ class MaskSpec:
         }
         spec = _rebuild(self.spec, lambda name, tensor: cuts[name](tensor) if name in cuts else tensor)
         if spec.query_offset is not None:
-            spec = _replace(spec, query_offset=spec.query_offset + q0 - k0)
+            spec = replace_fields(spec, query_offset=spec.query_offset + q0 - k0)
         return MaskSpec(spec, (self.shape[0], 1, q1 - q0, k1 - k0), self.device, self.packed)
 
     def by_document(self, position_ids: torch.Tensor) -> AttentionSpec:
@@ -111,9 +111,9 @@ class MaskSpec:
         def divided() -> AttentionSpec:
             position = position_ids.to(self.device).expand(batch, -1)
             live = None if spec.segment_ids_k is None else spec.segment_ids_k >= 0
-            ids = _documents(position, live)
+            ids = documents_of(position, live)
             ids_k = ids if live is None else torch.where(live, ids, -1)
-            return _replace(spec, segment_ids_q=ids, segment_ids_k=ids_k)
+            return replace_fields(spec, segment_ids_q=ids, segment_ids_k=ids_k)
 
         return self.derived("documents", (position_ids,), divided)
 
@@ -144,7 +144,7 @@ class MaskSpec:
             )
             if not unpadded:
                 ids_k = torch.where(spec.segment_ids_k >= 0, ids_k, -1)
-            return _replace(spec, segment_ids_q=ids_q, segment_ids_k=ids_k)
+            return replace_fields(spec, segment_ids_q=ids_q, segment_ids_k=ids_k)
 
         return self.derived(("packed", dense), (cu_seqlens_q, cu_seqlens_k), packed)
 
@@ -160,7 +160,7 @@ class MaskSpec:
         return f"MaskSpec({self.spec}, shape={self.shape}, device={self.device})"
 
 
-def _documents(position: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:
+def documents_of(position: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:
     """int32 `(B, S)`: number of documents begun so far, counting live tokens only."""
     if live is not None:
         position = position.masked_fill(~live, torch.iinfo(position.dtype).max)
@@ -173,7 +173,7 @@ def _documents(position: torch.Tensor, live: torch.Tensor | None) -> torch.Tenso
 _FIELDS = tuple(field.name for field in dataclasses.fields(AttentionSpec) if field.init)
 
 
-def _replace(spec: AttentionSpec, **changes) -> AttentionSpec:
+def replace_fields(spec: AttentionSpec, **changes) -> AttentionSpec:
     """`dataclasses.replace`, which Dynamo cannot trace for frozen classes."""
     return AttentionSpec(**{name: changes.get(name, getattr(spec, name)) for name in _FIELDS})
 
@@ -181,7 +181,7 @@ def _replace(spec: AttentionSpec, **changes) -> AttentionSpec:
 def _rebuild(spec: AttentionSpec, change: Callable[[str, torch.Tensor], torch.Tensor]) -> AttentionSpec:
     """The spec with `change(name, tensor)` in place of each tensor."""
     tensors = {name: getattr(spec, name) for name in _FIELDS if isinstance(getattr(spec, name), torch.Tensor)}
-    return _replace(spec, **{name: change(name, tensor) for name, tensor in tensors.items()})
+    return replace_fields(spec, **{name: change(name, tensor) for name, tensor in tensors.items()})
 
 
 class Structure(NamedTuple):

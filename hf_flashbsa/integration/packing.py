@@ -165,7 +165,8 @@ class PackedMask(MaskSpec):
         rows_k: Packing,
         takes_bias: bool = False,
     ):
-        super().__init__(spec or padded.spec, (1, 1, rows_q.total, rows_k.total), padded.device)
+        shape = (1, 1, rows_q.total, rows_k.total)
+        super().__init__(spec or padded.spec, shape, padded.device, packed=padded.packed)
         self.padded = padded
         self.rows_q, self.rows_k = rows_q, rows_k
         self.needs_padding = spec is None
@@ -208,7 +209,8 @@ class PackedMask(MaskSpec):
             mask=spec.mask,
         )
         takes_bias = bias_by_distance and not rows.has_holes and packed is not None and packed.segment_ids_k is None
-        return cls(packed, MaskSpec(padded, mask.shape, mask.device), rows, rows, takes_bias)
+        padded = MaskSpec(padded, mask.shape, mask.device, packed=divided is not spec)
+        return cls(packed, padded, rows, rows, takes_bias)
 
     @classmethod
     def of_cross_attention(cls, rows_q: Packing, rows_k: Packing, device: torch.device) -> PackedMask:

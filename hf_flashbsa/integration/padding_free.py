@@ -24,7 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_flashbsa.integration.mask import MaskSpec
 from hf_flashbsa.integration.packing import HINT, PackedMask, Packing, is_padding, measure, packing_of
-from hf_flashbsa.integration.register import DENSE
+from hf_flashbsa.integration.register import DENSE, SPARSE
 from hf_flashbsa.integration.stacks import Call, LayerStack, declared_classes, declared_stack, takes
 
 _HANDLES = "_padding_free_handles"
@@ -49,9 +49,9 @@ def enable_padding_free(model: nn.Module) -> None:
     up to each row's last label). The masks must then have no dead tokens between live ones. The device checks both.
 
     Args:
-        model: a model with `attn_implementation="bsa_dense"`, or any module around one (heads, adapters,
-            `DistributedDataParallel`). Already enabled parts stay as they are. Call it before the first forward of a
-            compiled model.
+        model: a model with `attn_implementation="bsa_dense"` or `"bsa_sparse"`, or any module around one (heads,
+            adapters, `DistributedDataParallel`). Already enabled parts stay as they are. Call it before the first
+            forward of a compiled model.
 
     Raises:
         ValueError: no part of the model declares a layer stack (see `register_stack`), or it uses another attention
@@ -123,10 +123,10 @@ def _is_inside(name: str, outer: str) -> bool:
 
 def _check_implementation(stack: nn.Module) -> None:
     implementation = stack.config._attn_implementation
-    if implementation != DENSE:
+    if implementation not in (DENSE, SPARSE):
         raise ValueError(
             f"padding_free: {type(stack).__name__} runs attn_implementation={implementation!r}, which cannot attend "
-            f"within packed rows; load the model with attn_implementation={DENSE!r}."
+            f"within packed rows; load the model with attn_implementation={DENSE!r} or {SPARSE!r}."
         )
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import transformers
 from packaging.version import Version
 
-#: Name of the exact attention. It must not contain "flash": Transformers loads a FlashAttention build for such names.
+#: Name of the exact attention. Names must not contain "flash": Transformers loads a FlashAttention build for such.
 DENSE = "bsa_dense"
+#: Name of block-sparse attention, for models with a `BlockSparseConfig`.
+SPARSE = "bsa_sparse"
 OLDEST = "5.17"
 
 
 def register() -> None:
-    """Makes `attn_implementation="bsa_dense"` known to Transformers, with its mask function.
+    """Makes `attn_implementation="bsa_dense"` and `"bsa_sparse"` known to Transformers, with their mask functions.
 
     Raises:
         ImportError: Transformers is older than 5.17.
@@ -22,8 +24,11 @@ def register() -> None:
             f"run: pip install -U 'transformers>={OLDEST}'"
         )
     # Older releases may lack what these import.
-    from hf_flashbsa.integration.forward import bsa_dense_forward
+    from hf_flashbsa.integration.forward import bsa_dense_forward, bsa_sparse_forward
     from hf_flashbsa.integration.mask import bsa_mask
+    from hf_flashbsa.integration.sparse import bsa_sparse_mask
 
     transformers.AttentionInterface.register(DENSE, bsa_dense_forward)
     transformers.AttentionMaskInterface.register(DENSE, bsa_mask)
+    transformers.AttentionInterface.register(SPARSE, bsa_sparse_forward)
+    transformers.AttentionMaskInterface.register(SPARSE, bsa_sparse_mask)

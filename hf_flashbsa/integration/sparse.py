@@ -1,0 +1,211 @@
+"""Which block layout an attention layer of a Transformers model gets.
+
+The model's `BlockSparseConfig` has rules by role and layer. A rule's layout depends on nothing but the padded lengths,
+so that no host waits for a device, and joins the spec that all layers of a forward share, once for each layout.
+
+Layouts count from the first token of each document: the first live token of a row of a padded batch, on whichever side
+it is padded, or the first token of a packed document. They are made for the padded length, packed or not; a shorter
+document has their top left corner. Run-time selections count from a row's first column.
+
+Self-attention of fewer queries than keys stays dense: those keys are cached, and a step of generation is bound by
+reading them. So the first forward of a generation follows the layouts, the steps behind it do not. Static caches have
+room for tokens to come, so that their first forward is dense as well. Cross-attention follows its rule in every call.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from hf_flashbsa.config import BlockSparseConfig, Rule
+from hf_flashbsa.integration.guard import computes_own_attention
+from hf_flashbsa.integration.mask import MaskSpec, bsa_mask, documents_of, replace_fields
+from hf_flashbsa.integration.packing import PackedMask
+from hf_flashbsa.layout import BlockLayout
+from hf_flashbsa.spec import AttentionSpec
+
+_SEVERAL_DOCUMENTS = (
+    "position_ids divide rows into documents, but a layout must know where each begins. Pass cu_seq_lens_q and "
+    "cu_seq_lens_k (DataCollatorWithFlattening(return_flash_attn_kwargs=True)) without padding_free, or give each "
+    "document a row of its own, without position_ids."
+)
+
+
+class Call(NamedTuple):
+    """What is known of an attention call beside its queries and keys.
+
+    `spec` is what the call runs where it stays dense.
+    """
+
+    mask: MaskSpec
+    spec: AttentionSpec
+    position_ids: torch.Tensor | None
+    has_cu_seqlens: bool
+    has_bias: bool
+    max_length_q: int | None
+    max_length_k: int | None
+
+
+class SparseLayer(NamedTuple):
+    """The place of an attention layer in its model, and its rule."""
+
+    config: BlockSparseConfig
+    role: str
+    index: int | None
+    rule: Rule
+
+    @classmethod
+    def of(cls, module: nn.Module, is_causal: bool | None) -> SparseLayer:
+        """That of an attention module.
+
+        Args:
+            is_causal: that of the call, if it says so; else the module's own counts.
+        """
+        model_config = getattr(module, "config", None)
+        if model_config is None:
+            raise ValueError(
+                f"bsa_sparse: {type(module).__name__} holds no config, where its block layout would be; use "
+                "attn_implementation='bsa_dense' for this model."
+            )
+        config = BlockSparseConfig.of(model_config)
+        role = _role(module, is_causal)
+        index = getattr(module, "layer_idx", None)
+        if index is None and any(layer.startswith(role) for layer in config.layers):
+            raise ValueError(
+                f"bsa_sparse: {type(module).__name__} does not know which layer it is, but the config has rules for "
+                f"single {role} layers; number them by hf_flashbsa.configure(model, "
+                "BlockSparseConfig.of(model.config)) after loading the model."
+            )
+        return cls(config, role, index, config.rule(role, index))
+
+    def spec(self, module: nn.Module, call: Call, query: torch.Tensor, key: torch.Tensor) -> AttentionSpec:
+        """The spec of a call with this layer's layout, or as it was where the call stays dense."""
+        crosses = self.role == "cross"
+        if not crosses and _has_cached_keys(call, query, key):
+            if torch.is_grad_enabled() and key.requires_grad:
+                raise ValueError(
+                    f"bsa_sparse: self-attention of {query.shape[2]} queries with {key.shape[2]} keys has no layout; "
+                    "train without cached keys (prefix tuning), or with attn_implementation='bsa_dense'."
+                )
+            return call.spec
+        spec = _by_row(call)
+        if self.rule.selects:
+            return replace_fields(spec, layout=self._selected(call, spec, query, key))
+        layout = self.config.layout(self.role, self.index, *_lengths(call, query, key), query.shape[1], query.device)
+        by_distance = not call.has_bias or hasattr(module, "has_relative_attention_bias")
+        starts = _starts(call.mask, spec, query.shape[0]) if by_distance else None
+        return spec.kept(
+            layout,
+            (),
+            lambda: replace_fields(spec, layout=layout, starts_q=None if crosses else starts, starts_k=starts),
+        )
+
+    def _selected(self, call: Call, spec: AttentionSpec, query: torch.Tensor, key: torch.Tensor) -> BlockLayout:
+        if spec.cu_seqlens_q is not None:
+            raise ValueError(
+                f"bsa_sparse: {self.rule.pattern} selects blocks of padded batches, not of rows packed with "
+                "cu_seq_lens_*; pad the batch (padding_free may skip the rest of the padding), or use a pattern."
+            )
+        live = None if spec.segment_ids_k is None else spec.segment_ids_k >= 0
+        live_q = None if self.role == "cross" else live
+        return self.config.select(self.role, self.index, query, key, live_q, live)
+
+
+def _has_cached_keys(call: Call, query: torch.Tensor, key: torch.Tensor) -> bool:
+    offset = call.spec.query_offset
+    return query.shape[2] != key.shape[2] or (isinstance(offset, int) and offset != 0)
+
+
+def _lengths(call: Call, query: torch.Tensor, key: torch.Tensor) -> tuple[int, int]:
+    """Queries and keys that a layout must cover, as the host knows them."""
+    if isinstance(call.mask, PackedMask):
+        return call.mask.rows_q.length, call.mask.rows_k.length
+    longest = (call.max_length_q, call.max_length_k) if call.has_cu_seqlens else (None, None)
+    lengths = query.shape[2], key.shape[2]
+    return tuple(known if isinstance(known, int) else length for known, length in zip(longest, lengths, strict=True))
+
+
+def _by_row(call: Call) -> AttentionSpec:
+    """The spec of a call whose documents each have a row, or have their beginnings known.
+
+    Raises where the host knows that a row holds several documents; else the device checks that it does not.
+    """
+    mask, spec, position = call.mask, call.spec, call.position_ids
+    if spec.cu_seqlens_q is not None or spec.cu_seqlens_k is not None:
+        return spec
+    if call.has_cu_seqlens:
+        raise ValueError(
+            "bsa_sparse: cu_seq_lens_* do not go together with a padding mask or a position bias; leave out the "
+            "attention_mask, or pad the batch instead of packing it."
+        )
+    if mask.packed:
+        raise ValueError(f"bsa_sparse: {_SEVERAL_DOCUMENTS}")
+    if position is not None and position.ndim == 2 and position.shape[1] == mask.shape[2]:
+        mask.derived("one document", (position,), lambda: _assert_one_document(mask, position))
+    return mask.spec
+
+
+def _assert_one_document(mask: MaskSpec, position_ids: torch.Tensor) -> None:
+    ids = mask.spec.segment_ids_k
+    live = None if ids is None else ids >= 0
+    documents = documents_of(position_ids.to(mask.device).expand(mask.shape[0], -1), live)
+    torch._assert_async((documents <= 1).all(), f"bsa_sparse: {_SEVERAL_DOCUMENTS}")
+
+
+def _starts(mask: MaskSpec, spec: AttentionSpec, batch: int) -> torch.Tensor | None:
+    """int32 `(B,)`: the first live key of each row; None where no key is padding."""
+    ids = spec.segment_ids_k
+    if ids is None:
+        return None
+    return mask.derived("starts", (ids,), lambda: (ids >= 0).int().argmax(-1).to(torch.int32).expand(batch))
+
+
+#: Whether classes of modules attend to the states of another stack; asked where their attributes do not say.
+_TAKES_OTHER_STATES: dict[type, bool] = {}
+
+
+@torch.compiler.assume_constant_result
+def _takes_other_states(cls: type) -> bool:
+    if cls not in _TAKES_OTHER_STATES:
+        names = inspect.signature(cls.forward).parameters
+        _TAKES_OTHER_STATES[cls] = "encoder_hidden_states" in names or "key_value_states" in names
+    return _TAKES_OTHER_STATES[cls]
+
+
+def _role(module: nn.Module, is_causal: bool | None) -> str:
+    """The role of an attention module, as `BlockSparseConfig` names it.
+
+    Causal attention is a decoder's. Other attention is cross-attention in modules that call themselves a decoder's
+    (BART, T5), or that take the states of an encoder and call themselves nothing (BERT); else it is an encoder's.
+
+    Raises:
+        ValueError: the module does not say whether it is causal.
+    """
+    causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
+    if causal is None:
+        raise ValueError(
+            f"bsa_sparse: {type(module).__name__} does not say whether it is an encoder's, a decoder's or "
+            "cross-attention; set `is_causal` and `is_decoder` on the module, or use attn_implementation='bsa_dense'."
+        )
+    if causal:
+        return "decoder"
+    is_decoder = getattr(module, "is_decoder", None)
+    crosses = _takes_other_states(type(module)) if is_decoder is None else is_decoder
+    return "cross" if crosses else "encoder"
+
+
+def bsa_sparse_mask(*args, config=None, **kwargs) -> MaskSpec | torch.Tensor:
+    """The mask function of "bsa_sparse". Arguments as in `bsa_mask`.
+
+    Raises:
+        ValueError: the model computes attention of its own, which would stay dense.
+    """
+    if config is not None and computes_own_attention(type(config)):
+        raise ValueError(
+            f"bsa_sparse: the model of {type(config).__name__} computes attention of its own, which cannot follow a "
+            "layout; use attn_implementation='eager'."
+        )
+    return bsa_mask(*args, config=config, **kwargs)
