@@ -288,7 +288,7 @@ def configure(model: torch.nn.Module, config: BlockSparseConfig) -> None:
     them.
 
     Encoder and decoder of some models hold copies of the config; all that the model's modules hold are written.
-    Attention modules whose `layer_idx` is None, as in BART's encoder, get the number of the layer that they are in.
+    Attention modules whose `layer_idx` is None, as in mBART's encoder, get the number of the layer that they are in.
     Rules for single layers need it, so call this again behind `from_pretrained` where there are any:
     `configure(model, BlockSparseConfig.of(model.config))`.
     """

@@ -85,7 +85,7 @@ class SparseLayer(NamedTuple):
         """The spec of a call with this layer's layout, or as it was where the call stays dense."""
         crosses = self.role == "cross"
         if not crosses and _has_cached_keys(call, query, key):
-            if torch.is_grad_enabled() and key.requires_grad:
+            if module.training and torch.is_grad_enabled() and key.requires_grad:
                 raise ValueError(
                     f"bsa_sparse: self-attention of {query.shape[2]} queries with {key.shape[2]} keys has no layout; "
                     "train without cached keys (prefix tuning), or with attn_implementation='bsa_dense'."
@@ -95,13 +95,16 @@ class SparseLayer(NamedTuple):
         if self.rule.selects:
             return replace_fields(spec, layout=self._selected(call, spec, query, key))
         layout = self.config.layout(self.role, self.index, *_lengths(call, query, key), query.shape[1], query.device)
+        made = spec.kept("with layouts", (), list)
+        for known, with_layout in made:  # a search, since torch.compile cannot hash layouts
+            if known is layout:
+                return with_layout
+        # A bias that is not one of distances belongs to the columns of a row.
         by_distance = not call.has_bias or hasattr(module, "has_relative_attention_bias")
         starts = _starts(call.mask, spec, query.shape[0]) if by_distance else None
-        return spec.kept(
-            layout,
-            (),
-            lambda: replace_fields(spec, layout=layout, starts_q=None if crosses else starts, starts_k=starts),
-        )
+        with_layout = replace_fields(spec, layout=layout, starts_q=None if crosses else starts, starts_k=starts)
+        made.append((layout, with_layout))
+        return with_layout
 
     def _selected(self, call: Call, spec: AttentionSpec, query: torch.Tensor, key: torch.Tensor) -> BlockLayout:
         if spec.cu_seqlens_q is not None:
@@ -109,9 +112,10 @@ class SparseLayer(NamedTuple):
                 f"bsa_sparse: {self.rule.pattern} selects blocks of padded batches, not of rows packed with "
                 "cu_seq_lens_*; pad the batch (padding_free may skip the rest of the padding), or use a pattern."
             )
-        live = None if spec.segment_ids_k is None else spec.segment_ids_k >= 0
-        live_q = None if self.role == "cross" else live
-        return self.config.select(self.role, self.index, query, key, live_q, live)
+        live_q, live_k = (None if ids is None else ids >= 0 for ids in (spec.segment_ids_q, spec.segment_ids_k))
+        if live_q is None and self.role != "cross":
+            live_q = live_k
+        return self.config.select(self.role, self.index, query, key, live_q, live_k)
 
 
 def _has_cached_keys(call: Call, query: torch.Tensor, key: torch.Tensor) -> bool:
