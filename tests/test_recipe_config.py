@@ -49,6 +49,11 @@ def test_command_line_wins_over_file_and_file_over_default(path):
         (["--attention_dropout", "0"], "attention_dropout", 0.0),
         (["--prompt_template", "{document} =>"], "prompt_template", "{document} =>"),
         (["--model_config.d_model", "64"], "model_config", {"model_type": "bart", "d_model": 64}),
+        (
+            ["--attn_implementation=bsa_sparse", "--block_sparse.pattern=butterfly"],
+            "block_sparse",
+            {"pattern": "butterfly"},
+        ),
         (["--model_config.init_std=8e-2"], "model_config", TINY["model_config"] | {"init_std": 0.08}),
     ],
     ids=str,
@@ -95,6 +100,8 @@ def test_yaml_exponent_without_point_is_a_number(tmp_path):
         ({"train_file": "a.jsonl"}, "train_file is read only with dataset: files"),
         ({"min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens 9 is above max_new_tokens 8"),
         ({"eval_untrained": True, "rouge": "never"}, "eval_untrained scores summaries"),
+        ({"block_sparse": {"pattern": "local", "window": 4}}, "block_sparse needs attn_implementation: bsa_sparse"),
+        ({"attn_implementation": "bsa_sparse"}, "bsa_sparse needs block_sparse, for example"),
         ({"attn_implementation": "flash_attention_2"}, "flash_attention_2 cannot compute in float32"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
@@ -150,7 +157,7 @@ def test_every_option_is_documented_in_help():
 def test_shipped_configs_load(file):
     overrides = FILES if file.stem == "study_base" else {}
     config = load_config(file, overrides)
-    assert config.attn_implementation in ("eager", "sdpa", "flash_attention_2", "bsa_dense")
+    assert config.attn_implementation in ("eager", "sdpa", "flash_attention_2", "bsa_dense", "bsa_sparse")
     # What a file does not say is a default, so every line of it should say something.
     assert set(yaml.safe_load(file.read_text())) <= set(asdict(config))
 
@@ -163,3 +170,12 @@ def test_xsum_configs_differ_in_attention_alone():
         assert config["output_dir"] == f"runs/{config.pop('attn_implementation')}"
         del config["output_dir"]
     assert configs[1:] == configs[:-1]
+
+
+@pytest.mark.parametrize("pattern", ["local", "longformer", "bigbird", "butterfly"])
+def test_sparse_configs_differ_from_dense_in_their_layout_alone(pattern):
+    config, dense = (asdict(load_config(CONFIGS / f"{name}.yaml")) for name in (f"bsa_sparse_{pattern}", "bsa_dense"))
+    assert config.pop("block_sparse")["pattern"] == pattern
+    assert config.pop("attn_implementation") == "bsa_sparse"
+    assert config.pop("output_dir") == f"runs/bsa_sparse_{pattern}"
+    assert config.items() <= dense.items()

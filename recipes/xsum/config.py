@@ -43,7 +43,10 @@ class Config:
     # Model
     model: str | None = option(None, "Hub name or local folder of pre-trained weights (or give model_config)")
     model_config: dict | None = option(None, "train from scratch: model_type and any field of its Transformers config")
-    attn_implementation: str = option("bsa_dense", "eager, sdpa, flash_attention_2, bsa_dense, ...")
+    attn_implementation: str = option("bsa_dense", "eager, sdpa, flash_attention_2, bsa_dense, bsa_sparse, ...")
+    block_sparse: dict | None = option(
+        None, "attn_implementation: bsa_sparse: the arguments of hf_flashbsa.BlockSparseConfig; none = the model's"
+    )
     dropout: float | None = option(
         None, "residual, embedding and activation dropout; none = the model's", low=0, below=1
     )
@@ -131,6 +134,10 @@ class Config:
             )
         if self.model_config is not None and "model_type" not in self.model_config:
             raise ConfigError("model_config needs model_type, for example {model_type: bart, d_model: 128}")
+        if self.block_sparse is not None and self.attn_implementation != "bsa_sparse":
+            raise ConfigError(f"block_sparse needs attn_implementation: bsa_sparse, not {self.attn_implementation}")
+        if self.attn_implementation == "bsa_sparse" and self.block_sparse is None and self.model is None:
+            raise ConfigError("bsa_sparse needs block_sparse, for example {pattern: local, window: 128}")
         files = ("train_file", "validation_file", "test_file")
         if self.dataset == "files":
             if missing := [f"{split}_file" for split in self.splits if getattr(self, f"{split}_file") is None]:
@@ -172,6 +179,8 @@ class Config:
 
 _TYPES = typing.get_type_hints(Config)
 NAMES = tuple(spec.name for spec in fields(Config))
+#: Options whose entries can be given one by one, as `--name.entry VALUE`.
+MAPPINGS = ("model_config", "block_sparse")
 
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -190,7 +199,7 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         raise ConfigError(f"{path} must hold `name: value` lines")
     for name, value in (overrides or {}).items():
         outer, _, inner = name.partition(".")
-        if inner and outer == "model_config":
+        if inner and outer in MAPPINGS:
             values[outer] = {**(values.get(outer) or {}), inner: _from_text(value)}
         else:
             values[name] = value
@@ -217,7 +226,7 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
     while unknown:
         name, separator, value = unknown.pop(0).partition("=")
         key = name.removeprefix("--")
-        if not key.startswith("model_config.") or not (separator or unknown):
+        if not key.startswith(tuple(f"{name}." for name in MAPPINGS)) or not (separator or unknown):
             raise ConfigError(f"unknown argument {name!r}{suggest(key, own, '--')}")
         overrides[key] = value if separator else unknown.pop(0)
     return namespace, overrides

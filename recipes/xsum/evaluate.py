@@ -40,7 +40,7 @@ import hf_flashbsa  # noqa: F401 - registers bsa_dense
 from recipes.xsum.checkpoint import write_atomically
 from recipes.xsum.config import Config, ConfigError, load_config
 from recipes.xsum.data import DataError, load_records, tokenize_records
-from recipes.xsum.model import IGNORED_LABEL, build_model, check_attention, summed_loss
+from recipes.xsum.model import IGNORED_LABEL, apply_layouts, build_model, check_attention, summed_loss
 from recipes.xsum.rouge import rouge_scores
 
 # Loss
@@ -219,7 +219,9 @@ def load_trained(
     auto = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
     # The saved model does not say how it attends.
     options = {"attn_implementation": config.attn_implementation, "dtype": torch.float32}
-    return auto.from_pretrained(run_dir / "model", **options), tokenizer
+    model = auto.from_pretrained(run_dir / "model", **options)
+    apply_layouts(config, model)
+    return model, tokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -32,7 +32,8 @@ ATTENTION_DROPOUT_NAMES = ("attention_dropout", "attn_pdrop")
 
 
 def check_attention(config: Config, device: torch.device) -> None:
-    """Raise `ConfigError` where `config.attn_implementation` is unknown or cannot run on `device`."""
+    """Raise `ConfigError` where `config.attn_implementation` is unknown or cannot run on `device`, and where
+    `block_sparse` means nothing."""
     name = config.attn_implementation
     known = ["eager", *(key for key in sorted(ALL_ATTENTION_FUNCTIONS.valid_keys()) if not key.startswith("paged|"))]
     if name not in known:
@@ -46,6 +47,34 @@ def check_attention(config: Config, device: torch.device) -> None:
         )
     if name in ("flash_attention_2", REPAIRED) and not is_flash_attn_2_available():
         raise ConfigError(MISSING.format(name))
+    block_layouts(config)
+
+
+def block_layouts(config: Config) -> hf_flashbsa.BlockSparseConfig | None:
+    """`block_sparse` as the library's config; None where there is none.
+
+    Raises `ConfigError` for what the library does not accept.
+    """
+    if config.block_sparse is None:
+        return None
+    try:
+        return hf_flashbsa.BlockSparseConfig.from_dict(config.block_sparse)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"block_sparse: {_first_line(error)}") from error
+
+
+def apply_layouts(config: Config, model: PreTrainedModel) -> None:
+    """Give `model` the layouts of `block_sparse`, or number its layers for those that its own config holds.
+
+    Raises `ConfigError` where bsa_sparse finds neither.
+    """
+    if config.attn_implementation != "bsa_sparse":
+        return
+    try:
+        layouts = block_layouts(config) or hf_flashbsa.BlockSparseConfig.of(model.config)
+    except ValueError as error:
+        raise ConfigError(f"{config.model} holds no block layouts: give block_sparse") from error
+    hf_flashbsa.configure(model, layouts)
 
 
 def transformers_config(config: Config) -> PreTrainedConfig:
@@ -101,6 +130,7 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTraine
         raise ConfigError(
             f"cannot build {what} with attn_implementation {config.attn_implementation}: {_first_line(error)}"
         ) from error
+    apply_layouts(config, model)
     if config.gradient_checkpointing:
         # Renamed after Transformers 5.17; the old name warns.
         name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
