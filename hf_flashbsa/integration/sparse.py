@@ -5,7 +5,8 @@ so that no host waits for a device, and joins the spec that all layers of a forw
 
 Layouts count from the first token of each document: the first live token of a row of a padded batch, on whichever side
 it is padded, or the first token of a packed document. They are made for the padded length, packed or not; a shorter
-document has their top left corner. Run-time selections count from a row's first column.
+document has their top left corner. Run-time selections count from a row's first column. Those of a decoder have no
+blocks above the diagonal, whatever the mask shows there.
 
 Self-attention of fewer queries than keys stays dense: those keys are cached, and a step of generation is bound by
 reading them. So the first forward of a generation follows the layouts, the steps behind it do not. Static caches have

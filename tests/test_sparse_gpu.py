@@ -1,0 +1,62 @@
+"""bsa_sparse on a GPU: whole models on the Triton back end as on the CPU, and a host that never waits for the device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from packed_models import labelled, losses
+from sparse_models import MIXED, NAMES, SELECTING, SIZES, inputs_for, sparse
+from transformers_models import assert_same, live_logits, run
+
+from hf_flashbsa import backends_used, enable_padding_free
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CONFIGS = {"patterns": MIXED, "selection": SELECTING}
+
+
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
+def on_gpu(inputs: dict) -> dict:
+    return {key: value.cuda() for key, value in inputs.items()}
+
+
+def on_cpu(result: tuple) -> tuple:
+    return result[0].cpu(), {name: gradient.cpu() for name, gradient in result[1].items()}
+
+
+@pytest.mark.parametrize("padding", ["none", "right", "left", "holes"])
+@pytest.mark.parametrize("rules", CONFIGS)
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_and_gradients(name, rules, padding):
+    inputs, config = inputs_for(name, padding), CONFIGS[rules]
+    assert_same(on_cpu(run(sparse(name, config).cuda(), on_gpu(inputs))), run(sparse(name, config), inputs))
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_free(name, padding):
+    inputs = labelled(name, padding, **SIZES)
+    model = sparse(name).cuda()
+    enable_padding_free(model)
+    assert_same(on_cpu(losses(model, on_gpu(inputs))), losses(sparse(name), inputs))
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+@pytest.mark.parametrize("rules", CONFIGS)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_host_never_waits(name, rules, padding):
+    model = sparse(name, CONFIGS[rules]).cuda()
+    inputs = on_gpu(inputs_for(name, padding))
+    run(model, inputs)  # compiles the kernels and moves the layouts
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        live_logits(model, inputs, use_cache=False).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert set(backends_used(model).values()) == {"triton"}
