@@ -1,4 +1,4 @@
-"""bsa_sparse on a GPU: whole models on the Triton back end as on the CPU, and a host that never waits for the device."""
+"""bsa_sparse on a GPU: whole models as on the CPU, by Triton, and a host that never waits for the device."""
 
 from __future__ import annotations
 
