@@ -160,7 +160,7 @@ class Bench:
         """Milliseconds of forward and backward, the mean over a window of batches of each one's median; its peak."""
         with self.using(variant) as options:
             batches = self.batches.window(size, self.args.window, options)
-            for batch in batches[:2]:
+            for batch in batches:  # every length once: kernels are compiled and chosen by shape
                 self.forward_backward(batch)
             self.synchronize()
             if self.device.type == "cuda":
@@ -270,7 +270,7 @@ def parse() -> argparse.Namespace:
     add("--seconds", type=float, default=300.0, help="for the whole run; what does not fit becomes an error row")
     add("--batches", type=int, nargs="+", default=[32, 128], help="batch sizes of the part steps")
     add("--window", type=int, default=6, help="different batches that a step time is taken over")
-    add("--repeats", type=int, default=2, help="times each of them is run, after a warm-up")
+    add("--repeats", type=int, default=2, help="times each of them is run, after a first time that does not count")
     add("--ledger-batch", type=int, help=f"default: {LEDGER_BATCH}")
     add("--budgets", type=float, nargs="+", default=[24, 40, 80], help="GiB, ascending")
     add("--resolution", type=float, default=0.02, help="of the largest batch, as a share of it")
