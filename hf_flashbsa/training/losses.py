@@ -41,7 +41,8 @@ def enable_fused_loss(model: nn.Module, label_smoothing: float = 0.0) -> None:
     Loss and gradients are those of Transformers up to rounding: the mean over all labels but -100. As decoder-only
     models do, encoder-decoders take `num_items_in_batch` too: the loss is then the sum, divided by it. Calls without
     labels and `generate` are not affected. One backward pass per forward: the operator's gradients are made in the
-    forward pass and scaled in place. The host waits for the device once behind the decoder.
+    forward pass and scaled in place. The host waits for the device behind the decoder, where targets are counted, and
+    once more in the backward pass.
 
     Under autocast `final_logits_bias` is rounded to the logits' type. Decoder-only models run liger-kernel's own
     integration, which leaves out the logits in training mode only.
