@@ -57,10 +57,10 @@ def _attend(
     p = tl.math.exp2(s * to_log2 - pivot[:, None])
     shrink = tl.math.exp2(row_max - pivot)
     row_sum = row_sum * shrink + tl.sum(p, 1)
-    acc = acc * shrink[:, None]
     if rules.score.seed is not None:
         keep = dropout_keep(rules.score, pad[:, None], factor[:, None], (keys - item.key_origin)[None, :])
         p = tl.where(keep, p, 0.0)
+    acc = acc * shrink[:, None]
     # [n, dv]
     v_block = load_tile(v, n0, span.lo, span.hi, tiles.head_dim_v, tiles.n, tiles.dv, MASKED)
     acc = dot(p.to(v_block.dtype), v_block, acc)
