@@ -90,43 +90,53 @@ torch.library.register_fake("hf_flashbsa::attention_forward", _forward_fake, lib
 torch.library.register_fake("hf_flashbsa::attention_backward", _backward_fake, lib=_library)
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(*args):
+def _keep(ctx, inputs, output) -> None:
+    """What the backward pass needs, as `torch.library` wants it told."""
+    q, k, v, *rest = inputs
+    tensors = len(Extras._fields)
+    ctx.save_for_backward(q, k, v, *output, *rest[:tensors])
+    ctx.params = rest[tensors:]
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, dout, dlse) -> tuple[torch.Tensor | None, ...]:
+    if torch.is_grad_enabled():  # create_graph=True
+        raise RuntimeError("hf_flashbsa: attention has no second derivative; use attn_implementation='eager'.")
+    q, k, v, out, lse, *extras = ctx.saved_tensors
+    if dout is None:
+        dout = torch.zeros_like(out)
+    need_dbias = extras[0] is not None and ctx.needs_input_grad[3]
+    dq, dk, dv, dbias, dsinks = torch.ops.hf_flashbsa.attention_backward.default(
+        dout, dlse, q, k, v, out, lse, *extras, *ctx.params, need_dbias
+    )
+    gradients = [None] * (3 + _COUNT)
+    gradients[:3] = dq, dk, dv
+    gradients[3] = dbias if need_dbias else None
+    gradients[5] = dsinks if extras[2] is not None and ctx.needs_input_grad[5] else None
+    return tuple(gradients)
+
+
+torch.library.register_autograd("hf_flashbsa::attention_forward", _gradients, setup_context=_keep, lib=_library)
+
+
+def _unrecorded(*args) -> tuple[torch.Tensor, torch.Tensor]:
+    """The forward op without its autograd layer, which is slow in Python, for where nothing is to be recorded."""
+    with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.hf_flashbsa.attention_forward.default(*args)
 
+
+class _Attention(torch.autograd.Function):
+    """The same for eager calls. With a `setup_context` of its own, torch would bind the arguments anew each time."""
+
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        q, k, v, *rest = inputs
-        tensors = len(Extras._fields)
-        ctx.save_for_backward(q, k, v, *output, *rest[:tensors])
-        ctx.params = rest[tensors:]
-        ctx.set_materialize_grads(False)
+    def forward(ctx, *args):
+        output = _unrecorded(*args)
+        _keep(ctx, args, output)
+        return output
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        if torch.is_grad_enabled():  # create_graph=True
-            raise RuntimeError("hf_flashbsa: attention has no second derivative; use attn_implementation='eager'.")
-        q, k, v, out, lse, *extras = ctx.saved_tensors
-        if dout is None:
-            dout = torch.zeros_like(out)
-        need_dbias = extras[0] is not None and ctx.needs_input_grad[3]
-        dq, dk, dv, dbias, dsinks = torch.ops.hf_flashbsa.attention_backward.default(
-            dout, dlse, q, k, v, out, lse, *extras, *ctx.params, need_dbias
-        )
-        gradients = [None] * (3 + _COUNT)
-        gradients[:3] = dq, dk, dv
-        gradients[3] = dbias if need_dbias else None
-        gradients[5] = dsinks if extras[2] is not None and ctx.needs_input_grad[5] else None
-        return tuple(gradients)
-
-
-torch.library.register_autograd(
-    "hf_flashbsa::attention_forward",
-    _Attention.backward,
-    setup_context=_Attention.setup_context,
-    lib=_library,
-)
+        return _gradients(ctx, dout, dlse)
 
 
 def attend(
@@ -179,6 +189,6 @@ def attend(
         backend=backend,
     )
     # Dynamo refuses to trace a Function that gets one tensor twice; it pays no host cost for the op's own formula.
-    if needs_grad and not torch.compiler.is_compiling():
-        return _Attention.apply(q, k, v, *extras, *params)
-    return torch.ops.hf_flashbsa.attention_forward.default(q, k, v, *extras, *params)
+    if torch.compiler.is_compiling():
+        return torch.ops.hf_flashbsa.attention_forward.default(q, k, v, *extras, *params)
+    return (_Attention.apply if needs_grad else _unrecorded)(q, k, v, *extras, *params)

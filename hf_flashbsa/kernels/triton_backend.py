@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from hf_flashbsa.kernels import tuning
@@ -16,7 +18,7 @@ TINY_SCALE = 1e-30
 
 
 def _operand(x: torch.Tensor) -> Operand:
-    return Operand(x, x.stride(0), x.stride(1), x.stride(2))
+    return Operand(x, *x.stride()[:3])
 
 
 def _matrix(x: torch.Tensor | None) -> Matrix:
@@ -84,15 +86,18 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+@functools.cache
 def _padded(dim: int) -> int:
     # ptxas 12.8, in Triton 3.6, compiles some kernels whose products are 16 columns wide to wrong code for Hopper.
     return max(32, 1 << (dim - 1).bit_length())
 
 
-def _is_aligned(x: torch.Tensor) -> bool:
+def _is_aligned(*operands: Operand) -> bool:
     """Whether every row begins at a multiple of 16 bytes."""
-    strides = x.stride(0) | x.stride(1) | x.stride(2)
-    return strides * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+    for x, stride_b, stride_h, stride_s in operands:
+        if (stride_b | stride_h | stride_s) * x.element_size() % 16 or x.data_ptr() % 16:
+            return False
+    return True
 
 
 def _config(
@@ -136,11 +141,12 @@ def forward(q, k, v, out, lse, extras: Extras, params: Params) -> None:
     (batch, heads, len_q, _), (_, heads_k, len_k, _) = q.shape, k.shape
     if q.numel() == 0:
         return
-    aligned = _is_aligned(q) and _is_aligned(k) and _is_aligned(v)
+    operands = (_operand(q), _operand(k), _operand(v))
+    aligned = _is_aligned(*operands)
     config = _config("forward", q, v, aligned, extras, params)
     tiles, batch = _tiles(extras.work_q, len_q, batch, config.block_m)
     forward_kernel[(tiles * heads * batch,)](
-        _operand(q), _operand(k), _operand(v), _operand(out), lse, extras.sinks, extras.work_q,
+        *operands, _operand(out), lse, extras.sinks, extras.work_q,
         _mask(extras, params), _dense(extras), _blocks(extras.blocks_q, extras), _score(extras, params),
         _matrix(extras.bias), params.diagonal, heads, heads // heads_k, len_q, len_k, tiles,
         **_meta(config, q, v, params, extras.blocks_q),
@@ -157,7 +163,7 @@ def backward(dout, dlse, q, k, v, out, lse, gradients, extras: Extras, params: P
     dense, bias = _dense(extras), _matrix(extras.bias)
     operands = (_operand(q), _operand(k), _operand(v))
     dout_ = _operand(dout)
-    aligned = _is_aligned(q) and _is_aligned(k) and _is_aligned(v) and _is_aligned(dout)
+    aligned = _is_aligned(*operands, dout_)
     if q.numel() > 0:
         rowwise_kernel[(_cdiv(len_q, 64) * batch * heads,)](
             _operand(out), dout_, lse, None if dlse is None else dlse.contiguous(), rowwise,
