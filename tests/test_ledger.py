@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 
-import hf_flashbsa  # noqa: F401  (registers bsa_dense)
+from hf_flashbsa import BlockSparseConfig, configure
 from hf_flashbsa.training import ledger as parts
 from hf_flashbsa.training.largest_batch import GIB, LargestBatch, largest_batch
 from hf_flashbsa.training.ledger import Ledger, measure_step
@@ -119,6 +119,19 @@ def test_logits_of_a_language_model_counted_by_hand():
     assert ledger.moment == "backward"
     assert ledger.parts[parts.LOGITS] == pytest.approx(one, rel=0.02)  # and the states that the head reads
     assert ledger.parts[parts.WORKSPACE] == pytest.approx(2 * one, rel=0.001)
+
+
+def test_a_layout_saves_no_memory():
+    """The same tensors are kept for the backward pass; what a layout itself takes is small and shared by layers."""
+    config = BlockSparseConfig("local", window=16, block_size=32)
+    kept = {}
+    for implementation in ("bsa_dense", "bsa_sparse"):
+        model = bart(implementation, layers=2)
+        configure(model, config)
+        ledger = measure_step(model, bart_batch(padding=True))
+        kept[implementation] = saved(ledger), ledger.tracked
+    for dense, sparse in zip(kept["bsa_dense"], kept["bsa_sparse"], strict=True):
+        assert sparse == pytest.approx(dense, rel=0.02)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", "bsa_dense"])
