@@ -87,6 +87,14 @@ def test_masks_of_any_kind(name, padding, kind):
     assert set(seen) == live_rows(inputs)
 
 
+@pytest.mark.parametrize("side", ["attention_mask", "decoder_attention_mask"])
+@pytest.mark.parametrize("name", SEQ2SEQ)
+def test_stacks_with_a_mask_of_four_dimensions_run_padded(name, side):
+    inputs = labelled(name, "left")
+    masks = {side: inputs[side].bool()[:, None, None]}
+    assert_same(losses(packed(name), inputs | masks), losses(tiny(name, "bsa_dense"), inputs | masks))
+
+
 @pytest.mark.parametrize("dropped", [0.5, 1.0])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", ["bart", "mbart", "marian", "pegasus"])

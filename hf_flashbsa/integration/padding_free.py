@@ -228,6 +228,8 @@ def _enter_stack(stack: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
     mask, memory, memory_mask = (
         call.get(name) for name in ("attention_mask", "encoder_hidden_states", "encoder_attention_mask")
     )
+    if any(m is not None and not is_padding(m) for m in (mask, memory_mask)):  # it belongs to the padded batch
+        return call.result()
     rows = packing_of(mask, tokens.device)
     memory_rows = None if memory is None else packing_of(memory_mask, tokens.device)
     packings = [r for r in (rows, memory_rows) if r is not None]
