@@ -73,6 +73,17 @@ def test_documents_do_not_depend_on_the_side_of_their_padding(name):
     torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_roles_that_share_a_mask_and_a_layout(name):
+    """A 4-D mask of source tokens goes to encoder and cross-attention, whose queries begin at other places."""
+    rule = {"pattern": "global_columns", "num_global_tokens": 50}
+    model = sparse(name, BlockSparseConfig(**rule, block_size=BLOCK, roles={"cross": rule}))
+    inputs = batch_for(name, "left", length=150, target_length=140)
+    expected = run(model, inputs)
+    source = inputs["attention_mask"].bool()
+    assert_same(run(model, inputs | {"attention_mask": source[:, None, None]}), expected)
+
+
 # Packed documents
 
 
@@ -87,6 +98,17 @@ def test_padding_free(name, rules, padding):
     model = sparse(name, config)
     enable_padding_free(model)
     assert_same(losses(model, inputs), losses(sparse(name, config), inputs))
+
+
+def test_as_many_live_tokens_as_columns():
+    """Position ids of the packed row are no documents of the padded batch, on which selections run."""
+    tokens = batch_for("llama", "none", batch=2, length=100)["input_ids"]
+    mask = (torch.arange(100) < torch.tensor([[40], [60]])).long()
+    model = sparse("llama", SELECTING)
+    expected = model(tokens, mask, use_cache=False).logits
+    enable_padding_free(model)
+    logits = model(tokens, mask, use_cache=False).logits
+    torch.testing.assert_close(logits * mask[..., None], expected * mask[..., None], rtol=1e-4, atol=1e-4)
 
 
 def test_flattened_documents_have_their_own_layouts():

@@ -126,6 +126,7 @@ def _attend(
         rows = attention_mask.rows_q
         query, key, value = attention_mask.unpack(query, key, value)
         attention_mask = attention_mask.padded
+        position_ids = None  # those of the packed row, in which documents were divided already
 
     if _is_additive(attention_mask):
         position_bias = attention_mask if position_bias is None else _masked_bias(position_bias, attention_mask)

@@ -96,16 +96,16 @@ class SparseLayer(NamedTuple):
         if self.rule.selects:
             return replace_fields(spec, layout=self._selected(call, spec, query, key))
         layout = self.config.layout(self.role, self.index, *_lengths(call, query, key), query.shape[1], query.device)
-        made = spec.kept("with layouts", (), list)
-        for known, with_layout in made:  # a search, since torch.compile cannot hash layouts
-            if known is layout:
-                return with_layout
         # A bias that is not one of distances belongs to the columns of a row.
         by_distance = not call.has_bias or hasattr(module, "has_relative_attention_bias")
-        starts = _starts(call.mask, spec, query.shape[0]) if by_distance else None
-        with_layout = replace_fields(spec, layout=layout, starts_q=None if crosses else starts, starts_k=starts)
-        made.append((layout, with_layout))
-        return with_layout
+        starts_k = _starts(call.mask, spec, query.shape[0]) if by_distance else None
+        starts_q = None if crosses else starts_k
+        made = spec.kept("with layouts", (), list)
+        for known in made:  # a search, since torch.compile cannot hash layouts
+            if known.layout is layout and known.starts_q is starts_q and known.starts_k is starts_k:
+                return known
+        made.append(replace_fields(spec, layout=layout, starts_q=starts_q, starts_k=starts_k))
+        return made[-1]
 
     def _selected(self, call: Call, spec: AttentionSpec, query: torch.Tensor, key: torch.Tensor) -> BlockLayout:
         if spec.cu_seqlens_q is not None:
