@@ -13,6 +13,8 @@ options:
     ...+fused_ce               projection and cross-entropy in one (needs liger-kernel)
     ...+checkpointing          gradient checkpointing
 
+bsa_sparse has Longformer's layout (window 512, 128 global tokens) in encoder and decoder.
+
 Transformers' flash_attention_2 skips cross-attention for part of a right-padded batch: it does less work than the
 others. fa2_repaired is the same without that fault. Every measurement is one JSON line, written as soon as it is made;
 one that fails, for want of memory or time, is a line with its error.
@@ -36,7 +38,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 from xsum_workload import MODELS, Batches, Pair, build, read_lengths
 
-from hf_flashbsa import enable_fused_loss, padding_free
+from hf_flashbsa import BlockSparseConfig, configure, enable_fused_loss, padding_free
 from hf_flashbsa.bench.environment import environment
 from hf_flashbsa.bench.report import append
 from hf_flashbsa.training.largest_batch import GIB, largest_batch
@@ -44,9 +46,11 @@ from hf_flashbsa.training.ledger import measure_step
 from recipes.xsum.flash_attention_2 import REPAIRED
 
 FA2, DENSE, PACKED = "flash_attention_2", "bsa_dense", "bsa_dense+padding_free"
-FUSED = f"{PACKED}+fused_ce"
+FUSED, SPARSE = f"{PACKED}+fused_ce", "bsa_sparse"
 STEPS = ["sdpa", FA2, REPAIRED, DENSE, PACKED, FUSED, "bsa_dense+full_rows", "bsa_dense+grouped", f"{FA2}+grouped"]
-LARGEST = ["eager", "sdpa", FA2, DENSE, PACKED, FUSED, f"{FUSED}+checkpointing"]
+STEPS += [f"{SPARSE}+padding_free"]
+LARGEST = ["eager", "sdpa", FA2, DENSE, SPARSE, PACKED, f"{SPARSE}+padding_free", FUSED, f"{FUSED}+checkpointing"]
+LAYOUT = BlockSparseConfig("longformer", window=512, num_global_tokens=128)
 #: What is claimed: models, parts, their variants, and each one's share of the time.
 CLAIMED = (
     ("bart-large", "steps", STEPS, 0.42),
@@ -78,6 +82,7 @@ class Bench:
         self.args, self.device = args, torch.device(args.device)
         torch.manual_seed(args.seed)
         self.model = build(name, args.tiny, self.device)
+        configure(self.model, LAYOUT)  # which bsa_sparse alone reads
         self.batches = Batches(self.model, lengths, args.source_length)
         self.about = {**environment(self.device), "model": name, "tiny": args.tiny}
         if args.commit:

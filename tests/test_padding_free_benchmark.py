@@ -41,7 +41,15 @@ def run(files: Path, *arguments: str) -> tuple[list[dict], str]:
 
 @pytest.mark.parametrize("model", ["bart-large", "t5-base", "llama-1b"])
 def test_all_parts(files, model):
-    variants = (DENSE, PACKED, "bsa_dense+full_rows", "sdpa+grouped", f"{PACKED}+checkpointing", "nonsense")
+    variants = (
+        DENSE,
+        PACKED,
+        "bsa_dense+full_rows",
+        "sdpa+grouped",
+        "bsa_sparse+padding_free",
+        f"{PACKED}+checkpointing",
+        "nonsense",
+    )
     sizes = ("--batches", "3", "--window", "2", "--ledger-batch", "4", "--budgets", "1", "2")
     rows, _ = run(files, "--model", model, *sizes, "--variants", *variants, "--commit", "abc")
     assert {row["commit"] for row in rows} == {"abc"}
