@@ -62,7 +62,8 @@ def _loss(axes: plt.Axes, runs: Sequence[Run], x_label: str, x_of: Callable[[dic
     if not losses:
         return False
     axes.set(xlabel=x_label, ylabel="training loss (nats per token)")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if axes.get_xlim()[1] >= 1000:
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.legend()
     return True
 
