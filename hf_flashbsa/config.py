@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import itertools
 import operator
 from collections.abc import Callable
 
@@ -247,6 +248,7 @@ class _Made:
 
 _MADE = _Made()
 _NAMES: dict[tuple | str, str] = {}
+_NUMBERS = itertools.count()
 
 
 @torch.compiler.assume_constant_result
@@ -264,9 +266,9 @@ def _name_of_config(fields: str) -> str:
 def _name(key: tuple | str, make: Callable[[], object]) -> str:
     if key not in _NAMES:
         made = make()
-        name = f"made_{len(_NAMES)}"
+        name = f"made_{next(_NUMBERS)}"  # which no other thread has
         setattr(_MADE, name, made)
-        _NAMES[key] = name
+        _NAMES.setdefault(key, name)
     return _NAMES[key]
 
 

@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch._dynamo.testing import CompileCounter
 
+from hf_flashbsa import config as config_module
 from hf_flashbsa.config import BlockSparseConfig, Rule, configure
 from hf_flashbsa.patterns import make_layout
 from hf_flashbsa.selection import top_k_blocks
@@ -67,6 +68,23 @@ def test_equal_rules_and_sizes_share_one_layout():
     assert other.layout("encoder", 0, 150, 150, 4, CPU) is layout
     assert config.layout("encoder", 1, 193, 193, 4, CPU) is not layout
     assert config.layout("encoder", 1, 150, 150, 4, "meta") is layout.to("meta")
+
+
+def test_layouts_made_by_two_threads_at_once(monkeypatch):
+    one, other = (BlockSparseConfig("local", 32, window=window) for window in (3, 61))
+    arguments = ("encoder", 0, 320, 320, 4, CPU)
+    threads = ["one"]
+
+    def interrupted(target: object, name: str, value: object) -> None:
+        setattr(target, name, value)
+        if len(threads) == 1:
+            threads.append("other")
+            other.layout(*arguments)
+
+    monkeypatch.setattr(config_module, "setattr", interrupted, raising=False)
+    for config, window in ((one, 3), (other, 61)):
+        assert config.layout(*arguments).equals(make_layout("local", 320, 320, 32, window=window))
+    assert threads == ["one", "other"]
 
 
 def test_a_selecting_rule_chooses_by_role():
