@@ -136,6 +136,9 @@ class BlockSparseConfig:
     ) -> None:
         default = Rule.of({"pattern": pattern, **parameters}, block_size, "BlockSparseConfig")
         default.check("encoder", "BlockSparseConfig")
+        for name, given in (("roles", roles), ("layers", layers)):
+            if not isinstance(given or {}, dict):
+                raise ValueError(f"{name}: {given!r}; give a dict of rules.")
         by_role, by_layer = {}, {}
         for role, given in (roles or {}).items():
             if role not in ROLES:

@@ -92,6 +92,8 @@ class AttentionSpec:
         for side, value in zip(("left", "right"), window, strict=True):
             if value is not None and (isinstance(value, float) or value < 0):
                 raise ValueError(f"window_size: {side} is {value}; give an integer >= 0, or None for unlimited.")
+        if self.layout is not None and not isinstance(self.layout, BlockLayout):
+            raise ValueError(f"layout: {type(self.layout).__name__}; give a BlockLayout; its from_mask makes one.")
         for side in "qk":
             if self._get("seqlens", side) is not None and self._get("cu_seqlens", side) is not None:
                 raise ValueError(f"seqlens_{side} and cu_seqlens_{side} exclude each other; give one of them.")

@@ -242,6 +242,7 @@ REFUSED = {
     "segments of q alone": ({"segment_ids_q": torch.zeros(1, 5).long()}, "segment_ids_q needs segment_ids_k"),
     "segments and lengths": ({"segment_ids_k": torch.zeros(1, 7).long(), "seqlens_k": LENGTHS}, "exclude each other"),
     "segments shape": ({"segment_ids_k": torch.zeros(1, 6).long()}, "segment_ids_k: shape is .1, 6., expected .1, 7."),
+    "layout of another kind": ({"layout": torch.ones(1, 1) > 0}, "layout: Tensor; give a BlockLayout"),
     "segments dtype": ({"segment_ids_k": torch.zeros(1, 7)}, "segment_ids_k: dtype is torch.float32; give int32"),
 }  # fmt: skip
 

@@ -314,9 +314,10 @@ def test_numbers_of_live_tokens_rule_out_holes():
         packed("mistral")(**inputs)
 
 
-def test_a_number_for_each_mask():
+@pytest.mark.parametrize("given", [30, 30.0, torch.tensor(30)], ids=repr)
+def test_a_number_for_each_mask(given):
     with pytest.raises(ValueError, match="a Python number for each"):
-        packed("bart")(**batch_for("bart", "right"), num_live_tokens=30)
+        packed("bart")(**batch_for("bart", "right"), num_live_tokens=given)
 
 
 def test_numbers_where_a_mask_was_seen_before():

@@ -217,6 +217,7 @@ def test_a_model_without_a_config():
         ({"pattern": "dense", "window": 3}, "'dense' has no parameters, window given"),
         ({"pattern": "all_blocks", "block_size": 100}, "no kernel tile divides 100"),
         ({"pattern": "all_blocks", "roles": {"encodr": "dense"}}, "Unknown role 'encodr'; did you mean 'encoder'"),
+        ({"pattern": "all_blocks", "roles": ["encoder"]}, r"roles: \['encoder'\]; give a dict of rules"),
         ({"pattern": "all_blocks", "roles": {"encoder": 3}}, r"roles\['encoder'\]: 3; give 'dense' or a dict"),
         ({"pattern": "all_blocks", "roles": {"encoder": {"window": 3}}}, "give 'dense' or a dict with 'pattern'"),
         ({"pattern": "all_blocks", "roles": {"encoder": "local"}}, r"roles\['encoder'\]: local: needs window"),

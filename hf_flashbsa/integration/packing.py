@@ -114,7 +114,7 @@ def measure(masks: list[torch.Tensor], totals: int | Sequence[int] | None) -> No
         ValueError: `totals` are not a number for each mask.
     """
     if totals is not None:
-        totals = (totals,) if isinstance(totals, int) else tuple(totals)
+        totals = tuple(totals) if isinstance(totals, (tuple, list)) else (totals,)
         if len(totals) != len(masks) or not all(isinstance(total, int) for total in totals):
             raise ValueError(f"{HINT}: {totals} for {len(masks)} padding masks; give a Python number for each.")
     new = [i for i, x in enumerate(masks) if x.is_inference() or _PACKINGS.get(x, (None,))[0] != x._version]
