@@ -39,7 +39,8 @@ def enable_padding_free(model: nn.Module) -> None:
     A forward is packed where its 2-D `attention_mask` (or `decoder_attention_mask`) has padding, on any side or
     between tokens, and where no key-value cache is in play: neither `past_key_values` nor `use_cache=True`. Where
     `use_cache` is left to the config, models in training mode make no cache, and models in evaluation mode follow the
-    config and stay padded where it asks for a cache. Generation is not affected.
+    config and stay padded where it asks for a cache. Generation with a cache is not affected; without one, a
+    decoder-only model with "bsa_sparse" refuses the `position_ids` that `generate` makes.
 
     Encoder-decoder models that get `labels` and no `decoder_attention_mask` treat what lies behind a row's last
     label as padding of the targets.
