@@ -55,11 +55,12 @@ def _attend(
         # A row that has met no key yet has maximum -inf; any finite pivot gives it weights of 0 and not NaN.
         pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
     p = tl.math.exp2(s * to_log2 - pivot[:, None])
-    shrink = tl.math.exp2(row_max - pivot)
-    row_sum = row_sum * shrink + tl.sum(p, 1)
+    total = tl.sum(p, 1)
     if rules.score.seed is not None:
         keep = dropout_keep(rules.score, pad[:, None], factor[:, None], (keys - item.key_origin)[None, :])
         p = tl.where(keep, p, 0.0)
+    shrink = tl.math.exp2(row_max - pivot)
+    row_sum = row_sum * shrink + total
     acc = acc * shrink[:, None]
     # [n, dv]
     v_block = load_tile(v, n0, span.lo, span.hi, tiles.head_dim_v, tiles.n, tiles.dv, MASKED)
