@@ -170,6 +170,7 @@ class Training:
         )
         with self.stop:
             self._evaluate(self.config.final_split, with_rouge=self.config.rouge != "never", final=True)
+        self.accelerator.wait_for_everyone()  # a process that leaves while others talk can leave them hanging
         self.display.say(f"finished: {self.run_dir}")
 
     def close(self) -> None:
