@@ -272,9 +272,8 @@ class AttentionSpec:
 
     def _build_work(self, side: str, shape: Shape, device: torch.device, tile: int) -> torch.Tensor:
         s = self.sequences(shape, device)
-        if self.layout is not None:
-            self._assert_covered(s)
         if side == "q":
+            self._assert_covered(s)
             row, begin, end, other_row, lo, hi = s.q_row, s.q_begin, s.q_end, s.k_row, s.k_begin, s.k_end
             length, packed = shape.len_q, self.cu_seqlens_q is not None
         else:
@@ -339,15 +338,15 @@ class AttentionSpec:
         return table[torch.argsort(amount, descending=True, stable=True)].contiguous()
 
     def _assert_covered(self, s: Sequences) -> None:
-        """Stops the device where a packed sequence is longer than the layout, which nobody can see before."""
-        for name, begin, end, blocks in (
-            ("queries", s.q_begin, s.q_end, self.layout.grid.shape[2]),
-            ("keys", s.k_begin, s.k_end, self.layout.grid.shape[3]),
-        ):
-            most = blocks * self.layout.block_size
-            torch._assert_async(
-                (end - begin <= most).all(), f"layout: covers {most} {name}; make it for the longest sequence."
-            )
+        """Stops the device where a packed sequence is longer than the layout; `validate` sees lengths of rows only."""
+        if self.layout is None:
+            return
+        blocks = self.layout.grid.shape[2:]
+        for side, begin, end, count in (("q", s.q_begin, s.q_end, blocks[0]), ("k", s.k_begin, s.k_end, blocks[1])):
+            if self._get("cu_seqlens", side) is not None:
+                most = count * self.layout.block_size
+                message = f"layout: covers {most} rows of {side}; make it for the longest sequence."
+                torch._assert_async((end - begin <= most).all(), message)
 
     def _segment_bounds(self, side: str, shape: Shape, tile: int, begin: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """`(lo, full_lo, full_hi, hi)`, each `(B, tiles)`: hull of what a tile's ids meet, and its first full run.
@@ -358,13 +357,8 @@ class AttentionSpec:
         own, other = (ids_q, ids_k) if side == "q" else (ids_k, ids_q)
         length = own.shape[1]
         tiles = -(-length // tile)
-        if self._get("starts", side) is None:
-            last = torch.arange(tiles * tile, device=own.device).clamp(max=length - 1)
-            own = own[:, last]
-        else:
-            last = (begin[:, None] + torch.arange(tiles * tile, device=own.device)).clamp(max=length - 1)
-            own = own.gather(1, last)
-        own = own.reshape(own.shape[0], tiles, tile)
+        rows = (begin[:, None] + torch.arange(tiles * tile, device=own.device)).clamp(max=length - 1)
+        own = own.gather(1, rows).unflatten(1, (tiles, tile))
         highest = own.amax(-1, keepdim=True)
         lowest = own.masked_fill(own < 0, torch.iinfo(own.dtype).max).amin(-1, keepdim=True)
         uniform = (own.amin(-1, keepdim=True) == highest) & (highest >= 0)

@@ -5,9 +5,9 @@ random numbers: as easy as 1, 2, 3", SC 2011), keyed by the 64-bit seed, gives f
 `(query, batch * heads + head, 0, 0)`. A multiplicative hash under these two, a pad and a factor, then draws a 32-bit
 number for each key of the query (`_draw`), and the weight is dropped when it is below the threshold.
 
-Philox for every weight would cost the kernels more than the attention itself; and several weights to a Philox counter
-would tie the mask to a layout of threads. The hash is a handful of instructions on a weight's own indices, wherever
-it is held; tests compare it with true random numbers. Query, batch row and head are absolute, the key counts from
+Philox for every weight is many times as many instructions, and several weights to a Philox counter would tie the mask
+to a layout of threads. The hash is a handful of instructions on a weight's own indices, wherever it is held; tests
+hold its rates and correlations against what chance gives. Query, batch row and head are absolute, the key counts from
 the first of its sequence. The Triton kernels draw the same numbers (`primitives.dropout_keep`).
 """
 
