@@ -1,0 +1,57 @@
+"""The script that judges random cases: its judgements, its repetitions, and what becomes of jobs that fail."""
+
+import functools
+import json
+
+import cases
+import run_cases
+import torch
+
+from hf_flashbsa.bench.workers import JobError
+
+
+def test_poison_reaches_every_uninitialised_tensor(nan_memory):
+    x = torch.zeros(2, 3)
+    made = (torch.empty(2), torch.empty_like(x), x.new_empty(3), torch.empty_strided((2, 2), (2, 1)))
+    assert all(t.isnan().all() for t in made)
+    assert torch.empty(2, dtype=torch.int32).shape == (2,)
+
+
+def test_random_cases_are_judged_and_repeated(tmp_path):
+    options = run_cases.parse(
+        f"--out {tmp_path / 'rows'} --device cpu --backend torch --max-len 64 --repeats 2".split()
+    )
+    seed = next(s for s in range(100) if run_cases.case_of(s, options).dropout_p > 0.0)
+    judged = run_cases.run_job(run_cases.Job("case", seed), options)
+    assert judged["ok"] and {"out", "lse", "dq", "dk", "dv"} <= set(judged["ratios"])
+    assert run_cases.run_job(run_cases.Job("repeat", seed), options)["differing"] == []
+
+
+def test_repeats_notice_a_changing_result(monkeypatch, tmp_path):
+    options = run_cases.parse(f"--out {tmp_path / 'rows'} --device cpu --max-len 64 --repeats 3".split())
+    monkeypatch.setattr(cases, "run", lambda *_: {"out": torch.zeros(2), "dq": torch.rand(2)})
+    assert run_cases.repeat(run_cases.case_of(0, options), options) == ["dq"]
+
+
+def test_integer_inputs_are_integers():
+    make = run_cases.with_integers(cases.make_problem)
+    case = cases.random_case(3, dtypes=(torch.float16,), max_len=64, dims=(16,))
+    problem = make(case, "cpu")
+    assert all(torch.equal(x, x.round()) for x in (problem.q, problem.k, problem.v))
+    assert problem.q.requires_grad
+
+
+def test_failed_jobs_become_rows(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "rows.jsonl"
+
+    def outcomes(work, jobs, **limits):
+        assert isinstance(work, functools.partial)
+        yield jobs[0], JobError("the worker process died with exit code -11")
+        yield jobs[1], {"ok": True, "ratios": {"out": 0.25}, "seconds": 1.0}
+
+    monkeypatch.setattr(run_cases, "run_jobs", outcomes)
+    assert run_cases.main(f"--cases 3 --repeats 0 --device cpu --out {path}".split()) == 1
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["ok"] for row in rows] == [False, True] and "-11" in rows[0]["error"]
+    printed = capsys.readouterr().out
+    assert "exit code -11" in printed and "1 of 3 jobs did not run" in printed
