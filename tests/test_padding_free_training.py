@@ -9,7 +9,15 @@ from packed_models import labelled, layers_of, live_rows, losses, packed, widths
 from test_transformers_training import WordTokens, pad
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers_models import assert_same, batch_for, live_logits, mask_of, tiny
+from transformers_models import (
+    assert_checkpointing_repeats,
+    assert_same,
+    batch_for,
+    host_never_waits,
+    live_logits,
+    mask_of,
+    tiny,
+)
 
 from hf_flashbsa import enable_padding_free
 from hf_flashbsa.integration import forward as integration
@@ -48,15 +56,9 @@ def test_checkpointing_after_another_forward(use_reentrant):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing_repeats_the_dropout(use_reentrant):
     inputs = labelled("bart", "right")
-    results = []
-    for checkpointing in (True, False):
-        model = packed("bart", dropout=0.2, attention_dropout=0.2)
-        model.enable_input_require_grads()
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-        torch.manual_seed(0)
-        results.append(losses(model, inputs))
-    assert_same(*results)
+    assert_checkpointing_repeats(
+        lambda: packed("bart", dropout=0.2, attention_dropout=0.2), losses, inputs, use_reentrant
+    )
 
 
 DROPOUT = [
@@ -341,11 +343,8 @@ def test_on_a_gpu_the_host_never_waits_where_numbers_are_given(name, monkeypatch
     model = packed(name).cuda()
     assert_same(losses(model, inputs), expected)  # compiles the kernels
     inputs |= {k: v.clone() for k, v in inputs.items() if k.endswith("attention_mask")}  # not yet measured
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with host_never_waits():
         model(**inputs).loss.backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

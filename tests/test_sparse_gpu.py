@@ -6,7 +6,7 @@ import pytest
 import torch
 from packed_models import labelled, losses
 from sparse_models import MIXED, NAMES, SELECTING, SIZES, inputs_for, sparse
-from transformers_models import assert_same, live_logits, run
+from transformers_models import assert_same, host_never_waits, live_logits, run
 
 from hf_flashbsa import backends_used, enable_padding_free
 
@@ -54,9 +54,6 @@ def test_the_host_never_waits(name, rules, padding):
     model = sparse(name, CONFIGS[rules]).cuda()
     inputs = on_gpu(inputs_for(name, padding))
     run(model, inputs)  # compiles the kernels and moves the layouts
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with host_never_waits():
         live_logits(model, inputs, use_cache=False).sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert set(backends_used(model).values()) == {"triton"}

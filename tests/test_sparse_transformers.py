@@ -9,7 +9,7 @@ from packed_models import labelled, losses
 from sparse_models import BLOCK, BY_PLACE, MIXED, NAMES, SELECTING, SIZES, inputs_for, oracle, sparse
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, DataCollatorWithFlattening
-from transformers_models import OWN_ATTENTION, assert_same, batch_for, run, tiny
+from transformers_models import OWN_ATTENTION, assert_checkpointing_repeats, assert_same, batch_for, run, tiny
 
 from hf_flashbsa import AttentionSpec, BlockSparseConfig, backends_used, configure, enable_padding_free
 from hf_flashbsa.integration.sparse import SparseLayer
@@ -129,16 +129,8 @@ def test_flattened_documents_have_their_own_layouts():
 @pytest.mark.parametrize("name", ["bart", "t5", "llama"])
 def test_gradient_checkpointing(name, rules, use_reentrant):
     inputs = inputs_for(name, "right")
-    results = []
     setting = {"t5": "dropout_rate"}.get(name, "attention_dropout")
-    for checkpointing in (True, False):
-        model = sparse(name, CONFIGS[rules], **{setting: 0.2})
-        model.enable_input_require_grads()
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-        torch.manual_seed(0)
-        results.append(run(model, inputs))
-    assert_same(*results)
+    assert_checkpointing_repeats(lambda: sparse(name, CONFIGS[rules], **{setting: 0.2}), run, inputs, use_reentrant)
 
 
 @pytest.mark.parametrize("rules", CONFIGS)

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers_models import DISPATCHING, PADDINGS, assert_matches_eager, batch_for, live_logits, run, tiny
+from transformers_models import (
+    DISPATCHING,
+    PADDINGS,
+    assert_matches_eager,
+    batch_for,
+    host_never_waits,
+    live_logits,
+    run,
+    tiny,
+)
 
 from hf_flashbsa import backends_used
 
@@ -31,9 +40,6 @@ def test_the_host_never_waits(name, padding):
     model = tiny(name, "bsa_dense").cuda()
     inputs = {key: value.cuda() for key, value in batch_for(name, padding).items()}
     run(model, inputs)  # compiles the kernels
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with host_never_waits():
         live_logits(model, inputs, use_cache=False).sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert set(backends_used(model).values()) == {"triton"}

@@ -10,6 +10,7 @@ import transformers
 from transformers import AttentionInterface, GenerationConfig
 from transformers_models import (
     TOLERANCE,
+    assert_checkpointing_repeats,
     assert_dropout_is_applied,
     assert_same,
     batch_for,
@@ -33,15 +34,7 @@ def test_gradient_checkpointing(name, use_reentrant):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing_repeats_the_dropout(use_reentrant):
     inputs = batch_for("bart", "right")
-    results = []
-    for checkpointing in (True, False):
-        model = tiny("bart", "bsa_dense", attention_dropout=0.3)
-        model.enable_input_require_grads()
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-        torch.manual_seed(0)
-        results.append(run(model, inputs))
-    assert_same(*results)
+    assert_checkpointing_repeats(lambda: tiny("bart", "bsa_dense", attention_dropout=0.3), run, inputs, use_reentrant)
 
 
 def test_attention_dropout():

@@ -1,8 +1,10 @@
-"""Tiny models with strong weights, ragged batches for them, and the comparison with Transformers' eager attention."""
+"""Tiny models with strong weights, ragged batches for them, and what is checked about them in several test files."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Callable
 
 import torch
 import transformers
@@ -191,6 +193,26 @@ def assert_matches_eager(name: str, inputs: dict, device: str = "cpu") -> None:
     assert_same(*(run(tiny(name, how).to(device), inputs) for how in ("bsa_dense", "eager")))
 
 
+def assert_checkpointing_repeats(
+    make_model: Callable[[], nn.Module], compute: Callable[[nn.Module, dict], tuple], inputs: dict, use_reentrant: bool
+) -> None:
+    """With gradient checkpointing a model gives the result and the gradients that it gives without, dropout included.
+
+    Args:
+        make_model: makes the same model at each call.
+        compute: `run` or another function of a model and inputs whose results `assert_same` compares.
+    """
+    results = []
+    for checkpointing in (True, False):
+        model = make_model()
+        model.enable_input_require_grads()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        torch.manual_seed(0)
+        results.append(compute(model, inputs))
+    assert_same(*results)
+
+
 def assert_dropout_is_applied(p: float = 0.25) -> None:
     """The registered function drops weights with probability `p`, rescales the rest and follows torch's generator."""
     q, k = (torch.randn(2, 4, 64, 8, generator=torch.Generator().manual_seed(i)) for i in range(2))
@@ -210,3 +232,13 @@ def assert_dropout_is_applied(p: float = 0.25) -> None:
     assert not torch.equal(weights(p, 1) != 0, kept)
     by_head = kept.float().mean((0, 1, 3)), kept.float().mean((0, 2, 3)), kept.float().mean((0, 1, 2))
     assert all(((rate - (1 - p)).abs() <= 0.06).all() for rate in by_head), "some head, query or key is treated apart"
+
+
+@contextlib.contextmanager
+def host_never_waits():
+    """Within it, an operation that makes the host wait for the GPU is an error."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
