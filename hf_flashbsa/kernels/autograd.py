@@ -1,8 +1,9 @@
 """Registration with torch.library, and autograd.
 
 The forward and backward ops are opaque to torch.compile and take plain tensors and numbers. Eager calls go
-through a thin `torch.autograd.Function` around the op, because the autograd formula that torch.library itself
-generates costs several times as much on the host; the op carries the same formula for those who call it directly.
+through a thin `torch.autograd.Function`, because the autograd formula that torch.library itself generates costs
+several times as much on the host; the op carries the same formula for those who call it directly. The Function
+itself calls an op only where torch's dispatcher has something to do (`_is_plain`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import functools
 import importlib
 
 import torch
+from torch.overrides import has_torch_function_variadic
 
 from hf_flashbsa.kernels.dropout import drop_threshold
 from hf_flashbsa.kernels.state import Extras, Params
@@ -45,35 +47,43 @@ def _split(rest: tuple) -> tuple[Extras, Params]:
 def _empty_outputs(q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Uninitialised `out` and `lse`. `out` lies in memory as `(B, Sq, Hq, Dv)`, the order models want it in."""
     batch, heads, length, _ = q.shape
-    out = q.new_empty((batch, length, heads, v.shape[-1])).transpose(1, 2)
+    dim = v.shape[-1]
+    strides = (length * heads * dim, dim, heads * dim, 1)
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = torch.empty_strided((batch, heads, length, dim), strides, dtype=q.dtype, device=q.device)
     return out, q.new_empty((batch, heads, length), dtype=lse_dtype)
 
 
 def _empty_gradients(q, k, v, lse, extras: Extras, need_dbias: bool) -> tuple[torch.Tensor, ...]:
     """Uninitialised `dq, dk, dv, dbias, dsinks`; the last two are empty where there is nothing to return."""
-    dbias = dsinks = lse.new_empty(0)
     if need_dbias:
         dbias = torch.empty(extras.bias.shape, dtype=extras.bias.dtype, device=q.device)
-    if extras.sinks is not None:
-        dsinks = torch.empty_like(extras.sinks)
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dbias, dsinks.clone()
+    else:
+        dbias = lse.new_empty(0)
+    dsinks = lse.new_empty(0) if extras.sinks is None else torch.empty_like(extras.sinks)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dbias, dsinks
 
 
-def _forward(q, k, v, *rest):
-    extras, params = _split(rest)
+def _forward(q, k, v, extras: Extras, params: Params) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = _empty_outputs(q, v)
     _backend(params.backend).forward(q, k, v, out, lse, extras, params)
     return out, lse
 
 
-def _backward(dout, dlse, q, k, v, out, lse, *rest):
-    extras, params = _split(rest)
-    gradients = _empty_gradients(q, k, v, lse, extras, rest[-1])
+def _backward(dout, dlse, q, k, v, out, lse, extras: Extras, params: Params, need_dbias: bool):
+    gradients = _empty_gradients(q, k, v, lse, extras, need_dbias)
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
     _backend(params.backend).backward(dout, dlse, q, k, v, out, lse, gradients, extras, params)
     return gradients
+
+
+def _forward_op(q, k, v, *rest):
+    return _forward(q, k, v, *_split(rest))
+
+
+def _backward_op(dout, dlse, q, k, v, out, lse, *rest):
+    return _backward(dout, dlse, q, k, v, out, lse, *_split(rest), rest[-1])
 
 
 def _forward_fake(q, k, v, *rest):
@@ -84,59 +94,94 @@ def _backward_fake(dout, dlse, q, k, v, out, lse, *rest):
     return _empty_gradients(q, k, v, lse, _split(rest)[0], rest[-1])
 
 
-_library.impl("attention_forward", _forward, "CompositeExplicitAutograd")
-_library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
+_library.impl("attention_forward", _forward_op, "CompositeExplicitAutograd")
+_library.impl("attention_backward", _backward_op, "CompositeExplicitAutograd")
 torch.library.register_fake("hf_flashbsa::attention_forward", _forward_fake, lib=_library)
 torch.library.register_fake("hf_flashbsa::attention_backward", _backward_fake, lib=_library)
 
 
-def _keep(ctx, inputs, output) -> None:
-    """What the backward pass needs, as `torch.library` wants it told."""
-    q, k, v, *rest = inputs
-    tensors = len(Extras._fields)
-    ctx.save_for_backward(q, k, v, *output, *rest[:tensors])
-    ctx.params = rest[tensors:]
-    ctx.set_materialize_grads(False)
+def _is_plain(*tensors: torch.Tensor | None) -> bool:
+    """Whether an op on these would do no more than call its implementation: no mode or transform is active, and the
+    tensors are neither subclasses nor lazily negated, on the meta device or the like."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return False
+    if has_torch_function_variadic(*tensors):
+        return False
+    plain = _plain_keys(tensors[0].device)
+    return all([x is None or torch._C._dispatch_keys(x).raw_repr() in plain for x in tensors])
 
 
-def _gradients(ctx, dout, dlse) -> tuple[torch.Tensor | None, ...]:
+@functools.cache
+def _plain_keys(device: torch.device) -> frozenset[int]:
+    """The dispatch keys of ordinary tensors and of those made in inference mode."""
+    if device.type not in ("cpu", "cuda"):
+        return frozenset()
+    keys = set()
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            keys.add(torch._C._dispatch_keys(torch.empty(0, device=device)).raw_repr())
+    return frozenset(keys)
+
+
+def _forward_eager(q, k, v, extras: Extras, params: Params) -> tuple[torch.Tensor, torch.Tensor]:
+    """The forward pass, not recorded. Below its autograd layer, which is slow in Python, where it is called as op."""
+    if _is_plain(q, k, v, extras.bias, extras.sinks):
+        return _forward(q, k, v, extras, params)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.hf_flashbsa.attention_forward.default(q, k, v, *extras, *params)
+
+
+def _gradients(ctx, dout, dlse, need_dbias: bool) -> tuple[torch.Tensor, ...]:
+    """`dq, dk, dv, dbias, dsinks`, from what `_keep` kept."""
     if torch.is_grad_enabled():  # create_graph=True
         raise RuntimeError("hf_flashbsa: attention has no second derivative; use attn_implementation='eager'.")
     q, k, v, out, lse, *extras = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(out)
-    need_dbias = extras[0] is not None and ctx.needs_input_grad[3]
-    dq, dk, dv, dbias, dsinks = torch.ops.hf_flashbsa.attention_backward.default(
+    if _is_plain(dout, dlse, q, k, v, *extras[:3]):
+        return _backward(dout, dlse, q, k, v, out, lse, Extras(*extras), ctx.params, need_dbias)
+    return torch.ops.hf_flashbsa.attention_backward.default(
         dout, dlse, q, k, v, out, lse, *extras, *ctx.params, need_dbias
     )
-    gradients = [None] * (3 + _COUNT)
-    gradients[:3] = dq, dk, dv
-    gradients[3] = dbias if need_dbias else None
-    gradients[5] = dsinks if extras[2] is not None and ctx.needs_input_grad[5] else None
-    return tuple(gradients)
 
 
-torch.library.register_autograd("hf_flashbsa::attention_forward", _gradients, setup_context=_keep, lib=_library)
+def _keep(ctx, q, k, v, out, lse, extras: Extras, params: Params) -> None:
+    ctx.save_for_backward(q, k, v, out, lse, *extras)
+    ctx.params = params
+    ctx.set_materialize_grads(False)
 
 
-def _unrecorded(*args) -> tuple[torch.Tensor, torch.Tensor]:
-    """The forward op without its autograd layer, which is slow in Python, for where nothing is to be recorded."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.hf_flashbsa.attention_forward.default(*args)
+def _keep_of_op(ctx, inputs, output) -> None:
+    q, k, v, *rest = inputs
+    _keep(ctx, q, k, v, *output, *_split(rest))
+
+
+def _gradients_of_op(ctx, dout, dlse) -> tuple[torch.Tensor | None, ...]:
+    need_bias, _, need_sinks = ctx.needs_input_grad[3:6]
+    dq, dk, dv, dbias, dsinks = _gradients(ctx, dout, dlse, need_bias)
+    rest = dbias if need_bias else None, None, dsinks if need_sinks else None
+    return dq, dk, dv, *rest, *(None,) * (_COUNT - 3)
+
+
+torch.library.register_autograd(
+    "hf_flashbsa::attention_forward", _gradients_of_op, setup_context=_keep_of_op, lib=_library
+)
 
 
 class _Attention(torch.autograd.Function):
     """The same for eager calls. With a `setup_context` of its own, torch would bind the arguments anew each time."""
 
     @staticmethod
-    def forward(ctx, *args):
-        output = _unrecorded(*args)
-        _keep(ctx, args, output)
-        return output
+    def forward(ctx, q, k, v, bias, sinks, extras, params):
+        out, lse = _forward_eager(q, k, v, extras, params)
+        _keep(ctx, q, k, v, out, lse, extras, params)
+        return out, lse
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        return _gradients(ctx, dout, dlse)
+        need_bias, need_sinks = ctx.needs_input_grad[3:5]
+        dq, dk, dv, dbias, dsinks = _gradients(ctx, dout, dlse, need_bias)
+        return dq, dk, dv, dbias if need_bias else None, dsinks if need_sinks else None, None, None
 
 
 def attend(
@@ -191,4 +236,6 @@ def attend(
     # Dynamo refuses to trace a Function that gets one tensor twice; it pays no host cost for the op's own formula.
     if torch.compiler.is_compiling():
         return torch.ops.hf_flashbsa.attention_forward.default(q, k, v, *extras, *params)
-    return (_Attention.apply if needs_grad else _unrecorded)(q, k, v, *extras, *params)
+    if needs_grad:
+        return _Attention.apply(q, k, v, bias, sinks, extras, params)
+    return _forward_eager(q, k, v, extras, params)

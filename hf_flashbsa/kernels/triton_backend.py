@@ -10,6 +10,7 @@ from hf_flashbsa.kernels import tuning
 from hf_flashbsa.kernels.backward import dbias_kernel, dkdv_kernel, dq_kernel, rowwise_kernel
 from hf_flashbsa.kernels.dropout import keep_scale
 from hf_flashbsa.kernels.forward import forward_kernel
+from hf_flashbsa.kernels.launch import replay
 from hf_flashbsa.kernels.primitives import WORK_TILE, Blocks, Mask, Matrix, Operand, Score
 from hf_flashbsa.kernels.state import Extras, Params, sinks_gradient
 
@@ -41,14 +42,10 @@ def _mask(extras: Extras, params: Params) -> Mask:
     )
 
 
-def _dense(extras: Extras) -> Matrix:
-    return _matrix(None if extras.mask is None else extras.mask.view(torch.uint8))
-
-
 def _blocks(lists: torch.Tensor | None, extras: Extras) -> Blocks | None:
     if lists is None:
         return None
-    grid, masks = extras.grid, extras.tile_masks
+    grid = extras.grid
     return Blocks(
         lists,
         0 if lists.shape[0] == 1 else lists.stride(0),
@@ -58,7 +55,7 @@ def _blocks(lists: torch.Tensor | None, extras: Extras) -> Blocks | None:
         0 if grid.shape[0] == 1 else grid.stride(0),
         0 if grid.shape[1] == 1 else grid.stride(1),
         grid.stride(2),
-        None if masks is None else masks.view(torch.uint8),
+        extras.tile_masks,
     )
 
 
@@ -136,43 +133,42 @@ def _tiles(work: torch.Tensor | None, length: int, batch: int, block: int) -> tu
     return work.shape[0] * (WORK_TILE.value // block), 1
 
 
-def forward(q, k, v, out, lse, extras: Extras, params: Params) -> None:
-    """Fills `out` and `lse`."""
+def _launch_forward(launch, tensors, params: Params) -> None:
+    q, k, v, out, lse, *rest = tensors
+    extras = Extras(*rest)
     (batch, heads, len_q, _), (_, heads_k, len_k, _) = q.shape, k.shape
-    if q.numel() == 0:
-        return
     operands = (_operand(q), _operand(k), _operand(v))
-    aligned = _is_aligned(*operands)
-    config = _config("forward", q, v, aligned, extras, params)
+    config = _config("forward", q, v, _is_aligned(*operands), extras, params)
     tiles, batch = _tiles(extras.work_q, len_q, batch, config.block_m)
-    forward_kernel[(tiles * heads * batch,)](
+    launch(
+        forward_kernel, (tiles * heads * batch,),
         *operands, _operand(out), lse, extras.sinks, extras.work_q,
-        _mask(extras, params), _dense(extras), _blocks(extras.blocks_q, extras), _score(extras, params),
+        _mask(extras, params), _matrix(extras.mask), _blocks(extras.blocks_q, extras), _score(extras, params),
         _matrix(extras.bias), params.diagonal, heads, heads // heads_k, len_q, len_k, tiles,
         **_meta(config, q, v, params, extras.blocks_q),
     )  # fmt: skip
 
 
-def backward(dout, dlse, q, k, v, out, lse, gradients, extras: Extras, params: Params) -> None:
-    """Fills `gradients`: dq, dk, dv, dbias, dsinks."""
+def _launch_backward(launch, tensors, params: Params) -> None:
+    dout, dlse, q, k, v, out, lse, rowwise, dq, dk, dv, dbias, *rest = tensors
+    extras = Extras(*rest)
     (batch, heads, len_q, _), (batch_k, heads_k, len_k, _) = q.shape, k.shape
-    dq, dk, dv, dbias, dsinks = gradients
     mask, score, group = _mask(extras, params), _score(extras, params), heads // heads_k
     plane = lse.numel()
-    rowwise = lse.new_empty((2 if score.seed is None else 4, *lse.shape))
-    dense, bias = _dense(extras), _matrix(extras.bias)
+    dense, bias = _matrix(extras.mask), _matrix(extras.bias)
     operands = (_operand(q), _operand(k), _operand(v))
     dout_ = _operand(dout)
     aligned = _is_aligned(*operands, dout_)
     if q.numel() > 0:
-        rowwise_kernel[(_cdiv(len_q, 64) * batch * heads,)](
-            _operand(out), dout_, lse, None if dlse is None else dlse.contiguous(), rowwise,
-            score, heads, len_q, plane,
+        launch(
+            rowwise_kernel, (_cdiv(len_q, 64) * batch * heads,),
+            _operand(out), dout_, lse, dlse, rowwise, score, heads, len_q, plane,
             HEAD_DIM_V=v.shape[-1], BLOCK_M=64, BLOCK_DV=_padded(v.shape[-1]), num_warps=4,
         )  # fmt: skip
         config = _config("dq", q, v, aligned, extras, params)
         tiles, rows = _tiles(extras.work_q, len_q, batch, config.block_m)
-        dq_kernel[(tiles * heads * rows,)](
+        launch(
+            dq_kernel, (tiles * heads * rows,),
             dout_, _operand(dq), *operands, rowwise, plane, extras.work_q, mask, dense,
             _blocks(extras.blocks_q, extras), score, bias, params.diagonal, heads, group, len_q, len_k, tiles,
             **_meta(config, q, v, params, extras.blocks_q),
@@ -180,7 +176,8 @@ def backward(dout, dlse, q, k, v, out, lse, gradients, extras: Extras, params: P
     if k.numel() > 0:
         config = _config("dkdv", q, v, aligned, extras, params)
         tiles, rows = _tiles(extras.work_k, len_k, batch_k, config.block_n)
-        dkdv_kernel[(tiles * heads_k * rows,)](
+        launch(
+            dkdv_kernel, (tiles * heads_k * rows,),
             dout_, _operand(dk), _operand(dv), *operands, rowwise, plane, extras.work_k, mask, dense,
             _blocks(extras.blocks_k, extras), score, bias, params.diagonal, heads, group, len_q, len_k, tiles,
             **_meta(config, q, v, params, extras.blocks_k),
@@ -189,11 +186,26 @@ def backward(dout, dlse, q, k, v, out, lse, gradients, extras: Extras, params: P
         config = _config("dbias", q, v, aligned, extras, params)
         tiles_m, tiles_n = _cdiv(dbias.shape[2], config.block_m), _cdiv(dbias.shape[3], config.block_n)
         sequences = extras.sequences
-        dbias_kernel[(tiles_n, tiles_m, dbias.shape[0] * dbias.shape[1])](
+        launch(
+            dbias_kernel, (tiles_n, tiles_m, dbias.shape[0] * dbias.shape[1]),
             dout_, _matrix(dbias), *operands, rowwise, plane, sequences, mask, dense,
             _blocks(extras.blocks_q, extras), score, bias, params.diagonal,
             batch if sequences is None else sequences.shape[0], heads, group, dbias.shape[0], dbias.shape[1], len_q,
             len_k, **_meta(config, q, v, params, extras.blocks_q),
         )  # fmt: skip
+
+
+def forward(q, k, v, out, lse, extras: Extras, params: Params) -> None:
+    """Fills `out` and `lse`."""
+    if q.numel() > 0:
+        replay(_launch_forward, (q, k, v, out, lse, *extras), params)
+
+
+def backward(dout, dlse, q, k, v, out, lse, gradients, extras: Extras, params: Params) -> None:
+    """Fills `gradients`: dq, dk, dv, dbias, dsinks."""
+    *filled, dsinks = gradients
+    rowwise = lse.new_empty((4 if params.drop_threshold > 0 else 2, *lse.shape))
+    dlse = None if dlse is None else dlse.contiguous()
+    replay(_launch_backward, (dout, dlse, q, k, v, out, lse, rowwise, *filled, *extras), params)
     if extras.sinks is not None:
         dsinks.copy_(sinks_gradient(extras.sinks, lse, rowwise[1]))

@@ -49,6 +49,11 @@ def override(kernel: str, config: Config) -> Iterator[None]:
         _overrides.update(before)
 
 
+def overrides() -> tuple[tuple[str, Config], ...]:
+    """What `override` gives at present."""
+    return tuple(_overrides.items())
+
+
 def select(kernel: str, arch: str, block_dim: int, itemsize: int, plain: bool, aligned: bool = True) -> Config:
     """The configuration of `kernel` ("forward", "dkdv", "dq", "dbias").
 

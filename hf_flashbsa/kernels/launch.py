@@ -1,0 +1,150 @@
+"""Kernel launches that cost the host little: what was launched before is launched again, with other addresses.
+
+At every launch Triton inspects all arguments to find the kernel that it compiled for such arguments, which takes
+several times as long as the launch itself. Its answer, like all arguments but the addresses, follows from what
+`_signature` lists. The layers of a model make the same call over and over: what a call launched is kept by its
+signature and repeated.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from operator import itemgetter
+
+import torch
+import triton
+from triton import knobs
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+
+from hf_flashbsa.kernels import tuning
+
+logger = logging.getLogger(__name__)
+
+#: Plans kept. A training step needs about ten for each shape of its batches.
+MAX_PLANS = 256
+#: Releases of Triton whose `JITFunction.run` launches a compiled kernel as `Plan.run` does.
+KNOWN_TRITON = (("3", "6"), ("3", "7"))
+
+_repeats = tuple(triton.__version__.split(".")[:2]) in KNOWN_TRITON
+if not _repeats:
+    logger.info("Triton %s: launches cost the host more than with %s.", triton.__version__, KNOWN_TRITON)
+
+
+class Launcher:
+    """Launches kernels the ordinary way, `launcher(kernel, grid, *arguments, **options)`, and remembers how."""
+
+    def __init__(self, tensors: tuple[torch.Tensor | None, ...]):
+        # Aliases, because one tensor may stand in two places. Triton wants bytes where torch has bool.
+        self.tensors = [
+            None if x is None else x.view(torch.uint8) if x.dtype == torch.bool else x.detach() for x in tensors
+        ]
+        self.launched: list[tuple] = []
+
+    def __call__(self, kernel, grid: tuple[int, ...], *arguments, **options) -> None:
+        compiled = kernel[grid](*arguments, **options)
+        if isinstance(compiled, CompiledKernel):  # the interpreter gives None
+            arguments += tuple(options[name] for name in kernel.arg_names[len(arguments) :])
+        self.launched.append((compiled, (*grid, 1, 1)[:3], arguments))
+
+
+class Plan:
+    """What a `Launcher` launched, without the tensors.
+
+    Arguments are picked from one list of values: the tensors' addresses, then the constants. Tuples that hold
+    addresses have their places among the constants and are made anew for each run.
+    """
+
+    def __init__(self, launcher: Launcher):
+        places = {id(x): place for place, x in enumerate(launcher.tensors) if x is not None}
+        changing = set(places.values())
+        self._constants: list = []
+        self._tuples: list[tuple[int, itemgetter]] = []
+
+        def place_of(argument) -> int:
+            if id(argument) in places:
+                return places[id(argument)]
+            if isinstance(argument, torch.Tensor):
+                raise LookupError("a kernel got a tensor that `replay` was not given; give it, or the view of it.")
+            place = places[id(argument)] = len(launcher.tensors) + len(self._constants)
+            self._constants.append(argument)
+            if isinstance(argument, tuple):
+                parts = tuple(map(place_of, argument))
+                if not changing.isdisjoint(parts):
+                    changing.add(place)
+                    self._constants[place - len(launcher.tensors)] = None
+                    self._tuples.append((place, itemgetter(*parts)))
+            return place
+
+        self._launches = [
+            (compiled, grid, itemgetter(*map(place_of, arguments))) for compiled, grid, arguments in launcher.launched
+        ]
+
+    def run(self, addresses: list[int | None], device: int) -> None:
+        """Launches on the current stream of `device`, which must be the current device."""
+        stream = driver.active.get_current_stream(device)
+        enter, leave = _hook(knobs.runtime.launch_enter_hook), _hook(knobs.runtime.launch_exit_hook)
+        values = addresses + self._constants
+        for place, pick in self._tuples:
+            values[place] = pick(values)
+        for kernel, grid, pick in self._launches:
+            arguments = pick(values)
+            metadata = None if enter is None else kernel.launch_metadata(grid, stream, *arguments)
+            kernel.run(*grid, stream, kernel.function, kernel.packed_metadata, metadata, enter, leave, *arguments)
+
+
+def _hook(hook):
+    """An empty chain of hooks is as good as none, and costs more."""
+    return hook if getattr(hook, "calls", True) else None
+
+
+def replay(body: Callable, tensors: tuple[torch.Tensor | None, ...], params: tuple) -> None:
+    """`body(launch, tensors, params)`; on a GPU, what it launched for tensors and params like these, once more.
+
+    Args:
+        body: launches kernels by `launch(kernel, grid, *arguments, **options)` and does nothing else to the device.
+            Arguments are numbers, None, tensors and tuples of those. All it does follows from `tuning` and from the
+            tensors' shapes, strides, dtypes, device and addresses modulo 16. It gets the tensors as aliases, those of
+            bool as uint8, and hands no others to kernels.
+        tensors: the first is on the device to run on. None stands for no tensor.
+        params: hashable numbers and strings, each always of the same type.
+    """
+    device = tensors[0].get_device()
+    if device >= 0 and device != driver.active.get_current_device():  # where Triton launches
+        with torch.cuda.device(device):
+            return replay(body, tensors, params)
+    if device < 0 or not _repeats:  # on the CPU, Triton's interpreter
+        launcher = Launcher(tensors)
+        return body(launcher, launcher.tensors, params)
+    features, addresses = _signature(tensors)
+    hook = knobs.runtime.add_stages_inspection_hook
+    settings = tuning.overrides(), knobs.runtime.debug, knobs.compilation.instrumentation_mode, hook
+    kept = _kept((body, params, settings, *features))
+    if kept:
+        return kept[0].run(addresses, device)
+    launcher = Launcher(tensors)
+    body(launcher, launcher.tensors, params)
+    if hook is None and all(isinstance(compiled, CompiledKernel) for compiled, _, _ in launcher.launched):
+        kept.append(Plan(launcher))
+
+
+def _signature(tensors: tuple[torch.Tensor | None, ...]) -> tuple[list, list[int | None]]:
+    """All that Triton's choice of a kernel and our launchers' arguments depend on, and the addresses."""
+    features, addresses = [], []
+    for x in tensors:
+        if x is None:
+            features.append(None)
+            addresses.append(None)
+        else:
+            address = x.data_ptr()
+            features += x.dtype, x.shape, x.stride(), x.get_device(), address % 16
+            addresses.append(address)
+    return features, addresses
+
+
+@functools.lru_cache(MAX_PLANS)
+def _kept(signature: tuple) -> list[Plan]:
+    """Holds the plan for a signature once it is known."""
+    return []
