@@ -92,6 +92,8 @@ class AttentionSpec:
         for side, value in zip(("left", "right"), window, strict=True):
             if value is not None and (isinstance(value, float) or value < 0):
                 raise ValueError(f"window_size: {side} is {value}; give an integer >= 0, or None for unlimited.")
+        if isinstance(self.query_offset, float):
+            raise ValueError(f"query_offset: {self.query_offset}; give an integer, or a tensor with one.")
         if self.layout is not None and not isinstance(self.layout, BlockLayout):
             raise ValueError(f"layout: {type(self.layout).__name__}; give a BlockLayout; its from_mask makes one.")
         for side in "qk":
@@ -135,9 +137,15 @@ class AttentionSpec:
     @property
     def differs_by_row(self) -> bool:
         """Whether batch rows have lengths or an offset of their own, which only a work table can say."""
-        names = ("seqlens", "starts", "cu_seqlens")
-        given = any(self._get(name, side) is not None for name in names for side in "qk")
-        return isinstance(self.query_offset, torch.Tensor) or given
+        return (
+            isinstance(self.query_offset, torch.Tensor)
+            or self.seqlens_q is not None
+            or self.seqlens_k is not None
+            or self.starts_q is not None
+            or self.starts_k is not None
+            or self.cu_seqlens_q is not None
+            or self.cu_seqlens_k is not None
+        )
 
     @property
     def is_ragged(self) -> bool:

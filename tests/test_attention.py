@@ -219,6 +219,7 @@ REFUSED = {
     "sinks dtype": ({"sinks": torch.zeros(4, dtype=torch.int32)}, "sinks: .*floats"),
     "window < 0": ({"window_size": (-1, None)}, "window_size: left is -1; give an integer >= 0, or None"),
     "window float": ({"window_size": (None, 1.5)}, "window_size: right is 1.5; give an integer"),
+    "offset float": ({"query_offset": 2.5}, "query_offset: 2.5; give an integer"),
     "window int": ({"window_size": 3}, "window_size: 3; give .left, right."),
     "offset of 2": ({"query_offset": LENGTHS}, "query_offset: .*give an int or one element"),
     "seqlens shape": ({"seqlens_k": torch.tensor([3])}, "seqlens_k: shape is .1,., expected .2,."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -141,3 +142,33 @@ def test_ops_trace_without_data():
     out, lse = attention(q, k, v, mask=mask, dropout_p=0.1, return_lse=True)
     assert (out.shape, lse.shape, out.device.type) == ((2, 4, 5, 6), (2, 4, 5), "meta")
     assert [g.shape for g in torch.autograd.grad(out.sum(), [q, k, v])] == [q.shape, k.shape, v.shape]
+
+
+def test_lazily_negated_tensors_are_negated():
+    """Eager calls bypass the dispatcher, which resolves such tensors, only where it has nothing to resolve."""
+    q, k, v = (x.detach() for x in inputs())
+    negated = [torch._neg_view(x) for x in (q, k, v)]
+    assert torch.equal(attention(*negated), attention(-q, -k, -v))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    dout = torch.randn(2, 4, 5, 6)
+    got = torch.autograd.grad(attention(*leaves), leaves, torch._neg_view(dout))
+    want = torch.autograd.grad(attention(*leaves), leaves, -dout)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_fake_tensors_stay_fake():
+    with FakeTensorMode() as mode:
+        q, k, v = (mode.from_tensor(x.detach()).requires_grad_() for x in inputs())
+        out = attention(q, k, v, causal=True)
+        gradients = torch.autograd.grad(out.sum(), (q, k, v))
+    assert all(isinstance(x, FakeTensor) for x in (out, *gradients))
+    assert [x.shape for x in gradients] == [q.shape, k.shape, v.shape]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_outputs_may_be_changed_in_place(mode):
+    q, k, v = inputs()
+    with mode():
+        out = attention(q, k, v)
+        want = out.detach() * 2
+        assert torch.equal(out.mul_(2), want)

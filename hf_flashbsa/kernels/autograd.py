@@ -201,7 +201,13 @@ def attend(
     """`attention` after validation: resolves the spec and calls the op. Returns `out` and `lse`."""
     # The torch back end computes a whole sequence at once.
     tile = TILE if backend == "triton" else max(shape.len_q, shape.len_k, 1)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias, sinks))
+    needs_grad = torch.is_grad_enabled() and (
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (sinks is not None and sinks.requires_grad)
+    )
     mask = spec.mask
     if mask is not None:
         mask = mask.expand(shape.batch_q, q.shape[1], shape.len_q, shape.len_k)
@@ -225,10 +231,10 @@ def attend(
     )
     params = Params(
         scale=scale,
-        softcap=softcap or 0.0,
-        window_left=-1 if left is None else left,
-        window_right=-1 if right is None else right,
-        diagonal=spec.diagonal(shape),
+        softcap=float(softcap or 0.0),
+        window_left=-1 if left is None else int(left),
+        window_right=-1 if right is None else int(right),
+        diagonal=int(spec.diagonal(shape)),
         drop_threshold=drop_threshold(dropout_p),
         block_size=0 if layout is None else layout.block_size,
         backend=backend,

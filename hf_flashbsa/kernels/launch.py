@@ -26,11 +26,12 @@ logger = logging.getLogger(__name__)
 #: Plans kept. A training step needs about ten for each shape of its batches.
 MAX_PLANS = 256
 #: Releases of Triton whose `JITFunction.run` launches a compiled kernel as `Plan.run` does.
-KNOWN_TRITON = (("3", "6"), ("3", "7"))
+KNOWN_TRITON = ("3.6", "3.7")
 
-_repeats = tuple(triton.__version__.split(".")[:2]) in KNOWN_TRITON
+_repeats = ".".join(triton.__version__.split(".")[:2]) in KNOWN_TRITON
 if not _repeats:
-    logger.info("Triton %s: launches cost the host more than with %s.", triton.__version__, KNOWN_TRITON)
+    known = " and ".join(KNOWN_TRITON)
+    logger.info("every launch goes through Triton's JIT: launches are repeated with %s only", known)
 
 
 class Launcher:

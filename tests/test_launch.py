@@ -1,0 +1,399 @@
+"""Launches repeated from a plan: which calls share one, and that it gives kernels what Triton itself would give.
+
+`python tests/test_launch.py` compares with Triton's own launches, in a process of its own: here Triton may be the
+interpreter.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+import weakref
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from triton import knobs
+from triton.compiler import CompiledKernel
+
+from hf_flashbsa import BlockLayout, attention
+from hf_flashbsa.kernels import launch, triton_backend, tuning
+from hf_flashbsa.kernels.launch import MAX_PLANS, replay
+
+#: Few enough for all their plans to be kept.
+PROBLEMS = 120
+
+
+class Compiled(CompiledKernel):
+    """A kernel that notes its launches: the grid, the stream, and the arguments with addresses for tensors."""
+
+    def __init__(self, name: str, launches: list):
+        self.name, self.launches = name, launches
+        self.src, self.function, self.packed_metadata = None, f"function of {name}", ()
+        self._run = self._note
+
+    def _init_handles(self) -> None:
+        pass
+
+    def _note(self, x, y, z, stream, function, packed_metadata, metadata, enter, leave, *arguments) -> None:
+        assert function == self.function
+        for hook in (enter, leave):
+            if hook is not None:
+                hook(metadata)
+        self.launches.append((self.name, (x, y, z), stream, addressed(arguments)))
+
+
+def addressed(argument):
+    if isinstance(argument, tuple):
+        return tuple(map(addressed, argument))
+    return argument.data_ptr() if isinstance(argument, torch.Tensor) else argument
+
+
+class Kernel:
+    """Launches a `Compiled` as a JITFunction would, and counts how often it is asked to."""
+
+    arg_names = ("first", "pair", "number", "SIZE")
+
+    def __init__(self):
+        self.asked, self.launches = 0, []
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        def run(*arguments, SIZE: int, num_warps: int):
+            self.asked += 1
+            kernel = Compiled("kernel", self.launches)
+            kernel.run(*(*grid, 1, 1)[:3], 7, kernel.function, (), None, None, None, *arguments, SIZE)
+            return kernel
+
+        return run
+
+
+@contextmanager
+def pretended_gpu(current: int = 0):
+    """Within, tensors lie on GPU 0 for `replay`, and the current device is `current`, with stream 7."""
+    driver = SimpleNamespace(get_current_device=lambda: current, get_current_stream=lambda device: 7)
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(launch, "driver", SimpleNamespace(active=driver)))
+        stack.enter_context(mock.patch.object(torch.Tensor, "get_device", lambda self: 0))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def gpu():
+    launch._kept.cache_clear()
+    with pretended_gpu():
+        yield
+    launch._kept.cache_clear()
+
+
+@pytest.fixture
+def kernel():
+    return Kernel()
+
+
+def caller(kernel: Kernel):
+    """`body` of a call that launches `kernel` once, with two tensors."""
+
+    def body(run, tensors, params):
+        x, y, *_ = tensors
+        run(kernel, (x.shape[0], 2), x, (y, 5, None), params[0], SIZE=x.shape[-1], num_warps=4)
+
+    return body
+
+
+def test_a_repeated_call_is_launched_without_asking_triton(kernel):
+    body, tensors = caller(kernel), [torch.zeros(3, 8) for _ in range(8)]
+    for x, y in itertools.pairwise(tensors):
+        replay(body, (x, y), (0.5,))
+    assert kernel.asked == 1
+    assert kernel.launches == [
+        ("kernel", (3, 2, 1), 7, (x.data_ptr(), (y.data_ptr(), 5, None), 0.5, 8))
+        for x, y in itertools.pairwise(tensors)
+    ]
+
+
+def test_one_tensor_in_two_places_is_told_apart_later(kernel):
+    body, x, y = caller(kernel), torch.zeros(3, 8), torch.zeros(3, 8)
+    replay(body, (x, x), (1,))
+    replay(body, (x, y), (1,))
+    assert kernel.asked == 1
+    assert [arguments[:2] for *_, arguments in kernel.launches] == [
+        (x.data_ptr(), (x.data_ptr(), 5, None)),
+        (x.data_ptr(), (y.data_ptr(), 5, None)),
+    ]
+
+
+@contextmanager
+def other_device():
+    with (
+        mock.patch.object(torch.Tensor, "get_device", lambda self: 1),
+        mock.patch.object(launch.driver.active, "get_current_device", lambda: 1),
+    ):
+        yield
+
+
+SPACE = torch.zeros(4096)
+PLAIN = {"x": SPACE[:64].view(8, 8), "y": SPACE[64:128].view(8, 8), "params": (16,), "within": None}
+#: Calls that must not share a plan with PLAIN.
+DIFFERENT = {
+    "shape": {"y": SPACE[64:120].view(7, 8)},
+    "strides": {"y": SPACE[64:192].view(8, 16)[:, :8]},
+    "order": {"y": SPACE[64:128].view(8, 8).t()},
+    "a size of 1": {"y": SPACE[64:72].view(1, 8)},
+    "dtype": {"y": SPACE[64:128].view(8, 8).view(torch.int32)},
+    "half as wide": {"y": torch.zeros(8, 8, dtype=torch.bfloat16)},
+    "address": {"y": SPACE[65:129].view(8, 8)},
+    "address of the first": {"x": SPACE[2:66].view(8, 8)},
+    "no tensor": {"y": None},
+    "one tensor more": {"more": SPACE[:1]},
+    "number": {"params": (17,)},
+    "number of 1": {"params": (1,)},
+    "number beyond 32 bits": {"params": (1 << 33,)},
+    "device": {"within": other_device},
+    "override": {"within": lambda: tuning.override("forward", tuning.Config(64, 64, 4, 2))},
+    "debug": {"within": lambda: mock.patch.object(knobs.runtime, "debug", True)},
+    "instrumentation": {"within": lambda: mock.patch.object(knobs.compilation, "instrumentation_mode", "proton")},
+}
+
+
+@pytest.mark.parametrize("change", DIFFERENT.values(), ids=DIFFERENT)
+def test_what_tells_calls_apart(change, kernel):
+    body = caller(kernel)
+
+    def call(x, y, params, within, more=None):
+        with ExitStack() as stack:
+            if within is not None:
+                stack.enter_context(within())
+            replay(body, (x, y) if more is None else (x, y, more), params)
+
+    for options in (PLAIN, PLAIN | change, PLAIN, PLAIN | change):
+        call(**options)
+    assert kernel.asked == 2
+
+
+def test_addresses_that_are_equal_modulo_16_share_a_plan(kernel):
+    body = caller(kernel)
+    for start in (0, 4, 400):
+        replay(body, (SPACE[start:][:64].view(8, 8), PLAIN["y"]), (16,))
+    assert kernel.asked == 1
+
+
+def test_bool_goes_to_triton_as_bytes(kernel):
+    seen = []
+
+    def body(run, tensors, params):
+        seen.append(tensors[1].dtype)
+        caller(kernel)(run, tensors, params)
+
+    mask = torch.zeros(2, 4, 8, dtype=torch.bool)
+    for x in mask:
+        replay(body, (PLAIN["x"], x), (1,))
+    assert seen == [torch.uint8]
+    assert [arguments[1][0] for *_, arguments in kernel.launches] == [x.data_ptr() for x in mask]
+
+
+def test_no_more_than_a_bound_is_kept(kernel):
+    body = caller(kernel)
+    for number in range(MAX_PLANS + 20):
+        replay(body, (PLAIN["x"], PLAIN["y"]), (number,))
+    assert launch._kept.cache_info().currsize == MAX_PLANS
+    replay(body, (PLAIN["x"], PLAIN["y"]), (MAX_PLANS + 19,))
+    assert kernel.asked == MAX_PLANS + 20
+    replay(body, (PLAIN["x"], PLAIN["y"]), (0,))
+    assert kernel.asked == MAX_PLANS + 21
+
+
+def test_plans_keep_no_memory_alive(kernel):
+    memory = [np.zeros((8, 8)) for _ in range(2)]
+    freed = [weakref.ref(array) for array in memory]
+    replay(caller(kernel), tuple(map(torch.from_numpy, memory)), (1,))
+    del memory
+    gc.collect()
+    assert [array() for array in freed] == [None, None]
+
+
+def test_triton_hooks_see_repeated_launches(kernel):
+    body, entered, left = caller(kernel), [], []
+    replay(body, (PLAIN["x"], PLAIN["y"]), (1,))
+    with mock.patch.object(knobs.runtime, "launch_enter_hook", knobs.HookChain()) as enter:
+        with mock.patch.object(knobs.runtime, "launch_exit_hook", left.append):
+            enter.add(entered.append)
+            replay(body, (PLAIN["x"], PLAIN["y"]), (1,))
+    assert kernel.asked == 1
+    (metadata,) = entered
+    assert metadata.get() == {"name": "kernel", "function": "function of kernel", "stream": 7}
+    assert left == [metadata]
+
+
+def test_an_inspected_compilation_is_not_kept(kernel):
+    with mock.patch.object(knobs.runtime, "add_stages_inspection_hook", lambda: ("key", "hash")):
+        for _ in range(3):
+            replay(caller(kernel), (PLAIN["x"], PLAIN["y"]), (1,))
+    assert kernel.asked == 3
+
+
+def test_the_interpreter_and_unknown_releases_of_triton_keep_nothing(kernel, monkeypatch):
+    body = caller(kernel)
+    with mock.patch.object(torch.Tensor, "get_device", lambda self: -1):
+        for _ in range(2):
+            replay(body, (PLAIN["x"], PLAIN["y"]), (1,))
+    monkeypatch.setattr(launch, "_repeats", False)
+    for _ in range(2):
+        replay(body, (PLAIN["x"], PLAIN["y"]), (1,))
+    assert kernel.asked == 4
+    assert launch._kept.cache_info().currsize == 0
+
+
+def test_the_device_of_the_tensors_becomes_the_current_one(kernel):
+    entered = []
+
+    @contextmanager
+    def device(index):
+        entered.append(index)
+        with pretended_gpu(current=index):
+            yield
+
+    with pretended_gpu(current=1), mock.patch.object(torch.cuda, "device", device):
+        replay(caller(kernel), (PLAIN["x"], PLAIN["y"]), (1,))
+    assert entered == [0]
+    assert kernel.asked == 1
+
+
+def test_a_tensor_that_was_not_handed_over_is_an_error(kernel):
+    def body(run, tensors, params):
+        run(kernel, (1,), tensors[0], (tensors[1][1:], 1), 2, SIZE=8, num_warps=4)
+
+    with pytest.raises(LookupError, match="`replay` was not given"):
+        replay(body, (PLAIN["x"], PLAIN["y"]), (1,))
+
+
+def test_threads_do_not_mix_their_addresses(kernel):
+    body = caller(kernel)
+    pairs = [[(torch.zeros(3, 8), torch.zeros(3, 8)) for _ in range(50)] for _ in range(8)]
+    barrier = threading.Barrier(len(pairs))
+
+    def work(mine):
+        barrier.wait()
+        for x, y in mine:
+            replay(body, (x, y), (1,))
+
+    threads = [threading.Thread(target=work, args=(mine,)) for mine in pairs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    got = {(first, second) for *_, (first, (second, _, _), _, _) in kernel.launches}
+    assert len(kernel.launches) == 400
+    assert got == {(x.data_ptr(), y.data_ptr()) for x, y in itertools.chain(*pairs)}
+    assert kernel.asked <= len(pairs)
+
+
+def random_problem(r: random.Random) -> dict:
+    """Arguments of `attention` whose sizes, strides and alignments hit and miss what Triton specialises on."""
+    dtype = r.choice([torch.bfloat16, torch.float32])
+    batch, heads_k, dim = r.choice([1, 2]), r.choice([1, 2]), r.choice([16, 64, 65])
+    heads, len_q, len_k = heads_k * r.choice([1, 2]), r.choice([1, 16, 33]), r.choice([1, 16, 33])
+
+    def operand(heads: int, length: int) -> torch.Tensor:
+        offset, room = r.choice([0, 0, 1, 8]), r.choice([dim, dim, dim + 1, dim + 16])
+        shape = (batch, length, heads, room) if r.random() < 0.5 else (batch, heads, length, room)
+        x = torch.zeros(offset + torch.Size(shape).numel(), dtype=dtype)[offset:].view(shape)[..., :dim]
+        return x.transpose(1, 2) if shape[1] == length else x
+
+    q, k, v = operand(heads, len_q), operand(heads_k, len_k), operand(heads_k, len_k)
+    rules = r.choice(["none", "causal", "window", "lengths", "padding", "mask", "bias", "sinks", "dropout", "layout"])
+    options = {
+        "none": lambda: {},
+        "causal": lambda: {"causal": True, "softmax_scale": r.choice([0.0, 0.5])},
+        "window": lambda: {"window_size": (r.choice([1, 16, 33]), None), "softcap": r.choice([None, 20.0])},
+        "lengths": lambda: {"seqlens_k": torch.full((batch,), len_k)},
+        "padding": lambda: {"mask": torch.ones(batch, 1, 1, len_k, dtype=torch.bool)},
+        "mask": lambda: {"mask": torch.ones(r.choice([1, batch]), 1, len_q, len_k, dtype=torch.bool)},
+        "bias": lambda: {"bias": torch.zeros(1, heads, len_q, len_k, requires_grad=r.random() < 0.5)},
+        "sinks": lambda: {"sinks": torch.zeros(heads)},
+        "dropout": lambda: {"dropout_p": r.choice([0.1, 0.5]), "causal": True},
+        "layout": lambda: {"layout": BlockLayout.from_mask(torch.eye(len_q, len_k) > 0, block_size=32)},
+    }[rules]()
+    return {"q": q, "k": k, "v": v, **options}
+
+
+def main() -> None:
+    """Makes random calls twice and prints how many were repeated from plans, and what differed from Triton's own."""
+    from aot import _Driver
+    from triton.runtime import JITFunction
+    from triton.runtime import driver as triton_driver
+
+    compiled, launches, wrong, asked = {}, [], [], 0
+    run_of_triton = JITFunction.run
+
+    def run(self, *arguments, **options):
+        nonlocal asked
+        asked += 1
+        return run_of_triton(self, *arguments, **options)
+
+    def do_compile(self, key, *_):
+        name = f"{self.__name__} {key}"
+        return compiled.setdefault(name, Compiled(name, launches))
+
+    def launched(function, *arguments) -> list[str]:
+        launches.clear()
+        function(*arguments)
+        return [repr(x) for x in launches]
+
+    def compared(body, tensors, params) -> None:
+        nonlocal asked
+        before = asked
+        got = launched(replay, body, tensors, params)
+        after = asked
+        launcher = launch.Launcher(tensors)
+        want = launched(body, launcher, launcher.tensors, params)
+        asked = after
+        again = launched(replay, body, tensors, params)
+        if not want == got == again or asked != after:
+            wrong.append({"want": want, "got": got, "again": again, "asked": [before, after, asked]})
+
+    triton_driver.set_active(_Driver(90))
+    problems, asked_in_pass = [], []
+    with (
+        mock.patch.multiple(JITFunction, run=run, _do_compile=do_compile),
+        mock.patch.object(triton_backend, "replay", compared),
+        mock.patch.object(tuning, "architecture", lambda device: "sm_90"),
+        mock.patch.object(torch.Tensor, "get_device", lambda self: 0),
+        mock.patch.dict(os.environ, TRITON_INTERPRET="1"),  # `attention` then takes tensors on the CPU
+    ):
+        for _ in range(2):
+            before = asked
+            for seed in range(PROBLEMS):
+                problem = random_problem(random.Random(seed))
+                problems.append(problem)  # alive, so that addresses differ in the second pass
+                leaves = [problem[name].requires_grad_() for name in "qkv"]
+                out, lse = attention(**problem, backend="triton", return_lse=True)
+                torch.autograd.grad(out.sum() + (lse.sum() if seed % 2 else 0.0), leaves)
+            asked_in_pass.append(asked - before)
+    plans = launch._kept.cache_info().currsize
+    print(json.dumps({"wrong": wrong, "asked": asked_in_pass, "plans": plans, "kernels": len(compiled)}))
+
+
+def test_plans_launch_what_triton_would():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, __file__]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["wrong"] == []
+    assert PROBLEMS < result["plans"] <= MAX_PLANS
+    first, second = result["asked"]
+    assert first > second == 0
+
+
+if __name__ == "__main__":
+    main()
