@@ -103,8 +103,8 @@ def kernel():
 def caller(kernel: Kernel):
     """`body` of a call that launches `kernel` once, with two tensors."""
 
-    def body(run, tensors, params):
-        x, y, *_ = tensors
+    def body(run, inputs, outputs, params):
+        (x, *_), (y, *_) = inputs, outputs
         run(kernel, (x.shape[0], 2), x, (y, 5, None), params[0], SIZE=x.shape[-1], num_warps=4)
 
     return body
@@ -113,7 +113,7 @@ def caller(kernel: Kernel):
 def test_a_repeated_call_is_launched_without_asking_triton(kernel):
     body, tensors = caller(kernel), [torch.zeros(3, 8) for _ in range(8)]
     for x, y in itertools.pairwise(tensors):
-        replay(body, (x, y), (0.5,))
+        replay(body, (x,), (y,), (0.5,))
     assert kernel.asked == 1
     assert kernel.launches == [
         ("kernel", (3, 2, 1), 7, (x.data_ptr(), (y.data_ptr(), 5, None), 0.5, 8))
@@ -123,8 +123,8 @@ def test_a_repeated_call_is_launched_without_asking_triton(kernel):
 
 def test_one_tensor_in_two_places_is_told_apart_later(kernel):
     body, x, y = caller(kernel), torch.zeros(3, 8), torch.zeros(3, 8)
-    replay(body, (x, x), (1,))
-    replay(body, (x, y), (1,))
+    replay(body, (x,), (x,), (1,))
+    replay(body, (x,), (y,), (1,))
     assert kernel.asked == 1
     assert [arguments[:2] for *_, arguments in kernel.launches] == [
         (x.data_ptr(), (x.data_ptr(), 5, None)),
@@ -145,15 +145,15 @@ SPACE = torch.zeros(4096)
 PLAIN = {"x": SPACE[:64].view(8, 8), "y": SPACE[64:128].view(8, 8), "params": (16,), "within": None}
 #: Calls that must not share a plan with PLAIN.
 DIFFERENT = {
-    "shape": {"y": SPACE[64:120].view(7, 8)},
-    "strides": {"y": SPACE[64:192].view(8, 16)[:, :8]},
-    "order": {"y": SPACE[64:128].view(8, 8).t()},
-    "a size of 1": {"y": SPACE[64:72].view(1, 8)},
-    "dtype": {"y": SPACE[64:128].view(8, 8).view(torch.int32)},
-    "half as wide": {"y": torch.zeros(8, 8, dtype=torch.bfloat16)},
-    "address": {"y": SPACE[65:129].view(8, 8)},
-    "address of the first": {"x": SPACE[2:66].view(8, 8)},
-    "no tensor": {"y": None},
+    "shape": {"x": SPACE[:56].view(7, 8)},
+    "strides": {"x": SPACE[:128].view(8, 16)[:, :8]},
+    "order": {"x": SPACE[:64].view(8, 8).t()},
+    "a size of 1": {"x": SPACE[:8].view(1, 8)},
+    "dtype": {"x": SPACE[:64].view(8, 8).view(torch.int32)},
+    "half as wide": {"x": SPACE[:32].view(torch.bfloat16).view(8, 8)},
+    "address": {"x": SPACE[1:65].view(8, 8)},
+    "address of the output": {"y": SPACE[66:130].view(8, 8)},
+    "no output": {"y": None},
     "one tensor more": {"more": SPACE[:1]},
     "number": {"params": (17,)},
     "number of 1": {"params": (1,)},
@@ -173,7 +173,7 @@ def test_what_tells_calls_apart(change, kernel):
         with ExitStack() as stack:
             if within is not None:
                 stack.enter_context(within())
-            replay(body, (x, y) if more is None else (x, y, more), params)
+            replay(body, (x,) if more is None else (x, more), (y,), params)
 
     for options in (PLAIN, PLAIN | change, PLAIN, PLAIN | change):
         call(**options)
@@ -183,20 +183,20 @@ def test_what_tells_calls_apart(change, kernel):
 def test_addresses_that_are_equal_modulo_16_share_a_plan(kernel):
     body = caller(kernel)
     for start in (0, 4, 400):
-        replay(body, (SPACE[start:][:64].view(8, 8), PLAIN["y"]), (16,))
+        replay(body, (SPACE[start:][:64].view(8, 8),), (PLAIN["y"],), (16,))
     assert kernel.asked == 1
 
 
 def test_bool_goes_to_triton_as_bytes(kernel):
     seen = []
 
-    def body(run, tensors, params):
-        seen.append(tensors[1].dtype)
-        caller(kernel)(run, tensors, params)
+    def body(run, inputs, outputs, params):
+        seen.append(outputs[0].dtype)
+        caller(kernel)(run, inputs, outputs, params)
 
     mask = torch.zeros(2, 4, 8, dtype=torch.bool)
     for x in mask:
-        replay(body, (PLAIN["x"], x), (1,))
+        replay(body, (PLAIN["x"],), (x,), (1,))
     assert seen == [torch.uint8]
     assert [arguments[1][0] for *_, arguments in kernel.launches] == [x.data_ptr() for x in mask]
 
@@ -204,18 +204,18 @@ def test_bool_goes_to_triton_as_bytes(kernel):
 def test_no_more_than_a_bound_is_kept(kernel):
     body = caller(kernel)
     for number in range(MAX_PLANS + 20):
-        replay(body, (PLAIN["x"], PLAIN["y"]), (number,))
+        replay(body, (PLAIN["x"],), (PLAIN["y"],), (number,))
     assert launch._kept.cache_info().currsize == MAX_PLANS
-    replay(body, (PLAIN["x"], PLAIN["y"]), (MAX_PLANS + 19,))
+    replay(body, (PLAIN["x"],), (PLAIN["y"],), (MAX_PLANS + 19,))
     assert kernel.asked == MAX_PLANS + 20
-    replay(body, (PLAIN["x"], PLAIN["y"]), (0,))
+    replay(body, (PLAIN["x"],), (PLAIN["y"],), (0,))
     assert kernel.asked == MAX_PLANS + 21
 
 
 def test_plans_keep_no_memory_alive(kernel):
     memory = [np.zeros((8, 8)) for _ in range(2)]
     freed = [weakref.ref(array) for array in memory]
-    replay(caller(kernel), tuple(map(torch.from_numpy, memory)), (1,))
+    replay(caller(kernel), *((torch.from_numpy(array),) for array in memory), (1,))
     del memory
     gc.collect()
     assert [array() for array in freed] == [None, None]
@@ -223,11 +223,11 @@ def test_plans_keep_no_memory_alive(kernel):
 
 def test_triton_hooks_see_repeated_launches(kernel):
     body, entered, left = caller(kernel), [], []
-    replay(body, (PLAIN["x"], PLAIN["y"]), (1,))
+    replay(body, (PLAIN["x"],), (PLAIN["y"],), (1,))
     with mock.patch.object(knobs.runtime, "launch_enter_hook", knobs.HookChain()) as enter:
         with mock.patch.object(knobs.runtime, "launch_exit_hook", left.append):
             enter.add(entered.append)
-            replay(body, (PLAIN["x"], PLAIN["y"]), (1,))
+            replay(body, (PLAIN["x"],), (PLAIN["y"],), (1,))
     assert kernel.asked == 1
     (metadata,) = entered
     assert metadata.get() == {"name": "kernel", "function": "function of kernel", "stream": 7}
@@ -237,7 +237,7 @@ def test_triton_hooks_see_repeated_launches(kernel):
 def test_an_inspected_compilation_is_not_kept(kernel):
     with mock.patch.object(knobs.runtime, "add_stages_inspection_hook", lambda: ("key", "hash")):
         for _ in range(3):
-            replay(caller(kernel), (PLAIN["x"], PLAIN["y"]), (1,))
+            replay(caller(kernel), (PLAIN["x"],), (PLAIN["y"],), (1,))
     assert kernel.asked == 3
 
 
@@ -245,10 +245,10 @@ def test_the_interpreter_and_unknown_releases_of_triton_keep_nothing(kernel, mon
     body = caller(kernel)
     with mock.patch.object(torch.Tensor, "get_device", lambda self: -1):
         for _ in range(2):
-            replay(body, (PLAIN["x"], PLAIN["y"]), (1,))
+            replay(body, (PLAIN["x"],), (PLAIN["y"],), (1,))
     monkeypatch.setattr(launch, "_repeats", False)
     for _ in range(2):
-        replay(body, (PLAIN["x"], PLAIN["y"]), (1,))
+        replay(body, (PLAIN["x"],), (PLAIN["y"],), (1,))
     assert kernel.asked == 4
     assert launch._kept.cache_info().currsize == 0
 
@@ -263,17 +263,17 @@ def test_the_device_of_the_tensors_becomes_the_current_one(kernel):
             yield
 
     with pretended_gpu(current=1), mock.patch.object(torch.cuda, "device", device):
-        replay(caller(kernel), (PLAIN["x"], PLAIN["y"]), (1,))
+        replay(caller(kernel), (PLAIN["x"],), (PLAIN["y"],), (1,))
     assert entered == [0]
     assert kernel.asked == 1
 
 
 def test_a_tensor_that_was_not_handed_over_is_an_error(kernel):
-    def body(run, tensors, params):
-        run(kernel, (1,), tensors[0], (tensors[1][1:], 1), 2, SIZE=8, num_warps=4)
+    def body(run, inputs, outputs, params):
+        run(kernel, (1,), inputs[0], (outputs[0][1:], 1), 2, SIZE=8, num_warps=4)
 
     with pytest.raises(LookupError, match="`replay` was not given"):
-        replay(body, (PLAIN["x"], PLAIN["y"]), (1,))
+        replay(body, (PLAIN["x"],), (PLAIN["y"],), (1,))
 
 
 def test_threads_do_not_mix_their_addresses(kernel):
@@ -284,7 +284,7 @@ def test_threads_do_not_mix_their_addresses(kernel):
     def work(mine):
         barrier.wait()
         for x, y in mine:
-            replay(body, (x, y), (1,))
+            replay(body, (x,), (y,), (1,))
 
     threads = [threading.Thread(target=work, args=(mine,)) for mine in pairs]
     for thread in threads:
@@ -318,7 +318,7 @@ def random_problem(r: random.Random) -> dict:
         "lengths": lambda: {"seqlens_k": torch.full((batch,), len_k)},
         "padding": lambda: {"mask": torch.ones(batch, 1, 1, len_k, dtype=torch.bool)},
         "mask": lambda: {"mask": torch.ones(r.choice([1, batch]), 1, len_q, len_k, dtype=torch.bool)},
-        "bias": lambda: {"bias": torch.zeros(1, heads, len_q, len_k, requires_grad=r.random() < 0.5)},
+        "bias": lambda: {"bias": torch.zeros(1, heads, len_q, len_k)},
         "sinks": lambda: {"sinks": torch.zeros(heads)},
         "dropout": lambda: {"dropout_p": r.choice([0.1, 0.5]), "causal": True},
         "layout": lambda: {"layout": BlockLayout.from_mask(torch.eye(len_q, len_k) > 0, block_size=32)},
@@ -349,15 +349,14 @@ def main() -> None:
         function(*arguments)
         return [repr(x) for x in launches]
 
-    def compared(body, tensors, params) -> None:
+    def compared(*call) -> None:
         nonlocal asked
         before = asked
-        got = launched(replay, body, tensors, params)
+        got = launched(replay, *call)
         after = asked
-        launcher = launch.Launcher(tensors)
-        want = launched(body, launcher, launcher.tensors, params)
+        want = launched(launch.Launcher().record, *call)
         asked = after
-        again = launched(replay, body, tensors, params)
+        again = launched(replay, *call)
         if not want == got == again or asked != after:
             wrong.append({"want": want, "got": got, "again": again, "asked": [before, after, asked]})
 
@@ -376,8 +375,11 @@ def main() -> None:
                 problem = random_problem(random.Random(seed))
                 problems.append(problem)  # alive, so that addresses differ in the second pass
                 leaves = [problem[name].requires_grad_() for name in "qkv"]
-                out, lse = attention(**problem, backend="triton", return_lse=True)
-                torch.autograd.grad(out.sum() + (lse.sum() if seed % 2 else 0.0), leaves)
+                for bias_learns in (False, True)[: 1 + ("bias" in problem)]:
+                    if bias_learns:
+                        leaves.append(problem["bias"].requires_grad_())
+                    out, lse = attention(**problem, backend="triton", return_lse=True)
+                    torch.autograd.grad(out.sum() + (lse.sum() if seed % 2 else 0.0), leaves)
             asked_in_pass.append(asked - before)
     plans = launch._kept.cache_info().currsize
     print(json.dumps({"wrong": wrong, "asked": asked_in_pass, "plans": plans, "kernels": len(compiled)}))

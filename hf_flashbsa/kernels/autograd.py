@@ -123,9 +123,9 @@ def _plain_keys(device: torch.device) -> frozenset[int]:
     return frozenset(keys)
 
 
-def _forward_eager(q, k, v, extras: Extras, params: Params) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward_eager(q, k, v, extras: Extras, params: Params, plain: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """The forward pass, not recorded. Below its autograd layer, which is slow in Python, where it is called as op."""
-    if _is_plain(q, k, v, extras.bias, extras.sinks):
+    if plain:
         return _forward(q, k, v, extras, params)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.hf_flashbsa.attention_forward.default(q, k, v, *extras, *params)
@@ -138,22 +138,22 @@ def _gradients(ctx, dout, dlse, need_dbias: bool) -> tuple[torch.Tensor, ...]:
     q, k, v, out, lse, *extras = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(out)
-    if _is_plain(dout, dlse, q, k, v, *extras[:3]):
+    if ctx.plain and _is_plain(dout, dlse):
         return _backward(dout, dlse, q, k, v, out, lse, Extras(*extras), ctx.params, need_dbias)
     return torch.ops.hf_flashbsa.attention_backward.default(
         dout, dlse, q, k, v, out, lse, *extras, *ctx.params, need_dbias
     )
 
 
-def _keep(ctx, q, k, v, out, lse, extras: Extras, params: Params) -> None:
+def _keep(ctx, q, k, v, out, lse, extras: Extras, params: Params, plain: bool) -> None:
     ctx.save_for_backward(q, k, v, out, lse, *extras)
-    ctx.params = params
+    ctx.params, ctx.plain = params, plain
     ctx.set_materialize_grads(False)
 
 
 def _keep_of_op(ctx, inputs, output) -> None:
     q, k, v, *rest = inputs
-    _keep(ctx, q, k, v, *output, *_split(rest))
+    _keep(ctx, q, k, v, *output, *_split(rest), plain=False)
 
 
 def _gradients_of_op(ctx, dout, dlse) -> tuple[torch.Tensor | None, ...]:
@@ -173,8 +173,9 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, bias, sinks, extras, params):
-        out, lse = _forward_eager(q, k, v, extras, params)
-        _keep(ctx, q, k, v, out, lse, extras, params)
+        plain = _is_plain(q, k, v, bias, sinks)
+        out, lse = _forward_eager(q, k, v, extras, params, plain)
+        _keep(ctx, q, k, v, out, lse, extras, params, plain)
         return out, lse
 
     @staticmethod
@@ -244,4 +245,4 @@ def attend(
         return torch.ops.hf_flashbsa.attention_forward.default(q, k, v, *extras, *params)
     if needs_grad:
         return _Attention.apply(q, k, v, bias, sinks, extras, params)
-    return _forward_eager(q, k, v, extras, params)
+    return _forward_eager(q, k, v, extras, params, _is_plain(q, k, v, bias, sinks))

@@ -21,6 +21,8 @@ from triton.runtime import driver
 
 from hf_flashbsa.kernels import tuning
 
+Tensors = tuple[torch.Tensor | None, ...]
+
 logger = logging.getLogger(__name__)
 
 #: Plans kept. A training step needs about ten for each shape of its batches.
@@ -37,12 +39,17 @@ if not _repeats:
 class Launcher:
     """Launches kernels the ordinary way, `launcher(kernel, grid, *arguments, **options)`, and remembers how."""
 
-    def __init__(self, tensors: tuple[torch.Tensor | None, ...]):
+    def __init__(self) -> None:
+        self.tensors: list[torch.Tensor | None] = []
+        self.launched: list[tuple] = []
+
+    def record(self, body: Callable, inputs: Tensors, outputs: Tensors, params: tuple) -> None:
         # Aliases, because one tensor may stand in two places. Triton wants bytes where torch has bool.
         self.tensors = [
-            None if x is None else x.view(torch.uint8) if x.dtype == torch.bool else x.detach() for x in tensors
+            None if x is None else x.view(torch.uint8) if x.dtype == torch.bool else x.detach()
+            for x in (*inputs, *outputs)
         ]
-        self.launched: list[tuple] = []
+        body(self, self.tensors[: len(inputs)], self.tensors[len(inputs) :], params)
 
     def __call__(self, kernel, grid: tuple[int, ...], *arguments, **options) -> None:
         compiled = kernel[grid](*arguments, **options)
@@ -101,48 +108,44 @@ def _hook(hook):
     return hook if getattr(hook, "calls", True) else None
 
 
-def replay(body: Callable, tensors: tuple[torch.Tensor | None, ...], params: tuple) -> None:
-    """`body(launch, tensors, params)`; on a GPU, what it launched for tensors and params like these, once more.
+def replay(body: Callable, inputs: Tensors, outputs: Tensors, params: tuple) -> None:
+    """`body(launch, inputs, outputs, params)`; on a GPU, what it launched for a call like this one, once more.
 
     Args:
         body: launches kernels by `launch(kernel, grid, *arguments, **options)` and does nothing else to the device.
-            Arguments are numbers, None, tensors and tuples of those. All it does follows from `tuning` and from the
-            tensors' shapes, strides, dtypes, device and addresses modulo 16. It gets the tensors as aliases, those of
-            bool as uint8, and hands no others to kernels.
-        tensors: the first is on the device to run on. None stands for no tensor.
+            Arguments are numbers, None, tensors and tuples of those. All it does follows from `tuning`, `params`, and
+            the tensors' shapes, strides, dtypes, device and addresses modulo 16. It gets the tensors as aliases,
+            those of bool as uint8, and hands no others to kernels.
+        inputs: the first is on the device to run on. None stands for no tensor.
+        outputs: what the caller made for the kernels to fill. Their shapes, strides, dtypes and device must be the
+            same whenever inputs and `params` are alike.
         params: hashable numbers and strings, each always of the same type.
     """
-    device = tensors[0].get_device()
+    device = inputs[0].get_device()
     if device >= 0 and device != driver.active.get_current_device():  # where Triton launches
         with torch.cuda.device(device):
-            return replay(body, tensors, params)
+            return replay(body, inputs, outputs, params)
     if device < 0 or not _repeats:  # on the CPU, Triton's interpreter
-        launcher = Launcher(tensors)
-        return body(launcher, launcher.tensors, params)
-    features, addresses = _signature(tensors)
+        return Launcher().record(body, inputs, outputs, params)
+    addresses = [None if x is None else x.data_ptr() for x in (*inputs, *outputs)]
     hook = knobs.runtime.add_stages_inspection_hook
     settings = tuning.overrides(), knobs.runtime.debug, knobs.compilation.instrumentation_mode, hook
-    kept = _kept((body, params, settings, *features))
+    kept = _kept((body, params, settings, *_signature(inputs, addresses)))
     if kept:
         return kept[0].run(addresses, device)
-    launcher = Launcher(tensors)
-    body(launcher, launcher.tensors, params)
+    launcher = Launcher()
+    launcher.record(body, inputs, outputs, params)
     if hook is None and all(isinstance(compiled, CompiledKernel) for compiled, _, _ in launcher.launched):
         kept.append(Plan(launcher))
 
 
-def _signature(tensors: tuple[torch.Tensor | None, ...]) -> tuple[list, list[int | None]]:
-    """All that Triton's choice of a kernel and our launchers' arguments depend on, and the addresses."""
-    features, addresses = [], []
-    for x in tensors:
-        if x is None:
-            features.append(None)
-            addresses.append(None)
-        else:
-            address = x.data_ptr()
-            features += x.dtype, x.shape, x.stride(), x.get_device(), address % 16
-            addresses.append(address)
-    return features, addresses
+def _signature(inputs: Tensors, addresses: list[int | None]) -> list:
+    """All of the tensors that Triton's choice of a kernel and our launchers' arguments depend on."""
+    features = [None if address is None else address % 16 for address in addresses]
+    for x in inputs:
+        if x is not None:
+            features += x.dtype, x.shape, x.stride(), x.get_device()
+    return features
 
 
 @functools.lru_cache(MAX_PLANS)

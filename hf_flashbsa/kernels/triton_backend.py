@@ -133,9 +133,8 @@ def _tiles(work: torch.Tensor | None, length: int, batch: int, block: int) -> tu
     return work.shape[0] * (WORK_TILE.value // block), 1
 
 
-def _launch_forward(launch, tensors, params: Params) -> None:
-    q, k, v, out, lse, *rest = tensors
-    extras = Extras(*rest)
+def _launch_forward(launch, inputs, outputs, params: Params) -> None:
+    (q, k, v), extras, (out, lse) = inputs[:3], Extras(*inputs[3:]), outputs
     (batch, heads, len_q, _), (_, heads_k, len_k, _) = q.shape, k.shape
     operands = (_operand(q), _operand(k), _operand(v))
     config = _config("forward", q, v, _is_aligned(*operands), extras, params)
@@ -149,9 +148,9 @@ def _launch_forward(launch, tensors, params: Params) -> None:
     )  # fmt: skip
 
 
-def _launch_backward(launch, tensors, params: Params) -> None:
-    dout, dlse, q, k, v, out, lse, rowwise, dq, dk, dv, dbias, *rest = tensors
-    extras = Extras(*rest)
+def _launch_backward(launch, inputs, outputs, params: Params) -> None:
+    (dout, dlse, q, k, v, out, lse), extras = inputs[:7], Extras(*inputs[7:])
+    rowwise, dq, dk, dv, dbias = outputs
     (batch, heads, len_q, _), (batch_k, heads_k, len_k, _) = q.shape, k.shape
     mask, score, group = _mask(extras, params), _score(extras, params), heads // heads_k
     plane = lse.numel()
@@ -182,7 +181,7 @@ def _launch_backward(launch, tensors, params: Params) -> None:
             _blocks(extras.blocks_k, extras), score, bias, params.diagonal, heads, group, len_q, len_k, tiles,
             **_meta(config, q, v, params, extras.blocks_k),
         )  # fmt: skip
-    if dbias.numel() > 0:
+    if dbias is not None:
         config = _config("dbias", q, v, aligned, extras, params)
         tiles_m, tiles_n = _cdiv(dbias.shape[2], config.block_m), _cdiv(dbias.shape[3], config.block_n)
         sequences = extras.sequences
@@ -196,16 +195,17 @@ def _launch_backward(launch, tensors, params: Params) -> None:
 
 
 def forward(q, k, v, out, lse, extras: Extras, params: Params) -> None:
-    """Fills `out` and `lse`."""
+    """Fills `out` and `lse`, as `autograd` makes them for `q` and `v`."""
     if q.numel() > 0:
-        replay(_launch_forward, (q, k, v, out, lse, *extras), params)
+        replay(_launch_forward, (q, k, v, *extras), (out, lse), params)
 
 
 def backward(dout, dlse, q, k, v, out, lse, gradients, extras: Extras, params: Params) -> None:
-    """Fills `gradients`: dq, dk, dv, dbias, dsinks."""
-    *filled, dsinks = gradients
+    """Fills `gradients`: dq, dk, dv, dbias, dsinks, as `autograd` makes them for the other arguments."""
+    dq, dk, dv, dbias, dsinks = gradients
     rowwise = lse.new_empty((4 if params.drop_threshold > 0 else 2, *lse.shape))
     dlse = None if dlse is None else dlse.contiguous()
-    replay(_launch_backward, (dout, dlse, q, k, v, out, lse, rowwise, *filled, *extras), params)
+    filled = (rowwise, dq, dk, dv, dbias if dbias.numel() > 0 else None)
+    replay(_launch_backward, (dout, dlse, q, k, v, out, lse, *extras), filled, params)
     if extras.sinks is not None:
         dsinks.copy_(sinks_gradient(extras.sinks, lse, rowwise[1]))
