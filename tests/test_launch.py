@@ -221,17 +221,17 @@ def test_plans_keep_no_memory_alive(kernel):
     assert [array() for array in freed] == [None, None]
 
 
-def test_triton_hooks_see_repeated_launches(kernel):
-    body, entered, left = caller(kernel), [], []
+@pytest.mark.parametrize("names", [("enter",), ("exit",), ("enter", "exit")], ids=" and ".join)
+def test_triton_hooks_see_repeated_launches(names, kernel):
+    body, seen = caller(kernel), []
     replay(body, (PLAIN["x"],), (PLAIN["y"],), (1,))
-    with mock.patch.object(knobs.runtime, "launch_enter_hook", knobs.HookChain()) as enter:
-        with mock.patch.object(knobs.runtime, "launch_exit_hook", left.append):
-            enter.add(entered.append)
-            replay(body, (PLAIN["x"],), (PLAIN["y"],), (1,))
+    with ExitStack() as stack:
+        for name in names:
+            chain = stack.enter_context(mock.patch.object(knobs.runtime, f"launch_{name}_hook", knobs.HookChain()))
+            chain.add(lambda metadata, name=name: seen.append((name, metadata.get())))
+        replay(body, (PLAIN["x"],), (PLAIN["y"],), (1,))
     assert kernel.asked == 1
-    (metadata,) = entered
-    assert metadata.get() == {"name": "kernel", "function": "function of kernel", "stream": 7}
-    assert left == [metadata]
+    assert seen == [(name, {"name": "kernel", "function": "function of kernel", "stream": 7}) for name in names]
 
 
 def test_an_inspected_compilation_is_not_kept(kernel):

@@ -51,7 +51,7 @@ def _empty_outputs(q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torc
     strides = (length * heads * dim, dim, heads * dim, 1)
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = torch.empty_strided((batch, heads, length, dim), strides, dtype=q.dtype, device=q.device)
-    return out, q.new_empty((batch, heads, length), dtype=lse_dtype)
+    return out, torch.empty(batch, heads, length, dtype=lse_dtype, device=q.device)
 
 
 def _empty_gradients(q, k, v, lse, extras: Extras, need_dbias: bool) -> tuple[torch.Tensor, ...]:

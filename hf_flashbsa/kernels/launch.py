@@ -99,7 +99,8 @@ class Plan:
             values[place] = pick(values)
         for kernel, grid, pick in self._launches:
             arguments = pick(values)
-            metadata = None if enter is None else kernel.launch_metadata(grid, stream, *arguments)
+            hooked = enter is not None or leave is not None
+            metadata = kernel.launch_metadata(grid, stream, *arguments) if hooked else None
             kernel.run(*grid, stream, kernel.function, kernel.packed_metadata, metadata, enter, leave, *arguments)
 
 
