@@ -20,11 +20,12 @@ from hf_flashbsa.kernels.primitives import (
     dropout_keep,
     dropout_words,
     head_of,
+    list_entries,
     load_tile,
     log2_factor,
     logits,
     matrix_pointers,
-    partial_place,
+    partial_position,
     place_of,
     span_of,
     store_tile,
@@ -145,7 +146,7 @@ def dkdv_kernel(
     item = work_item(work, pid % num_tiles, pid // (num_tiles * heads_k), len_k, len_q, diagonal, BLOCK_N)
     if item.begin >= item.end:
         return
-    span = span_of(item, rules, head_k * group, tiles, True)
+    span = span_of(item, rules, head_k * group, list_entries(tiles), tiles, True)
     k_head = head_of(k, item.row, head_k)
     v_head = head_of(v, item.row, head_k)
     k_tile = load_tile(k_head, item.begin, 0, item.end, HEAD_DIM, BLOCK_N, BLOCK_D, True)
@@ -155,11 +156,11 @@ def dkdv_kernel(
     for head in range(head_k * group, head_k * group + group):
         visits = span
         if tiles.listed > 0:
-            visits = span_of(item, rules, head, tiles, True)
+            visits = span_of(item, rules, head, list_entries(tiles), tiles, True)
         q_head = head_of(q, item.other_row, head)
         dout_head = head_of(dout, item.other_row, head)
         for index in range(0, visits.partial):
-            m0 = partial_place(visits, blocks, index, BLOCK_M, tiles)
+            m0 = place_of(visits, blocks, partial_position(visits, index, BLOCK_M, tiles), tiles)
             dk, dv = _dkdv_block(
                 dk, dv, k_tile, v_tile, q_head, dout_head, rowwise, plane, m0, item, visits, rules, head,
                 heads, len_q, tiles, True,
@@ -233,7 +234,7 @@ def dq_kernel(
     item = work_item(work, tile, pid // (num_tiles * heads), len_q, len_k, diagonal, BLOCK_M)
     if item.begin >= item.end:
         return
-    span = span_of(item, rules, head, tiles, False)
+    span = span_of(item, rules, head, list_entries(tiles), tiles, False)
     batch_head = item.row * heads + head
     dout_head = head_of(dout, item.row, head)
     q_tile = load_tile(head_of(q, item.row, head), item.begin, 0, item.end, HEAD_DIM, BLOCK_M, BLOCK_D, True)
@@ -243,7 +244,7 @@ def dq_kernel(
     v_head = head_of(v, item.other_row, head // group)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for index in range(0, span.partial):
-        n0 = partial_place(span, blocks, index, BLOCK_N, tiles)
+        n0 = place_of(span, blocks, partial_position(span, index, BLOCK_N, tiles), tiles)
         dq = _dq_block(dq, q_tile, do_tile, rows, k_head, v_head, n0, item, span, rules, head, tiles, True)
     for position in range(span.full_begin, span.full_end, BLOCK_N):
         n0 = place_of(span, blocks, position, tiles)

@@ -14,10 +14,11 @@ from hf_flashbsa.kernels.primitives import (
     dropout_keep,
     dropout_words,
     head_of,
+    list_entries,
     load_tile,
     log2_factor,
     logits,
-    partial_place,
+    partial_position,
     place_of,
     span_of,
     store_tile,
@@ -86,7 +87,7 @@ def forward_kernel(
     item = work_item(work, tile, pid // (num_tiles * heads), len_q, len_k, diagonal, BLOCK_M)
     if item.begin >= item.end:
         return
-    span = span_of(item, rules, head, tiles, False)
+    span = span_of(item, rules, head, list_entries(tiles), tiles, False)
     q_tile = load_tile(head_of(q, item.row, head), item.begin, 0, item.end, HEAD_DIM, BLOCK_M, BLOCK_D, True)
     k_head = head_of(k, item.other_row, head // group)
     v_head = head_of(v, item.other_row, head // group)
@@ -97,7 +98,7 @@ def forward_kernel(
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     for index in range(0, span.partial):
-        n0 = partial_place(span, blocks, index, BLOCK_N, tiles)
+        n0 = place_of(span, blocks, partial_position(span, index, BLOCK_N, tiles), tiles)
         acc, row_max, row_sum = _attend(
             acc, row_max, row_sum, q_tile, k_head, v_head, n0, item, span, rules, head, pad, factor, tiles, True
         )

@@ -194,8 +194,20 @@ def work_item(work, tile, batch, len_own, len_other, diagonal, BLOCK: tl.constex
 
 
 @triton.jit
-def span_of(item, rules, head, tiles: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """What a tile of queries visits of the keys; with `TRANSPOSED`, what a tile of keys visits of the queries."""
+def list_entries(tiles: tl.constexpr):
+    """The entries of a list of blocks, for `span_of`."""
+    if tiles.listed == 0:
+        return 0
+    else:
+        return tl.arange(0, tiles.width)
+
+
+@triton.jit
+def span_of(item, rules, head, entries, tiles: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """What a tile of queries visits of the keys; with `TRANSPOSED`, what a tile of keys visits of the queries.
+
+    `entries` are those of `list_entries`.
+    """
     blocks = rules.blocks
     # Row i of the tile meets rows i + offset - before .. i + offset + after of the other side.
     if TRANSPOSED:
@@ -229,7 +241,6 @@ def span_of(item, rules, head, tiles: tl.constexpr, TRANSPOSED: tl.constexpr):
         row += tl.cast(own, tl.int64) * blocks.stride_row
         full, total = tl.load(row), tl.load(row + 1)
         index = row + 2
-        entries = tl.arange(0, tiles.width)
         block = other_origin + tl.load(index + entries, mask=entries < total, other=0) * SIZE
         is_full, is_partial = entries < full, (entries >= full) & (entries < total)
         below, reached = block + SIZE <= lo, block < hi
@@ -260,12 +271,12 @@ def place_of(span, blocks, position, tiles: tl.constexpr):
 
 
 @triton.jit
-def partial_place(span, blocks, index, BLOCK: tl.constexpr, tiles: tl.constexpr):
-    """First row of the `index`-th partial block."""
+def partial_position(span, index, BLOCK: tl.constexpr, tiles: tl.constexpr):
+    """Where the `index`-th partial block begins."""
     position = span.begin + index * BLOCK + tl.where(index >= span.left, span.full_end - span.full_begin, 0)
     if tiles.listed > 0:
         position = tl.where(index >= span.right, span.listed + (index - span.right) * BLOCK, position)
-    return place_of(span, blocks, position, tiles)
+    return position
 
 
 @triton.jit
@@ -404,7 +415,7 @@ def log2_factor(rules):
 @triton.jit
 def dropout_words(score, batch_head, queries):
     """Pad and factor of each query's dropout (dropout.py)."""
-    zero = tl.zeros_like(queries).to(tl.uint32)
+    zero = (queries * 0).to(tl.uint32)
     row = zero + tl.cast(batch_head, tl.uint32)
     pad, factor, _, _ = tl.philox(tl.load(score.seed), queries.to(tl.uint32), row, zero, zero, n_rounds=PHILOX_ROUNDS)
     return pad, factor | 1

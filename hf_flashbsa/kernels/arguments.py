@@ -1,0 +1,100 @@
+"""Kernel arguments: what a call carries, in the forms of primitives.py."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from hf_flashbsa.kernels.dropout import keep_scale
+from hf_flashbsa.kernels.primitives import WORK_TILE, Blocks, Mask, Matrix, Operand, Score
+from hf_flashbsa.kernels.state import Extras, Params
+
+#: Stands in for a scale of 0, whose product with a hidden score's -inf would be NaN.
+TINY_SCALE = 1e-30
+
+
+def operand_of(x: torch.Tensor) -> Operand:
+    return Operand(x, *x.stride()[:3])
+
+
+def matrix_of(x: torch.Tensor | None) -> Matrix:
+    if x is None:
+        return Matrix(None, None, None, None, None)
+    stride_b = 0 if x.shape[0] == 1 else x.stride(0)
+    stride_h = 0 if x.shape[1] == 1 else x.stride(1)
+    return Matrix(x, stride_b, stride_h, x.stride(2), x.stride(3))
+
+
+def mask_of(extras: Extras, params: Params) -> Mask:
+    ids_q, ids_k = extras.segment_ids_q, extras.segment_ids_k
+    return Mask(
+        window_left=None if params.window_left < 0 else params.window_left,
+        window_right=None if params.window_right < 0 else params.window_right,
+        segment_ids_q=ids_q,
+        segment_ids_k=ids_k,
+        ids_stride_q=None if ids_q is None else ids_q.stride(0),
+        ids_stride_k=None if ids_k is None else ids_k.stride(0),
+    )
+
+
+def blocks_of(lists: torch.Tensor | None, extras: Extras) -> Blocks | None:
+    if lists is None:
+        return None
+    grid = extras.grid
+    return Blocks(
+        lists,
+        0 if lists.shape[0] == 1 else lists.stride(0),
+        0 if lists.shape[1] == 1 else lists.stride(1),
+        lists.stride(2),
+        grid,
+        0 if grid.shape[0] == 1 else grid.stride(0),
+        0 if grid.shape[1] == 1 else grid.stride(1),
+        grid.stride(2),
+        extras.tile_masks,
+    )
+
+
+def _as_int32(bits: int) -> int:
+    """32 bits as a signed number: Triton takes larger ones for 64 bits wide."""
+    return bits - (bits >> 31 << 32)
+
+
+def score_of(extras: Extras, params: Params) -> Score:
+    dropout = params.drop_threshold > 0
+    return Score(
+        scale=params.scale or TINY_SCALE,
+        softcap=params.softcap if params.softcap > 0.0 else None,
+        bias_hidden=None if extras.bias is None else torch.finfo(extras.bias.dtype).min,
+        bias_len_q=None if extras.bias is None else extras.bias.shape[2],
+        bias_len_k=None if extras.bias is None else extras.bias.shape[3],
+        seed=extras.seed if dropout else None,
+        drop_threshold=_as_int32(params.drop_threshold) if dropout else None,
+        keep_scale=keep_scale(params.drop_threshold) if dropout else None,
+    )
+
+
+# Triton's own cdiv and next_power_of_2 also serve as compile-time functions, and cost microseconds a call here.
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@functools.cache
+def padded(dim: int) -> int:
+    # ptxas 12.8, in Triton 3.6, compiles some kernels whose products are 16 columns wide to wrong code for Hopper.
+    return max(32, 1 << (dim - 1).bit_length())
+
+
+def is_aligned(*operands: Operand) -> bool:
+    """Whether every row begins at a multiple of 16 bytes."""
+    for x, stride_b, stride_h, stride_s in operands:
+        if (stride_b | stride_h | stride_s) * x.element_size() % 16 or x.data_ptr() % 16:
+            return False
+    return True
+
+
+def tiles_of(work: torch.Tensor | None, length: int, batch: int, block: int) -> tuple[int, int]:
+    """Tiles per head, and the batch factor of the grid (a work table spans the batch)."""
+    if work is None:
+        return cdiv(length, block), batch
+    return work.shape[0] * (WORK_TILE.value // block), 1
