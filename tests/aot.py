@@ -12,6 +12,7 @@ from typing import NamedTuple
 from unittest import mock
 
 import triton
+from sass import disassemble, overwritten_operands
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
@@ -20,15 +21,21 @@ SHARED_LIMIT = {80: 166_912, 90: 232_448}
 
 
 class Compiled(NamedTuple):
-    """One compiled kernel. `spills` are bytes stored; `wgmma` and `mma` count matrix instructions."""
+    """One compiled kernel. `spills` are bytes stored; `wgmma` and `mma` count matrix instructions.
+
+    `serialized` tells whether ptxas waits for each wgmma, and `overwritten` counts `sass.overwritten_operands`.
+    """
 
     name: str
+    module: str
     registers: int
     spills: int
     shared: int
     warps: int
     wgmma: int
     mma: int
+    serialized: bool
+    overwritten: int
 
 
 class _Driver:
@@ -57,7 +64,7 @@ def compile_only(arch: int):
     def compile_(self, *args, **kwargs):
         kwargs["warmup"] = True
         kernel = run(self, *args, **kwargs)
-        compiled.append(_read(kernel, arch))
+        compiled.append(_read(kernel, arch, self.fn.__module__))
         return kernel
 
     active = driver._active
@@ -69,7 +76,7 @@ def compile_only(arch: int):
         driver._active = active
 
 
-def _read(kernel, arch: int) -> Compiled:
+def _read(kernel, arch: int, module: str) -> Compiled:
     ptx = kernel.asm["ptx"]
     ptxas = os.environ.get("TRITON_PTXAS_PATH") or triton.knobs.nvidia.ptxas.path
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
@@ -80,10 +87,13 @@ def _read(kernel, arch: int) -> Compiled:
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return Compiled(
         kernel.metadata.name,
+        module,
         int(re.search(r"Used (\d+) registers", log).group(1)),
         int(re.search(r"(\d+) bytes spill stores", log).group(1)),
         kernel.metadata.shared,
         kernel.metadata.num_warps,
         len(re.findall(r"wgmma\.mma_async", ptx)),
         len(re.findall(r"\bmma\.sync", ptx)),
+        "wgmma.mma_async instructions are serialized" in log,
+        len(overwritten_operands(disassemble(kernel.asm["cubin"]))) if arch >= 90 else 0,
     )

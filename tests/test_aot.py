@@ -109,6 +109,7 @@ def test_every_entry_compiles_well(arch):
             and arch == 90
             and _fills_wgmma(row["kernel"], entry)
             and not row["wgmma"] > row["mma"] == 0,
+            "operands overwritten": row["overwritten"] > 0,
         }
         if found := [name for name, present in faults.items() if present]:
             wrong.append(f"{', '.join(found)}: {row} of {entry}")

@@ -33,6 +33,13 @@ ALLOWED = {
     "hf_flashbsa.kernels.forward": {"triton", "hf_flashbsa.kernels.primitives"},
     "hf_flashbsa.kernels.backward": {"triton", "hf_flashbsa.kernels.primitives"},
     "hf_flashbsa.kernels.launch": {"torch", "triton", "hf_flashbsa.kernels.tuning"},
+    "hf_flashbsa.kernels.arguments": {
+        "torch", "hf_flashbsa.kernels.dropout", "hf_flashbsa.kernels.primitives", "hf_flashbsa.kernels.state",
+    },
+    "hf_flashbsa.kernels.hopper": {
+        "torch", "triton", "hf_flashbsa.kernels.arguments", "hf_flashbsa.kernels.hopper",
+        "hf_flashbsa.kernels.primitives", "hf_flashbsa.kernels.state", "hf_flashbsa.kernels.tuning",
+    },
     "hf_flashbsa.kernels.triton_backend": {"torch", "triton", "hf_flashbsa.kernels"},
     "hf_flashbsa.attention": {"torch", "hf_flashbsa.kernels.autograd", "hf_flashbsa.spec", "hf_flashbsa.layout"},
     "hf_flashbsa.integration": {

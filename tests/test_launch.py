@@ -25,6 +25,7 @@ import pytest
 import torch
 from triton import knobs
 from triton.compiler import CompiledKernel
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hf_flashbsa import BlockLayout, attention
 from hf_flashbsa.kernels import launch, triton_backend, tuning
@@ -56,6 +57,9 @@ class Compiled(CompiledKernel):
 def addressed(argument):
     if isinstance(argument, tuple):
         return tuple(map(addressed, argument))
+    if isinstance(argument, TensorDescriptor):
+        sizes = (argument.shape, argument.strides, argument.block_shape)
+        return "descriptor", argument.base.data_ptr(), *map(tuple, sizes)
     return argument.data_ptr() if isinstance(argument, torch.Tensor) else argument
 
 
@@ -129,6 +133,19 @@ def test_one_tensor_in_two_places_is_told_apart_later(kernel):
     assert [arguments[:2] for *_, arguments in kernel.launches] == [
         (x.data_ptr(), (x.data_ptr(), 5, None)),
         (x.data_ptr(), (y.data_ptr(), 5, None)),
+    ]
+
+
+def test_descriptors_are_made_anew(kernel):
+    def body(run, inputs, outputs, params):
+        run(kernel, (1,), TensorDescriptor.from_tensor(inputs[0], [2, 8]), tuple(outputs), 1, SIZE=8, num_warps=4)
+
+    tensors = [torch.zeros(4, 8) for _ in range(4)]
+    for x, y in (tensors[:2], tensors[2:]):
+        replay(body, (x,), (y,), ())
+    assert kernel.asked == 1
+    assert [arguments[:2] for *_, arguments in kernel.launches] == [
+        (("descriptor", x.data_ptr(), (4, 8), (8, 1), (2, 8)), (y.data_ptr(),)) for x, y in (tensors[:2], tensors[2:])
     ]
 
 

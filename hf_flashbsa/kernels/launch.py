@@ -12,6 +12,7 @@ import functools
 import logging
 from collections.abc import Callable
 from operator import itemgetter
+from typing import NamedTuple
 
 import torch
 import triton
@@ -61,15 +62,15 @@ class Launcher:
 class Plan:
     """What a `Launcher` launched, without the tensors.
 
-    Arguments are picked from one list of values: the tensors' addresses, then the constants. Tuples that hold
-    addresses have their places among the constants and are made anew for each run.
+    Arguments are picked from one list of values: the tensors' addresses, then the constants. Tuples and descriptors
+    that hold addresses have their places among the constants and are made anew for each run.
     """
 
     def __init__(self, launcher: Launcher):
         places = {id(x): place for place, x in enumerate(launcher.tensors) if x is not None}
         changing = set(places.values())
         self._constants: list = []
-        self._tuples: list[tuple[int, itemgetter]] = []
+        self._made: list[tuple[int, Callable]] = []
 
         def place_of(argument) -> int:
             if id(argument) in places:
@@ -78,12 +79,16 @@ class Plan:
                 raise LookupError("a kernel got a tensor that `replay` was not given; give it, or the view of it.")
             place = places[id(argument)] = len(launcher.tensors) + len(self._constants)
             self._constants.append(argument)
+            if hasattr(argument, "base"):  # a TMA descriptor, which Triton's launcher encodes anew from its address
+                changing.add(place)
+                self._constants[-1] = None
+                self._made.append((place, _Redescribed(argument, place_of(argument.base))))
             if isinstance(argument, tuple):
                 parts = tuple(map(place_of, argument))
                 if not changing.isdisjoint(parts):
                     changing.add(place)
                     self._constants[place - len(launcher.tensors)] = None
-                    self._tuples.append((place, itemgetter(*parts)))
+                    self._made.append((place, itemgetter(*parts)))
             return place
 
         self._launches = [
@@ -95,13 +100,35 @@ class Plan:
         stream = driver.active.get_current_stream(device)
         enter, leave = _hook(knobs.runtime.launch_enter_hook), _hook(knobs.runtime.launch_exit_hook)
         values = addresses + self._constants
-        for place, pick in self._tuples:
-            values[place] = pick(values)
+        for place, make in self._made:
+            values[place] = make(values)
         for kernel, grid, pick in self._launches:
             arguments = pick(values)
             hooked = enter is not None or leave is not None
             metadata = kernel.launch_metadata(grid, stream, *arguments) if hooked else None
             kernel.run(*grid, stream, kernel.function, kernel.packed_metadata, metadata, enter, leave, *arguments)
+
+
+class _Address(NamedTuple):
+    """What stands for a tensor in a descriptor."""
+
+    value: int
+
+    def data_ptr(self) -> int:
+        return self.value
+
+
+class _Redescribed:
+    """Makes descriptors like `like`, of what begins at the address in `place`."""
+
+    def __init__(self, like, place: int):
+        self._class, self._place = type(like), place
+        self._fields = {name: value for name, value in vars(like).items() if name != "base"}
+
+    def __call__(self, values: list):
+        made = object.__new__(self._class)  # the checks of its constructor hold for the address too
+        vars(made).update(self._fields, base=_Address(values[self._place]))
+        return made
 
 
 def _hook(hook):
@@ -114,9 +141,9 @@ def replay(body: Callable, inputs: Tensors, outputs: Tensors, params: tuple) -> 
 
     Args:
         body: launches kernels by `launch(kernel, grid, *arguments, **options)` and does nothing else to the device.
-            Arguments are numbers, None, tensors and tuples of those. All it does follows from `tuning`, `params`, and
-            the tensors' shapes, strides, dtypes, device and addresses modulo 16. It gets the tensors as aliases,
-            those of bool as uint8, and hands no others to kernels.
+            Arguments are numbers, None, tensors, tuples of those, and TMA descriptors of whole tensors. All it does
+            follows from `tuning`, `params`, and the tensors' shapes, strides, dtypes, device and addresses modulo 16.
+            It gets the tensors as aliases, those of bool as uint8, and hands no others to kernels.
         inputs: the first is on the device to run on. None stands for no tensor.
         outputs: what the caller made for the kernels to fill. Their shapes, strides, dtypes and device must be the
             same whenever inputs and `params` are alike.

@@ -34,6 +34,11 @@ def architecture(device: torch.device) -> str:
     return "sm_90" if torch.cuda.get_device_capability(device) >= (9, 0) else "sm_80"
 
 
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
 _overrides: dict[str, Config] = {}
 
 

@@ -1,0 +1,106 @@
+"""Kernels for Hopper GPUs (compute capability 9.0) in Gluon, the layer under Triton's language.
+
+One warp loads tiles by TMA, and two warpgroups compute. They take the calls that `configs/hopper.json` lists, those
+that were measured to be faster than the portable kernels, and leave the rest to these: `refusal` says why.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import logging
+from importlib import resources
+
+import torch
+
+from hf_flashbsa.kernels import tuning
+from hf_flashbsa.kernels.arguments import is_aligned, operand_of
+from hf_flashbsa.kernels.state import Extras, Params
+
+logger = logging.getLogger(__name__)
+
+_log_once = functools.cache(logger.info)
+
+
+@functools.cache
+def _launchers():
+    """The module that needs Gluon; None where this release of Triton has another one."""
+    try:
+        return importlib.import_module("hf_flashbsa.kernels.hopper.launchers")
+    except (ImportError, AttributeError) as error:
+        logger.warning("Hopper kernels: this release of Triton lacks what they need (%s)", error)
+        return None
+
+
+@functools.cache
+def _entries(kernel: str) -> list[dict]:
+    return json.loads(resources.files("hf_flashbsa.kernels").joinpath("configs", "hopper.json").read_text())[kernel]
+
+
+def _options(kernel: str, q: torch.Tensor, k: torch.Tensor, extras: Extras, params: Params) -> dict | None:
+    """The launch options that are listed for such a call; None where it is not.
+
+    An entry lists calls of one head dim: those whose rows (of keys; of queries for "dkdv") are `shortest` long or
+    longer, null for none; ragged ones, which have a work table, or not; those with dropout, or not.
+    """
+    ragged = (extras.work_k if kernel == "dkdv" else extras.work_q) is not None
+    length = q.shape[2] if kernel == "dkdv" else k.shape[2]
+    for entry in _entries(kernel):
+        shortest = entry["shortest"]
+        if (
+            entry["head_dim"] == q.shape[-1]
+            and (entry["ragged"] if ragged else shortest is not None and length >= shortest)
+            and (entry["dropout"] or params.drop_threshold == 0)
+        ):
+            return entry["options"]
+    return None
+
+
+def refusal(
+    kernel: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, others: tuple, extras: Extras, params: Params
+) -> str | None:
+    """Why `kernel` ("forward", "dq" or "dkdv") leaves a call to the portable one; None where it does not.
+
+    Args:
+        others: further tensors that the kernel loads as it does q, k and v.
+    """
+    if not tuning.is_hopper(q.device):
+        return "not a Hopper GPU"
+    if any(kernel == name for name, _ in tuning.overrides()):
+        return "a configuration of the portable kernel is set"
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"dtype {q.dtype}"
+    if q.shape[-1] != v.shape[-1]:
+        return f"head dims {q.shape[-1]} and {v.shape[-1]}"
+    for name in ("bias", "mask", "segment_ids_q"):  # measured to be slower, like what is not listed
+        if getattr(extras, name) is not None:
+            return name
+    if params.softcap > 0.0:
+        return "softcap"
+    if extras.grid is not None and (kernel != "forward" or params.block_size % 128):
+        return f"block layouts, blocks of {params.block_size}"
+    if 0 in (q.numel(), k.numel()):
+        return "no tokens"
+    if _options(kernel, q, k, extras, params) is None:
+        return "what configs/hopper.json does not list"
+    for x in (q, k, v, *others):
+        # What TMA can address.
+        if not is_aligned(operand_of(x)) or any(n > 1 and s <= 0 for n, s in zip(x.shape, x.stride(), strict=True)):
+            return "rows that do not begin at multiples of 16 bytes, or expanded tensors"
+    if _launchers() is None:
+        return "this release of Triton"
+    return None
+
+
+def launcher_of(
+    kernel: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, others: tuple, extras: Extras, params: Params
+):
+    """What launches `kernel` here, called as the portable launchers are; None where `refusal` has a reason."""
+    reason = refusal(kernel, q, k, v, others, extras, params)
+    if reason is not None:
+        if tuning.is_hopper(q.device):
+            _log_once("Hopper kernels: the portable %s kernel takes calls with %s", kernel, reason)
+        return None
+    options = _options(kernel, q, k, extras, params)
+    return functools.partial(getattr(_launchers(), f"launch_{kernel}"), options)

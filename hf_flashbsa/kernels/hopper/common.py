@@ -1,0 +1,145 @@
+"""What the Hopper kernels share. All of Gluon that differs between releases of Triton is here."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
+#: Rows of a consumer, a warpgroup: those of a wgmma product. A tile has two of them.
+ROWS = gl.constexpr(64)
+CONSUMERS = gl.constexpr(2)
+#: Synchronises the threads of a partition.
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # renamed in Triton 3.7
+
+
+@gluon.jit
+def clear(tile, first, lo, hi, ROWS: gl.constexpr, DIM: gl.constexpr):
+    """Zeros the rows of a `[ROWS, DIM]` tile, the first of which is `first`, that lie outside of `[lo, hi)`: they meet
+    weights of 0, and memory there may hold NaN. All warpgroups write the same bytes.
+    """
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // DIM, DIM // 8], [4, 1], [1, 0])
+    values = tile.load(LAYOUT)
+    rows = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+    tile.store(gl.where(((rows >= lo) & (rows < hi))[:, None], values, gl.zeros_like(values)))
+    fence_async_shared()
+    barrier()
+
+
+@gluon.jit
+def store_rows(x, row, head, begin, end, values, DIM: gl.constexpr):
+    """Writes 64 rows from `begin` on of an Operand, those before `end`."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // DIM, DIM // 8], [4, 1], [1, 0])
+    values = gl.convert_layout(values.to(x.ptr.dtype.element_ty), LAYOUT)
+    rows = begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+    dims = gl.arange(0, DIM, layout=gl.SliceLayout(0, LAYOUT))
+    base = x.ptr + row.to(gl.int64) * x.stride_b + head.to(gl.int64) * x.stride_h
+    pointers = base + rows.to(gl.int64)[:, None] * x.stride_s + dims[None, :]
+    gl.store(pointers, values, mask=(rows < end)[:, None])
+
+
+# ---- the backward kernels ----
+
+
+class Call(NamedTuple):
+    """The arguments of a backward kernel that say which tile a program works on and what it meets."""
+
+    work: object
+    rules: object
+    diagonal: object
+    heads: object
+    group: object
+    len_q: object
+    len_k: object
+    num_tiles: object
+
+
+class Held(NamedTuple):
+    """The tiles of two operands that a program keeps, one of each per consumer, and the barrier of each consumer."""
+
+    first: object
+    second: object
+    full: object
+
+
+class Stream(NamedTuple):
+    """Tiles in shared memory that the producer fills and the consumers empty, in turn; `stages` of them."""
+
+    tiles: object
+    full: object
+    empty: object
+    stages: object
+
+
+@gluon.jit
+def allocate_held(first, second, DIM: gl.constexpr):
+    """Room for a tile of each descriptor per consumer."""
+    tiles_first = gl.allocate_shared_memory(first.dtype, [CONSUMERS, 1, 1, ROWS, DIM], first.layout)
+    tiles_second = gl.allocate_shared_memory(second.dtype, [CONSUMERS, 1, 1, ROWS, DIM], second.layout)
+    full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+    for part in gl.static_range(CONSUMERS):
+        mbarrier.init(full.index(part), count=1)
+    return Held(tiles_first, tiles_second, full)
+
+
+@gluon.jit
+def allocate_stream(descriptor, BLOCK: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr, FILLS: gl.constexpr):
+    """A stream of tiles of BLOCK rows, of which each takes FILLS arrivals to be full."""
+    tiles = gl.allocate_shared_memory(descriptor.dtype, [STAGES, 1, 1, BLOCK, DIM], descriptor.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=FILLS)
+        mbarrier.init(empty.index(stage), count=CONSUMERS)
+    return Stream(tiles, full, empty, STAGES)
+
+
+@gluon.jit
+def hold(held, first, second, row, head, begin, DIM: gl.constexpr):
+    """Loads the tiles that the program keeps."""
+    for part in gl.static_range(CONSUMERS):
+        full = held.full.index(part)
+        mbarrier.expect(full, 2 * ROWS * DIM * 2)
+        place = begin + part * ROWS
+        tma.async_copy_global_to_shared(first, [row, head, place, 0], full, held.first.index(part))
+        tma.async_copy_global_to_shared(second, [row, head, place, 0], full, held.second.index(part))
+
+
+@gluon.jit
+def fill(stream, i, descriptor, row, head, first, BLOCK: gl.constexpr, DIM: gl.constexpr):
+    """Loads block `i` of a stream once its stage is empty."""
+    stage, phase = i % stream.stages, (i // stream.stages) & 1
+    full = stream.full.index(stage)
+    mbarrier.wait(stream.empty.index(stage), phase ^ 1)
+    mbarrier.expect(full, BLOCK * DIM * 2)
+    tma.async_copy_global_to_shared(descriptor, [row, head, first, 0], full, stream.tiles.index(stage))
+
+
+@gluon.jit
+def wait_for(stream, i):
+    """Waits until block `i` of a stream is there."""
+    mbarrier.wait(stream.full.index(i % stream.stages), (i // stream.stages) & 1)
+
+
+@gluon.jit
+def tile_of(stream, i, BLOCK: gl.constexpr, DIM: gl.constexpr):
+    """Block `i` of a stream."""
+    return stream.tiles.index(i % stream.stages).reshape([BLOCK, DIM])
+
+
+@gluon.jit
+def release(stream, i):
+    """Gives back the stage of block `i`."""
+    mbarrier.arrive(stream.empty.index(i % stream.stages), count=1)
+
+
+@gluon.jit
+def clear_outside(one, other, i, first, span, BLOCK: gl.constexpr, DIM: gl.constexpr):
+    """Waits for block `i` of two streams, and clears rows outside of the span, if it has any."""
+    if (first < span.lo) | (first + BLOCK > span.hi):
+        wait_for(one, i)
+        wait_for(other, i)
+        clear(tile_of(one, i, BLOCK, DIM), first, span.lo, span.hi, BLOCK, DIM)
+        clear(tile_of(other, i, BLOCK, DIM), first, span.lo, span.hi, BLOCK, DIM)

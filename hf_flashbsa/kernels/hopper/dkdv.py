@@ -1,0 +1,340 @@
+"""Gradients of keys and values for Hopper, in Gluon: one warp loads by TMA, two warpgroups of 64 keys each compute.
+
+A program holds 128 keys and walks over the queries of every head that shares them, without atomics, so results repeat
+bitwise. `rowwise_kernel` of the portable backward prepares what depends on a query alone.
+
+Scores are held keys by queries, so that weights and gradients of scores feed the last two products from registers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from hf_flashbsa.kernels.hopper.common import (
+    CONSUMERS,
+    ROWS,
+    Call,
+    allocate_held,
+    allocate_stream,
+    clear_outside,
+    fill,
+    hold,
+    release,
+    store_rows,
+    tile_of,
+    wait_for,
+)
+from hf_flashbsa.kernels.primitives import (
+    Rules,
+    Tiles,
+    dropout_keep,
+    log2_factor,
+    logits,
+    partial_position,
+    place_of,
+    span_of,
+    visible,
+    work_item,
+)
+
+
+class Ring(NamedTuple):
+    """Shared memory: keys and values are held, queries and output gradients pass by.
+
+    With the queries come `words` of each: lse, delta, and with dropout its pad and factor. `row_words` is
+    `[stages * words, BLOCK_M]`.
+    """
+
+    held: object
+    q_stream: object
+    do_stream: object
+    row_words: object
+    words: object
+
+
+class Job(NamedTuple):
+    """What a program works on: a tile of keys, their head, and the queries of each head that shares them; of these it
+    meets `count` blocks, the first `partial` of which need masking.
+    """
+
+    item: object
+    head_k: object
+    span: object
+    partial: object
+    count: object
+
+
+@gluon.jit
+def _job(call, tiles: gl.constexpr):
+    """The job of this program."""
+    place = gl.program_id(0)
+    heads_k = call.heads // call.group
+    head_k = (place // call.num_tiles) % heads_k
+    batch = place // (call.num_tiles * heads_k)
+    item = work_item(call.work, place % call.num_tiles, batch, call.len_k, call.len_q, call.diagonal, tiles.n)
+    span = span_of(item, call.rules, head_k * call.group, 0, tiles, True)
+    partial = span.partial * call.group
+    return Job(item, head_k, span, partial, partial + (span.full_end - span.full_begin) // tiles.m * call.group)
+
+
+@gluon.jit
+def _block(job, group, i, tiles: gl.constexpr):
+    """Head and first query of the `i`-th block that is visited: partial ones of all heads first."""
+    span = job.span
+    is_partial = i < job.partial
+    index = gl.where(is_partial, i, i - job.partial)
+    head = job.head_k
+    if group != 1:
+        # One division serves both kinds of blocks.
+        full = (span.full_end - span.full_begin) // tiles.m
+        blocks = gl.maximum(gl.where(is_partial, span.partial, full), 1)
+        head = job.head_k * group + index // blocks
+        index = index % blocks
+    full_position = span.full_begin + index * tiles.m
+    position = gl.where(is_partial, partial_position(span, index, tiles.m, tiles), full_position)
+    return head, place_of(span, None, position, tiles)
+
+
+@gluon.jit
+def _load(q, dout, k, v, rowwise, plane, ring, call, tiles: gl.constexpr):
+    """The producer."""
+    job = _job(call, tiles)
+    item, span = job.item, job.span
+    if item.begin < item.end:
+        LAYOUT: gl.constexpr = gl.BlockedLayout([tiles.m // 32], [32], [1], [0])
+        offsets = gl.arange(0, tiles.m, layout=LAYOUT)
+        hold(ring.held, k, v, item.row, job.head_k, item.begin, tiles.d)
+        for i in range(job.count):
+            head, first = _block(job, call.group, i, tiles)
+            queries = first + offsets
+            place = rowwise + (item.other_row.to(gl.int64) * call.heads + head) * call.len_q + queries
+            live = (queries >= span.lo) & (queries < span.hi)
+            # Queries outside of the span have weights of 0. Loaded before the wait, which hides the latency.
+            lse = gl.load(place, mask=live, other=float("inf"))
+            delta = gl.load(place + plane, mask=live, other=0.0)
+            fill(ring.q_stream, i, q, item.other_row, head, first, tiles.m, tiles.d)
+            stage = i % ring.q_stream.stages
+            word = stage * ring.words
+            ring.row_words.index(word).store(lse)
+            ring.row_words.index(word + 1).store(delta)
+            if call.rules.score.seed is not None:
+                ring.row_words.index(word + 2).store(gl.load(place + 2 * plane, mask=live, other=0.0))
+                ring.row_words.index(word + 3).store(gl.load(place + 3 * plane, mask=live, other=0.0))
+            mbarrier.arrive(ring.q_stream.full.index(stage), count=1)
+            fill(ring.do_stream, i, dout, item.other_row, head, first, tiles.m, tiles.d)
+
+
+@gluon.jit
+def _row_word(i, word, ring, COLUMNS: gl.constexpr):
+    """The lse (word 0), delta (1), pad (2) or factor (3) of the queries of block `i`."""
+    return ring.row_words.index(i % ring.q_stream.stages * ring.words + word).load(COLUMNS)
+
+
+@gluon.jit
+def _issue(i, k_tile, v_tile, ring, zero, tiles: gl.constexpr):
+    """Starts the products of the keys with block `i` of the queries, and of the values with its output gradients."""
+    wait_for(ring.q_stream, i)
+    q_tile = tile_of(ring.q_stream, i, tiles.m, tiles.d)
+    s = warpgroup_mma(k_tile, q_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+    wait_for(ring.do_stream, i)
+    do_tile = tile_of(ring.do_stream, i, tiles.m, tiles.d)
+    dp = warpgroup_mma(v_tile, do_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+    return s, dp
+
+
+@gluon.jit
+def _weights(i, head, first, s, job, rules, keys, ring, tiles: gl.constexpr):
+    """Weights of block `i`, of query head `head` from query `first` on, and the slope of the softcap.
+
+    Weights that dropout drops have a minus sign: both gradients need to know, and a sign takes no registers.
+    """
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, s.type.layout)
+    item, span = job.item, job.span
+    queries = first + gl.arange(0, tiles.m, layout=COLUMNS)
+    inside = ((queries >= span.lo) & (queries < span.hi))[None, :] & (keys < item.end)[:, None]
+    s, slope = logits(
+        s, rules, item.other_row, head, queries[None, :], keys[:, None], inside, item.query_origin, item.key_origin
+    )
+    if i < job.partial:
+        ok = visible(
+            rules, item.other_row, item.row, head, queries[None, :], keys[:, None], inside, item.diagonal,
+            item.query_origin, item.key_origin, first, item.begin, tiles,
+        )  # fmt: skip
+        s = gl.where(ok, s, float("-inf"))
+    lse = _row_word(i, 0, ring, COLUMNS)
+    p = gl.exp2(s * log2_factor(rules) - lse[None, :])
+    if rules.score.seed is not None:
+        pad = _row_word(i, 2, ring, COLUMNS).to(gl.uint32, bitcast=True)
+        factor = _row_word(i, 3, ring, COLUMNS).to(gl.uint32, bitcast=True)
+        keep = dropout_keep(rules.score, pad[None, :], factor[None, :], (keys - item.key_origin)[:, None])
+        p = gl.where(keep, p, -p)
+    return p, slope
+
+
+@gluon.jit
+def _kept(p, score):
+    """The weights behind dropout, but for their scale."""
+    if score.seed is not None:
+        p = gl.maximum(p, 0.0)
+    return p
+
+
+@gluon.jit
+def _gradient(i, p, dp, slope, ring, score):
+    """Gradient of the scaled scores of block `i`."""
+    if score.seed is not None:
+        dp = gl.where(p > 0.0, dp * score.keep_scale, 0.0)
+        p = gl.abs(p)
+    delta = _row_word(i, 1, ring, gl.SliceLayout(0, p.type.layout))
+    return p * (dp - delta[None, :]) * slope
+
+
+@gluon.jit
+def _finish(i, p, ds, dk, dv, ring, tiles: gl.constexpr):
+    """Starts the products of weights and gradients of scores with block `i`."""
+    dv = warpgroup_mma(p, tile_of(ring.do_stream, i, tiles.m, tiles.d), dv, is_async=True)
+    dk = warpgroup_mma(ds, tile_of(ring.q_stream, i, tiles.m, tiles.d), dk, is_async=True)
+    return dk, dv
+
+
+@gluon.jit
+def _rotated(dk, dv, k_tile, v_tile, zero, job, keys, ring, call, OPERAND: gl.constexpr, tiles: gl.constexpr):
+    """Adds all blocks to `dk` and `dv`. A round issues the last products of a block behind its weights, and with them
+    the first ones of the next block; the second of those runs under that block's weights.
+    """
+    dtype: gl.constexpr = ring.held.first.dtype
+    rules = call.rules
+    head, first = _block(job, call.group, 0, tiles)
+    clear_outside(ring.q_stream, ring.do_stream, 0, first, job.span, tiles.m, tiles.d)
+    s, dp = _issue(0, k_tile, v_tile, ring, zero, tiles)
+    s, dp = warpgroup_mma_wait(0, deps=(s, dp))
+    weights, slope = _weights(0, head, first, s, job, rules, keys, ring, tiles)
+    for i in range(1, job.count):
+        last = i - 1
+        head_q, first_q = _block(job, call.group, i, tiles)
+        clear_outside(ring.q_stream, ring.do_stream, i, first_q, job.span, tiles.m, tiles.d)
+        p = gl.convert_layout(_kept(weights, rules.score).to(dtype), OPERAND)
+        dv_next = warpgroup_mma(p, tile_of(ring.do_stream, last, tiles.m, tiles.d), dv, is_async=True)
+        ds = gl.convert_layout(_gradient(last, weights, dp, slope, ring, rules.score).to(dtype), OPERAND)
+        dk_next = warpgroup_mma(ds, tile_of(ring.q_stream, last, tiles.m, tiles.d), dk, is_async=True)
+        s, dp_next = _issue(i, k_tile, v_tile, ring, zero, tiles)
+        s, dv, dk, _, _ = warpgroup_mma_wait(1, deps=(s, dv_next, dk_next, p, ds))
+        release(ring.do_stream, last)
+        release(ring.q_stream, last)
+        weights, slope = _weights(i, head_q, first_q, s, job, rules, keys, ring, tiles)
+        dp = warpgroup_mma_wait(0, deps=(dp_next,))
+    p = gl.convert_layout(_kept(weights, rules.score).to(dtype), OPERAND)
+    ds = gl.convert_layout(_gradient(job.count - 1, weights, dp, slope, ring, rules.score).to(dtype), OPERAND)
+    dk, dv = _finish(job.count - 1, p, ds, dk, dv, ring, tiles)
+    return warpgroup_mma_wait(0, deps=(dk, dv))
+
+
+@gluon.jit
+def _late(dk, dv, k_tile, v_tile, zero, job, keys, ring, call, OPERAND: gl.constexpr, tiles: gl.constexpr):
+    """Adds all blocks to `dk` and `dv`. The last products of a block are issued behind the first ones of the next
+    block, and run under that block's weights.
+    """
+    dtype: gl.constexpr = ring.held.first.dtype
+    rules = call.rules
+    head, first = _block(job, call.group, 0, tiles)
+    clear_outside(ring.q_stream, ring.do_stream, 0, first, job.span, tiles.m, tiles.d)
+    s, dp = _issue(0, k_tile, v_tile, ring, zero, tiles)
+    s, dp = warpgroup_mma_wait(0, deps=(s, dp))
+    weights, slope = _weights(0, head, first, s, job, rules, keys, ring, tiles)
+    p = gl.convert_layout(_kept(weights, rules.score).to(dtype), OPERAND)
+    ds = gl.convert_layout(_gradient(0, weights, dp, slope, ring, rules.score).to(dtype), OPERAND)
+    for i in range(1, job.count):
+        last = i - 1
+        head_q, first_q = _block(job, call.group, i, tiles)
+        clear_outside(ring.q_stream, ring.do_stream, i, first_q, job.span, tiles.m, tiles.d)
+        s, dp = _issue(i, k_tile, v_tile, ring, zero, tiles)
+        dk_next, dv_next = _finish(last, p, ds, dk, dv, ring, tiles)
+        s = warpgroup_mma_wait(3, deps=(s,))
+        weights, slope = _weights(i, head_q, first_q, s, job, rules, keys, ring, tiles)
+        p_next = _kept(weights, rules.score)
+        dp = warpgroup_mma_wait(2, deps=(dp,))
+        ds_next = _gradient(i, weights, dp, slope, ring, rules.score)
+        # Rounded only behind the wait: products in flight read the registers that the operands of the next ones take.
+        dk, dv, _, _ = warpgroup_mma_wait(0, deps=(dk_next, dv_next, p, ds))
+        release(ring.do_stream, last)
+        release(ring.q_stream, last)
+        p = gl.convert_layout(p_next.to(dtype), OPERAND)
+        ds = gl.convert_layout(ds_next.to(dtype), OPERAND)
+    dk, dv = _finish(job.count - 1, p, ds, dk, dv, ring, tiles)
+    return warpgroup_mma_wait(0, deps=(dk, dv))
+
+
+@gluon.jit
+def _compute(part: gl.constexpr, dk_out, dv_out, ring, call, tiles: gl.constexpr, ROTATED: gl.constexpr):
+    """A consumer: the `part`-th 64 keys of the tile. No product is left running at the end of a round."""
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tiles.m, 16])
+    DK: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tiles.d, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, DK, 2)
+    job = _job(call, tiles)
+    item = job.item
+    if item.begin < item.end:
+        score = call.rules.score
+        begin = item.begin + part * ROWS
+        dk = gl.zeros([ROWS, tiles.d], gl.float32, DK)
+        dv = gl.zeros([ROWS, tiles.d], gl.float32, DK)
+        if job.count > 0:
+            keys = begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
+            zero = gl.zeros([ROWS, tiles.m], gl.float32, S)
+            k_tile = ring.held.first.index(part).reshape([ROWS, tiles.d])
+            v_tile = ring.held.second.index(part).reshape([ROWS, tiles.d])
+            mbarrier.wait(ring.held.full.index(part), 0)
+            if ROTATED:
+                dk, dv = _rotated(dk, dv, k_tile, v_tile, zero, job, keys, ring, call, OPERAND, tiles)
+            else:
+                dk, dv = _late(dk, dv, k_tile, v_tile, zero, job, keys, ring, call, OPERAND, tiles)
+        store_rows(dk_out, item.row, job.head_k, begin, item.end, dk * score.scale, tiles.d)
+        if score.seed is not None:
+            dv = dv * score.keep_scale
+        store_rows(dv_out, item.row, job.head_k, begin, item.end, dv, tiles.d)
+
+
+@gluon.jit
+def _consumer_0(dk, dv, ring, call, tiles: gl.constexpr, ROTATED: gl.constexpr):
+    _compute(0, dk, dv, ring, call, tiles, ROTATED)
+
+
+@gluon.jit
+def _consumer_1(dk, dv, ring, call, tiles: gl.constexpr, ROTATED: gl.constexpr):
+    _compute(1, dk, dv, ring, call, tiles, ROTATED)
+
+
+@gluon.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles", "plane"])
+def dkdv_kernel(
+    dout, dk, dv, q, k, v, rowwise, plane, work, mask, dense, score, bias, diagonal, heads, group, len_q, len_k,
+    num_tiles, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, ROTATED: gl.constexpr,
+):  # fmt: skip
+    """Writes `dk` and `dv`, Operands. `dout`, `q`, `k` and `v` are descriptors of `(B, H, S, D)` with boxes of 64
+    (k, v) or BLOCK_M rows. `rowwise` and its planes are those of the portable `rowwise_kernel`.
+
+    Grid: tiles of 128 keys x heads of keys x batch rows.
+    """
+    tiles: gl.constexpr = Tiles(BLOCK_M, CONSUMERS * ROWS, HEAD_DIM, HEAD_DIM, HEAD_DIM, HEAD_DIM, 0, 0)
+    call = Call(work, Rules(mask, dense, None, score, bias), diagonal, heads, group, len_q, len_k, num_tiles)
+    WORDS: gl.constexpr = 4 if score.seed is not None else 2
+    WORD: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    ring = Ring(
+        allocate_held(k, v, HEAD_DIM),
+        # The second arrival is that of the queries' words.
+        allocate_stream(q, BLOCK_M, HEAD_DIM, STAGES, 2),
+        allocate_stream(dout, BLOCK_M, HEAD_DIM, STAGES, 1),
+        gl.allocate_shared_memory(gl.float32, [STAGES * WORDS, BLOCK_M], WORD),
+        WORDS,
+    )
+    gl.warp_specialize(
+        [
+            (_consumer_0, (dk, dv, ring, call, tiles, ROTATED)),
+            (_consumer_1, (dk, dv, ring, call, tiles, ROTATED)),
+            (_load, (q, dout, k, v, rowwise, plane, ring, call, tiles)),
+        ],
+        [4, 1],
+        [240, 24],
+    )

@@ -1,0 +1,230 @@
+"""The gradient of the queries for Hopper, in Gluon: one warp loads by TMA, two warpgroups of 64 queries each compute.
+
+A program holds 128 queries and walks over their keys, without atomics, so results repeat bitwise. `rowwise_kernel` of
+the portable backward prepares what depends on a query alone.
+
+The gradients of the scores feed the product with the keys from registers. It is issued one block later, behind the
+first two products of the next block, and runs while that block's weights are computed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from hf_flashbsa.kernels.hopper.common import (
+    CONSUMERS,
+    ROWS,
+    Call,
+    allocate_held,
+    allocate_stream,
+    clear_outside,
+    fill,
+    hold,
+    release,
+    store_rows,
+    tile_of,
+    wait_for,
+)
+from hf_flashbsa.kernels.primitives import (
+    Rows,
+    Rules,
+    Tiles,
+    dropout_keep,
+    log2_factor,
+    logits,
+    partial_position,
+    place_of,
+    span_of,
+    visible,
+    work_item,
+)
+
+
+class Ring(NamedTuple):
+    """Shared memory: queries and output gradients are held, keys and values pass by."""
+
+    held: object
+    k_stream: object
+    v_stream: object
+
+
+class Job(NamedTuple):
+    """What a program works on: a tile of queries, their head, and the keys that they meet in `count` blocks."""
+
+    item: object
+    head: object
+    span: object
+    count: object
+
+
+@gluon.jit
+def _job(call, tiles: gl.constexpr):
+    """The job of this program."""
+    place = gl.program_id(0)
+    head = (place // call.num_tiles) % call.heads
+    tile = place % call.num_tiles
+    if call.work is None:
+        tile = call.num_tiles - 1 - tile
+    batch = place // (call.num_tiles * call.heads)
+    item = work_item(call.work, tile, batch, call.len_q, call.len_k, call.diagonal, tiles.m)
+    span = span_of(item, call.rules, head, 0, tiles, False)
+    return Job(item, head, span, span.partial + (span.full_end - span.full_begin) // tiles.n)
+
+
+@gluon.jit
+def _first_key(span, i, tiles: gl.constexpr):
+    """First key of the `i`-th block that is visited: partial ones first."""
+    full = span.full_begin + (i - span.partial) * tiles.n
+    position = gl.where(i < span.partial, partial_position(span, i, tiles.n, tiles), full)
+    return place_of(span, None, position, tiles)
+
+
+@gluon.jit
+def _load(q, dout, k, v, ring, call, tiles: gl.constexpr):
+    """The producer."""
+    job = _job(call, tiles)
+    item = job.item
+    if item.begin < item.end:
+        hold(ring.held, q, dout, item.row, job.head, item.begin, tiles.d)
+        head_k = job.head // call.group
+        for i in range(job.count):
+            first = _first_key(job.span, i, tiles)
+            fill(ring.k_stream, i, k, item.other_row, head_k, first, tiles.n, tiles.d)
+            fill(ring.v_stream, i, v, item.other_row, head_k, first, tiles.n, tiles.d)
+
+
+@gluon.jit
+def _issue(i, first, q_tile, do_tile, ring, span, zero, tiles: gl.constexpr):
+    """Starts the products of the queries with block `i` of the keys, and of their output gradients with its values."""
+    clear_outside(ring.k_stream, ring.v_stream, i, first, span, tiles.n, tiles.d)
+    wait_for(ring.k_stream, i)
+    k_tile = tile_of(ring.k_stream, i, tiles.n, tiles.d)
+    s = warpgroup_mma(q_tile, k_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+    wait_for(ring.v_stream, i)
+    v_tile = tile_of(ring.v_stream, i, tiles.n, tiles.d)
+    dp = warpgroup_mma(do_tile, v_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+    return s, dp
+
+
+@gluon.jit
+def _weights(i, first, s, job, rules, queries, rows, tiles: gl.constexpr):
+    """Weights of block `i`, before dropout, and the slope of the softcap."""
+    item, span = job.item, job.span
+    keys = first + gl.arange(0, tiles.n, layout=gl.SliceLayout(0, s.type.layout))
+    inside = (queries < item.end)[:, None] & ((keys >= span.lo) & (keys < span.hi))[None, :]
+    s, slope = logits(
+        s, rules, item.row, job.head, queries[:, None], keys[None, :], inside, item.query_origin, item.key_origin
+    )
+    if i < span.partial:
+        ok = visible(
+            rules, item.row, item.other_row, job.head, queries[:, None], keys[None, :], inside, item.diagonal,
+            item.query_origin, item.key_origin, item.begin, first, tiles,
+        )  # fmt: skip
+        s = gl.where(ok, s, float("-inf"))
+    return gl.exp2(s * log2_factor(rules) - rows.lse[:, None]), slope
+
+
+@gluon.jit
+def _gradient(first, p, dp, slope, item, score, rows):
+    """Gradient of the scaled scores of the block from key `first` on."""
+    if score.seed is not None:
+        keys = first - item.key_origin + gl.arange(0, p.shape[1], layout=gl.SliceLayout(0, p.type.layout))
+        keep = dropout_keep(score, rows.pad[:, None], rows.factor[:, None], keys[None, :])
+        dp = gl.where(keep, dp * score.keep_scale, 0.0)
+    return p * (dp - rows.delta[:, None]) * slope
+
+
+@gluon.jit
+def _compute(part: gl.constexpr, dq_out, rowwise, plane, ring, call, tiles: gl.constexpr):
+    """A consumer: the `part`-th 64 queries of the tile. No product is left running at the end of a round."""
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tiles.n, 16])
+    DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tiles.d, 16])
+    DS: gl.constexpr = gl.DotOperandLayout(0, DQ, 2)
+    job = _job(call, tiles)
+    item, span = job.item, job.span
+    if item.begin < item.end:
+        rules = call.rules
+        dtype: gl.constexpr = ring.held.first.dtype
+        begin = item.begin + part * ROWS
+        queries = begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
+        place = rowwise + (item.row.to(gl.int64) * call.heads + job.head) * call.len_q + queries
+        live = queries < item.end
+        lse = gl.load(place, mask=live, other=float("inf"))
+        delta = gl.load(place + plane, mask=live, other=0.0)
+        pad, factor = 0, 0
+        if rules.score.seed is not None:
+            pad = gl.load(place + 2 * plane, mask=live, other=0.0).to(gl.uint32, bitcast=True)
+            factor = gl.load(place + 3 * plane, mask=live, other=0.0).to(gl.uint32, bitcast=True)
+        rows = Rows(lse, delta, pad, factor)
+        dq = gl.zeros([ROWS, tiles.d], gl.float32, DQ)
+        if job.count > 0:
+            zero = gl.zeros([ROWS, tiles.n], gl.float32, S)
+            q_tile = ring.held.first.index(part).reshape([ROWS, tiles.d])
+            do_tile = ring.held.second.index(part).reshape([ROWS, tiles.d])
+            mbarrier.wait(ring.held.full.index(part), 0)
+            first = _first_key(span, 0, tiles)
+            s, dp = _issue(0, first, q_tile, do_tile, ring, span, zero, tiles)
+            s, dp = warpgroup_mma_wait(0, deps=(s, dp))
+            release(ring.v_stream, 0)
+            p, slope = _weights(0, first, s, job, rules, queries, rows, tiles)
+            ds = _gradient(first, p, dp, slope, item, rules.score, rows)
+            ds = gl.convert_layout(ds.to(dtype), DS)
+            for i in range(1, job.count):
+                first_key = _first_key(span, i, tiles)
+                s, dp = _issue(i, first_key, q_tile, do_tile, ring, span, zero, tiles)
+                dq_next = warpgroup_mma(ds, tile_of(ring.k_stream, i - 1, tiles.n, tiles.d), dq, is_async=True)
+                s = warpgroup_mma_wait(2, deps=(s,))
+                p, slope = _weights(i, first_key, s, job, rules, queries, rows, tiles)
+                dp = warpgroup_mma_wait(1, deps=(dp,))
+                release(ring.v_stream, i)
+                ds_next = _gradient(first_key, p, dp, slope, item, rules.score, rows)
+                # The product in flight reads the registers of `ds`.
+                dq, _ = warpgroup_mma_wait(0, deps=(dq_next, ds))
+                release(ring.k_stream, i - 1)
+                ds = gl.convert_layout(ds_next.to(dtype), DS)
+            dq = warpgroup_mma(ds, tile_of(ring.k_stream, job.count - 1, tiles.n, tiles.d), dq, is_async=True)
+            dq = warpgroup_mma_wait(0, deps=(dq,))
+        store_rows(dq_out, item.row, job.head, begin, item.end, dq * rules.score.scale, tiles.d)
+
+
+@gluon.jit
+def _consumer_0(dq, rowwise, plane, ring, call, tiles: gl.constexpr):
+    _compute(0, dq, rowwise, plane, ring, call, tiles)
+
+
+@gluon.jit
+def _consumer_1(dq, rowwise, plane, ring, call, tiles: gl.constexpr):
+    _compute(1, dq, rowwise, plane, ring, call, tiles)
+
+
+@gluon.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles", "plane"])
+def dq_kernel(
+    dout, dq, q, k, v, rowwise, plane, work, mask, dense, score, bias, diagonal, heads, group, len_q, len_k, num_tiles,
+    HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+):  # fmt: skip
+    """Writes `dq`, an Operand. `dout`, `q`, `k` and `v` are descriptors of `(B, H, S, D)` with boxes of 64 (dout, q)
+    or BLOCK_N rows. `rowwise` and its planes are those of the portable `rowwise_kernel`.
+
+    Keys are needed one block longer than values: from K_STAGES = 3 on both load ahead. Grid: tiles of 128 queries x
+    heads x batch rows.
+    """
+    tiles: gl.constexpr = Tiles(CONSUMERS * ROWS, BLOCK_N, HEAD_DIM, HEAD_DIM, HEAD_DIM, HEAD_DIM, 0, 0)
+    call = Call(work, Rules(mask, dense, None, score, bias), diagonal, heads, group, len_q, len_k, num_tiles)
+    ring = Ring(
+        allocate_held(q, dout, HEAD_DIM),
+        allocate_stream(k, BLOCK_N, HEAD_DIM, K_STAGES, 1),
+        allocate_stream(v, BLOCK_N, HEAD_DIM, V_STAGES, 1),
+    )
+    gl.warp_specialize(
+        [
+            (_consumer_0, (dq, rowwise, plane, ring, call, tiles)),
+            (_consumer_1, (dq, rowwise, plane, ring, call, tiles)),
+            (_load, (q, dout, k, v, ring, call, tiles)),
+        ],
+        [4, 1],
+        [240, 24],
+    )

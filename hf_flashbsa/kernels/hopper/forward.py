@@ -1,0 +1,355 @@
+"""The forward kernel for Hopper, in Gluon: one warp loads by TMA, two warpgroups of 64 queries each compute.
+
+Within a warpgroup the product with the values of a block runs while the softmax of the next block is computed: the
+products of block i + 1 with the keys and of block i with the values are issued together (the scheme of
+FlashAttention-3, Shah et al., arXiv 2407.08608).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS, clear, store_rows
+from hf_flashbsa.kernels.primitives import (
+    LN2,
+    LOG2E,
+    Rules,
+    Tiles,
+    dropout_keep,
+    dropout_words,
+    log2_factor,
+    logits,
+    partial_position,
+    place_of,
+    span_of,
+    visible,
+    work_item,
+)
+
+
+class Problem(NamedTuple):
+    """The arguments of a kernel that every partition reads."""
+
+    work: object
+    rules: object
+    diagonal: object
+    heads: object
+    group: object
+    len_q: object
+    len_k: object
+    num_tiles: object
+    total: object
+
+
+class Ring(NamedTuple):
+    """Shared memory, and the barriers that say what is in it."""
+
+    q_tiles: object
+    k_tiles: object
+    v_tiles: object
+    q_full: object
+    q_empty: object
+    k_full: object
+    k_empty: object
+    v_full: object
+    v_empty: object
+
+
+@gluon.jit
+def _item(call, turn, tiles: gl.constexpr):
+    """The head and tile of this program's `turn`-th turn. Every other round of programs runs backwards, which evens
+    out long and short tiles."""
+    programs = gl.num_programs(0)
+    place = gl.program_id(0)
+    place = turn * programs + gl.where(turn % 2 == 1, programs - 1 - place, place)
+    place = gl.minimum(place, call.total - 1)
+    head = (place // call.num_tiles) % call.heads
+    tile = place % call.num_tiles
+    if call.work is None:
+        tile = call.num_tiles - 1 - tile
+    batch = place // (call.num_tiles * call.heads)
+    return head, work_item(call.work, tile, batch, call.len_q, call.len_k, call.diagonal, tiles.m)
+
+
+@gluon.jit
+def _next_turn(call, turn, tiles: gl.constexpr):
+    """The first turn from `turn` on whose tile has rows, or that behind the last one."""
+    turn = gl.to_tensor(turn)
+    if call.work is not None:
+        turns = _turns(call)
+        while (turn < turns) & _is_empty(call, turn, tiles):
+            turn += 1
+    return turn
+
+
+@gluon.jit
+def _is_empty(call, turn, tiles: gl.constexpr):
+    _, item = _item(call, turn, tiles)
+    return item.begin >= item.end
+
+
+@gluon.jit
+def _turns(call):
+    """How many tiles this program has."""
+    programs = gl.num_programs(0)
+    rest = call.total % programs
+    turns = call.total // programs
+    place = gl.program_id(0)
+    return turns + (gl.where(turns % 2 == 1, programs - 1 - place, place) < rest).to(gl.int32)
+
+
+@gluon.jit
+def _span(call, item, head, tiles: gl.constexpr):
+    """What a tile visits, and in how many blocks: one at least, in which nothing may be visible."""
+    entries = 0
+    if tiles.listed > 0:
+        entries = gl.arange(0, tiles.width, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    span = span_of(item, call.rules, head, entries, tiles, False)
+    return span, gl.maximum(_visits(span, tiles), 1)
+
+
+@gluon.jit
+def _visits(span, tiles: gl.constexpr):
+    return span.partial + (span.full_end - span.full_begin) // tiles.n
+
+
+@gluon.jit
+def _block(span, blocks, index, tiles: gl.constexpr):
+    """First key of the `index`-th block that is visited: partial ones first."""
+    full = span.full_begin + (index - span.partial) * tiles.n
+    position = gl.where(index < span.partial, partial_position(span, index, tiles.n, tiles), full)
+    if tiles.listed > 0:
+        if _visits(span, tiles) == 0:
+            position = 0
+    return place_of(span, blocks, position, tiles)
+
+
+@gluon.jit
+def _load(q, k, v, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
+    """The producer."""
+    step, done = gl.to_tensor(0), gl.to_tensor(0)
+    turn, turns = _next_turn(call, 0, tiles), _turns(call)
+    while turn < turns:
+        head, item = _item(call, turn, tiles)
+        span, count = _span(call, item, head, tiles)
+        head_k = head // call.group
+        for part in gl.static_range(CONSUMERS):
+            slot = (done & 1) * CONSUMERS + part
+            mbarrier.wait(ring.q_empty.index(slot), ((done >> 1) & 1) ^ 1)
+            mbarrier.expect(ring.q_full.index(slot), ROWS * tiles.d * 2)
+            tma.async_copy_global_to_shared(
+                q, [item.row, head, item.begin + part * ROWS, 0], ring.q_full.index(slot), ring.q_tiles.index(slot)
+            )
+        for i in range(count):
+            first = _block(span, call.rules.blocks, i, tiles)
+            stage, phase = step % STAGES, (step // STAGES) & 1
+            mbarrier.wait(ring.k_empty.index(stage), phase ^ 1)
+            mbarrier.expect(ring.k_full.index(stage), tiles.n * tiles.d * 2)
+            tma.async_copy_global_to_shared(
+                k, [item.other_row, head_k, first, 0], ring.k_full.index(stage), ring.k_tiles.index(stage)
+            )
+            mbarrier.wait(ring.v_empty.index(stage), phase ^ 1)
+            mbarrier.expect(ring.v_full.index(stage), tiles.n * tiles.d * 2)
+            tma.async_copy_global_to_shared(
+                v, [item.other_row, head_k, first, 0], ring.v_full.index(stage), ring.v_tiles.index(stage)
+            )
+            step += 1
+        done += 1
+        turn = _next_turn(call, turn + 1, tiles)
+
+
+@gluon.jit
+def _store(o, row_max, row_sum, out, lse, sinks, row, head, begin, end, call, S: gl.constexpr, tiles: gl.constexpr):
+    """Divides the weighted values by the sum of the weights, and writes them and its logarithm."""
+    O: gl.constexpr = o.type.layout
+    score = call.rules.score
+    if sinks is not None:
+        # A row that sees no key stays without weights.
+        sink = gl.where(row_max == float("-inf"), float("-inf"), gl.load(sinks + head) * LOG2E)
+        top = gl.maximum(row_max, sink)
+        top = gl.where(top == float("-inf"), 0.0, top)
+        shrink = gl.exp2(row_max - top)
+        o = o * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
+        row_sum = row_sum * shrink + gl.exp2(sink - top)
+        row_max = top
+    inverse = gl.where(row_sum > 0.0, 1.0 / row_sum, 0.0)
+    if score.seed is not None:
+        inverse = inverse * score.keep_scale
+    rows = begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
+    place = (row.to(gl.int64) * call.heads + head) * call.len_q + rows
+    gl.store(lse + place, (row_max + gl.log2(row_sum)) * LN2, mask=rows < end)
+    o = o * gl.convert_layout(inverse, gl.SliceLayout(1, O))[:, None]
+    store_rows(out, row, head, begin, end, o, tiles.d)
+
+
+@gluon.jit
+def _compute(part: gl.constexpr, out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
+    """A consumer: the `part`-th 64 queries of each tile.
+
+    A round of the loop issues the product of a block with the keys, and the product of the block before with the
+    values, under which it computes the block's softmax. Blocks follow each other across tiles, so that there is one
+    body for all of them: a tile is stored in the first round of the next one, and there is a last round without block.
+    No product is left running at the end of a round: ptxas gives away registers of those.
+    """
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tiles.n, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tiles.d, 16])
+    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    rules = call.rules
+    score = rules.score
+    to_log2 = log2_factor(rules)
+    s = gl.zeros([ROWS, tiles.n], gl.float32, S)
+    o = gl.zeros([ROWS, tiles.d], gl.float32, O)
+    p = gl.zeros([ROWS, tiles.n], ring.q_tiles.dtype, P)
+    row_max = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
+    row_sum = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S))
+    pad = gl.zeros([ROWS], gl.uint32, gl.SliceLayout(1, S))
+    factor = gl.zeros([ROWS], gl.uint32, gl.SliceLayout(1, S))
+    step, done, index = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
+    turn, turns = _next_turn(call, 0, tiles), _turns(call)
+    head, item = _item(call, turn, tiles)
+    span, count = _span(call, item, head, tiles)
+    # Triton loses changes of a variable that enters a loop as the value of another one.
+    old_row, old_head, old_begin, old_end = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
+    running = turn < turns
+    while running:
+        live = turn < turns
+        fresh = index == 0
+        stage, phase = step % STAGES, (step // STAGES) & 1
+        before, before_phase = (step + STAGES - 1) % STAGES, ((step - 1) // STAGES) & 1
+        v_tile = ring.v_tiles.index(before).reshape([tiles.n, tiles.d])
+        q_slot = (done & 1) * CONSUMERS + part
+        mbarrier.wait(ring.q_full.index(q_slot), (done >> 1) & 1, pred=fresh & live)
+        mbarrier.wait(ring.k_full.index(stage), phase, pred=live)
+        k_tile = ring.k_tiles.index(stage).reshape([tiles.n, tiles.d])
+        q_tile = ring.q_tiles.index(q_slot).reshape([ROWS, tiles.d])
+        s = warpgroup_mma(q_tile, k_tile.permute((1, 0)), s, use_acc=False, is_async=True)
+        mbarrier.wait(ring.v_full.index(before), before_phase, pred=step > 0)
+        product = warpgroup_mma(p, v_tile, o, is_async=True)
+        s = warpgroup_mma_wait(1, deps=(s,))
+        mbarrier.arrive(ring.k_empty.index(stage), count=1, pred=live)
+        rows = item.begin + part * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
+        old_max, old_sum = row_max, row_sum
+        if fresh:
+            row_max = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
+            row_sum = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S))
+            if score.seed is not None:
+                pad, factor = dropout_words(score, item.row * call.heads + head, rows)
+        first = _block(span, rules.blocks, index, tiles)
+        shrink = gl.full([ROWS], 1.0, gl.float32, gl.SliceLayout(1, S))
+        # Not for the sake of the last round: ptxas would move the wait behind it before the exponentials.
+        if live:
+            keys = first + gl.arange(0, tiles.n, layout=gl.SliceLayout(0, S))
+            inside = (rows < item.end)[:, None] & ((keys >= span.lo) & (keys < span.hi))[None, :]
+            s, _ = logits(
+                s, rules, item.row, head, rows[:, None], keys[None, :], inside, item.query_origin, item.key_origin
+            )
+            visits = _visits(span, tiles)
+            if (index < span.partial) | (visits == 0):
+                first_q = gl.where(visits > 0, item.begin, item.query_origin)
+                ok = visible(
+                    rules, item.row, item.other_row, head, rows[:, None], keys[None, :], inside, item.diagonal,
+                    item.query_origin, item.key_origin, first_q, first, tiles,
+                )  # fmt: skip
+                s = gl.where(ok & (visits > 0), s, float("-inf"))
+                if (first < span.lo) | (first + tiles.n > span.hi):
+                    mbarrier.wait(ring.v_full.index(stage), phase)
+                    values = ring.v_tiles.index(stage).reshape([tiles.n, tiles.d])
+                    clear(values, first, span.lo, span.hi, tiles.n, tiles.d)
+            new_max = gl.maximum(row_max, gl.max(s, 1) * to_log2)
+            # A row that has met no key yet has maximum -inf; any finite pivot gives it weights of 0 and not NaN.
+            pivot = gl.where(new_max == float("-inf"), 0.0, new_max)
+            s = gl.exp2(s * to_log2 - pivot[:, None])
+            shrink = gl.exp2(row_max - pivot)
+            row_sum = row_sum * shrink + gl.sum(s, 1)
+            row_max = new_max
+            if score.seed is not None:
+                keep = dropout_keep(score, pad[:, None], factor[:, None], (keys - item.key_origin)[None, :])
+                s = gl.where(keep, s, 0.0)
+        o = warpgroup_mma_wait(0, deps=(product,))
+        if fresh:
+            if step > 0:
+                # The scores of the tile before were complete a round ago.
+                mbarrier.arrive(ring.q_empty.index(((done + 1) & 1) * CONSUMERS + part), count=1)
+                _store(o, old_max, old_sum, out, lse, sinks, old_row, old_head, old_begin, old_end, call, S, tiles)
+            o = gl.zeros([ROWS, tiles.d], gl.float32, O)
+        else:
+            o = o * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
+        mbarrier.arrive(ring.v_empty.index(before), count=1, pred=step > 0)
+        p = gl.convert_layout(s.to(ring.q_tiles.dtype), P)
+        step += 1
+        index += 1
+        running = live
+        if live & (index == count):
+            old_row, old_head, old_begin, old_end = item.row, head, item.begin + part * ROWS, item.end
+            index *= 0
+            done += 1
+            turn = _next_turn(call, turn + 1, tiles)
+            head, item = _item(call, turn, tiles)
+            span, count = _span(call, item, head, tiles)
+
+
+@gluon.jit
+def _consumer_0(
+    out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
+    _compute(0, out, lse, sinks, ring, call, tiles, STAGES)
+
+
+@gluon.jit
+def _consumer_1(
+    out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
+    _compute(1, out, lse, sinks, ring, call, tiles, STAGES)
+
+
+@gluon.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles", "total"])
+def forward_kernel(
+    q, k, v, out, lse, sinks, work, mask, dense, blocks, score, bias, diagonal, heads, group, len_q, len_k, num_tiles,
+    total, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+    LISTED: gl.constexpr, WIDTH: gl.constexpr,
+):  # fmt: skip
+    """Writes `out` and `lse`. `q`, `k` and `v` are descriptors of `(B, H, S, D)` with boxes of 64 or BLOCK_N rows.
+
+    Grid: programs that share the `total` tiles of all heads and batch rows.
+    """
+    tiles: gl.constexpr = Tiles(CONSUMERS * ROWS, BLOCK_N, HEAD_DIM, HEAD_DIM, HEAD_DIM, HEAD_DIM, LISTED, WIDTH)
+    call = Problem(
+        work, Rules(mask, dense, blocks, score, bias), diagonal, heads, group, len_q, len_k, num_tiles, total
+    )
+    ring = Ring(
+        gl.allocate_shared_memory(q.dtype, [2 * CONSUMERS, 1, 1, ROWS, HEAD_DIM], q.layout),
+        gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, BLOCK_N, HEAD_DIM], k.layout),
+        gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, BLOCK_N, HEAD_DIM], v.layout),
+        gl.allocate_shared_memory(gl.int64, [2 * CONSUMERS, 1], mbarrier.MBarrierLayout()),
+        gl.allocate_shared_memory(gl.int64, [2 * CONSUMERS, 1], mbarrier.MBarrierLayout()),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
+    )
+    for slot in gl.static_range(2 * CONSUMERS):
+        mbarrier.init(ring.q_full.index(slot), count=1)
+        mbarrier.init(ring.q_empty.index(slot), count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ring.k_full.index(stage), count=1)
+        mbarrier.init(ring.v_full.index(stage), count=1)
+        mbarrier.init(ring.k_empty.index(stage), count=CONSUMERS)
+        mbarrier.init(ring.v_empty.index(stage), count=CONSUMERS)
+    gl.warp_specialize(
+        [
+            (_consumer_0, (out, lse, sinks, ring, call, tiles, STAGES)),
+            (_consumer_1, (out, lse, sinks, ring, call, tiles, STAGES)),
+            (_load, (q, k, v, ring, call, tiles, STAGES)),
+        ],
+        [4, 1],
+        [240, 24],
+    )

@@ -1,0 +1,88 @@
+"""Launchers of the Hopper kernels. Tensors and the rest are those of the portable launchers."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from hf_flashbsa.kernels.arguments import blocks_of, mask_of, matrix_of, operand_of, score_of, tiles_of
+from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS
+from hf_flashbsa.kernels.hopper.dkdv import dkdv_kernel
+from hf_flashbsa.kernels.hopper.dq import dq_kernel
+from hf_flashbsa.kernels.hopper.forward import forward_kernel
+from hf_flashbsa.kernels.state import Extras, Params
+
+#: Rows of a tile: as many as a work table has per entry.
+TILE = ROWS.value * CONSUMERS.value
+#: Threads of the two consumers and the producer share the registers of a multiprocessor.
+OPTIONS = {"num_warps": 4, "maxnreg": 168}
+#: Up to so many tiles in a sequence, programs stay and take one tile after the other, which hides how tiles begin and
+#: end. Where more, the GPU's own order balances unequal tiles better.
+RESIDENT_TILES = 32
+
+
+@functools.cache
+def _layout(rows: int, dim: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    element = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, dim], element)
+
+
+def _descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
+    """`x` for TMA, in boxes of `rows` rows of a head."""
+    dim = x.shape[-1]
+    # The strides of dimensions of size 1 may be anything, but TMA wants multiples of 16 bytes.
+    strides = [stride if size > 1 else dim for size, stride in zip(x.shape, x.stride(), strict=True)]
+    strides[-1] = 1
+    return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, dim], _layout(rows, dim, x.dtype))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def launch_forward(options: dict, launch, q, k, v, out, lse, extras: Extras, params: Params) -> None:
+    (batch, heads, len_q, dim), (_, heads_k, len_k, _) = q.shape, k.shape
+    tiles, batch = tiles_of(extras.work_q, len_q, batch, TILE)
+    total = tiles * heads * batch
+    resident = extras.work_q is not None or tiles <= RESIDENT_TILES
+    lists = extras.blocks_q
+    launch(
+        forward_kernel, (min(total, _multiprocessors(q.device)) if resident else total,),
+        _descriptor(q, ROWS.value), _descriptor(k, options["BLOCK_N"]), _descriptor(v, options["BLOCK_N"]),
+        operand_of(out), lse, extras.sinks, extras.work_q, mask_of(extras, params), matrix_of(extras.mask),
+        blocks_of(lists, extras), score_of(extras, params), matrix_of(extras.bias), params.diagonal, heads,
+        heads // heads_k, len_q, len_k, tiles, total, HEAD_DIM=dim, LISTED=params.block_size,
+        WIDTH=0 if lists is None else 1 << (lists.shape[-1] - 3).bit_length(), **options, **OPTIONS,
+    )  # fmt: skip
+
+
+def launch_dq(options: dict, launch, dout, dq, q, k, v, rowwise, plane: int, extras: Extras, params: Params) -> None:
+    (batch, heads, len_q, dim), (_, heads_k, len_k, _) = q.shape, k.shape
+    tiles, batch = tiles_of(extras.work_q, len_q, batch, TILE)
+    keys = options["BLOCK_N"]
+    launch(
+        dq_kernel, (tiles * heads * batch,),
+        _descriptor(dout, ROWS.value), operand_of(dq), _descriptor(q, ROWS.value), _descriptor(k, keys),
+        _descriptor(v, keys), rowwise, plane, extras.work_q, mask_of(extras, params), matrix_of(extras.mask),
+        score_of(extras, params), matrix_of(extras.bias), params.diagonal, heads, heads // heads_k, len_q, len_k,
+        tiles, HEAD_DIM=dim, **options, **OPTIONS,
+    )  # fmt: skip
+
+
+def launch_dkdv(
+    options: dict, launch, dout, dk, dv, q, k, v, rowwise, plane: int, extras: Extras, params: Params
+) -> None:
+    (_, heads, len_q, dim), (batch, heads_k, len_k, _) = q.shape, k.shape
+    tiles, batch = tiles_of(extras.work_k, len_k, batch, TILE)
+    queries = options["BLOCK_M"]
+    launch(
+        dkdv_kernel, (tiles * heads_k * batch,),
+        _descriptor(dout, queries), operand_of(dk), operand_of(dv), _descriptor(q, queries),
+        _descriptor(k, ROWS.value), _descriptor(v, ROWS.value), rowwise, plane, extras.work_k,
+        mask_of(extras, params), matrix_of(extras.mask), score_of(extras, params), matrix_of(extras.bias),
+        params.diagonal, heads, heads // heads_k, len_q, len_k, tiles, HEAD_DIM=dim, **options, **OPTIONS,
+    )  # fmt: skip

@@ -1,0 +1,81 @@
+"""Reads compiled kernels: which registers instructions write while matrix products may still read them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+
+import triton
+
+_INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]+)\*/\s+(.*?);")
+_PRODUCT = re.compile(r"HGMMA\.\S+ R\d+, R(\d+), gdesc")
+_JUMP = re.compile(r"BRA (?:!?U?P\d+, )?0x([0-9a-f]+)")
+#: Waits leave at most so many groups running.
+_MOST_WAITED_FOR = 7
+_WAIT = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)")
+#: Begin of the names of instructions whose first operand is no register that they write.
+_WRITES_NONE = (
+    "HGMMA ST BAR BRA SYNCS WARPGROUP EXIT UTMA USETMAXREG NOP ISETP FSETP PLOP R2UR UI UL US UM UP DEPBAR RED ATOM "
+    "BSSY BSYNC FENCE MEMBAR CCTL WARPSYNC VOTE ELECT S2UR"
+).split()
+
+
+def disassemble(cubin: bytes) -> str:
+    """SASS of a compiled kernel, by the cuobjdump that comes with Triton."""
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _written(instruction: str) -> range:
+    """Numbers of the registers that an instruction writes."""
+    instruction = re.sub(r"^@!?U?P\d+ ", "", instruction)
+    match = re.match(r"(\S+) R(\d+)", instruction)
+    if match is None or instruction.startswith(tuple(_WRITES_NONE)):
+        return range(0)
+    name, first = match[1], int(match[2])
+    return range(first, first + (4 if ".128" in name else 2 if ".64" in name or "WIDE" in name else 1))
+
+
+def overwritten_operands(sass: str) -> list[str]:
+    """Products whose left operand, in registers, another instruction may overwrite before a wait for them.
+
+    ptxas must not do so, since the product reads them at its leisure, but does where one runs across the end of a
+    loop (Triton 3.6 and its ptxas 12.8; see triton issues 9433 and 11781).
+    """
+    code = [(int(m[1], 16), m[2]) for m in map(_INSTRUCTION.match, sass.splitlines()) if m]
+    place = {address: i for i, (address, _) in enumerate(code)}
+    found = []
+    for start, (address, product) in enumerate(code):
+        match = _PRODUCT.match(product)
+        if match is None:
+            continue
+        operand = set(range(int(match[1]), int(match[1]) + 4))
+        # Places to go on from, and how many groups of products were closed since the product was issued, its own
+        # counted: `gsb0` closes one, and a wait leaves the newest ones running.
+        todo, seen = [(start + 1, int("gsb0" in product))], set()
+        while todo:
+            i, closed = todo.pop()
+            while i < len(code) and (i, closed) not in seen:
+                seen.add((i, closed))
+                instruction = code[i][1]
+                wait = _WAIT.match(instruction)
+                if instruction.startswith("EXIT") or (wait and closed > int(wait[1])):
+                    break
+                if operand.intersection(_written(instruction)):
+                    found.append(f"{address:#x} {product} / {code[i][0]:#x} {instruction}")
+                    break
+                if instruction.startswith("HGMMA") and "gsb0" in instruction:
+                    closed = min(closed + 1, _MOST_WAITED_FOR + 1)
+                if jump := _JUMP.search(instruction):
+                    target = place.get(int(jump[1], 16))
+                    if target is not None:
+                        todo.append((target, closed))
+                    if instruction.startswith("BRA 0x"):
+                        break
+                i += 1
+    return found

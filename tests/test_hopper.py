@@ -1,0 +1,211 @@
+"""The Hopper kernels: which calls they take, and what the compiler makes of them on a machine that need not have one.
+
+`python tests/test_hopper.py` does the compiling, in a process of its own: here Triton may be the interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from aot import SHARED_LIMIT, compile_only
+from sass import overwritten_operands
+
+from hf_flashbsa import attention
+from hf_flashbsa.kernels import hopper, tuning
+from hf_flashbsa.kernels.state import Extras, Params
+
+KERNELS = ("forward", "dq", "dkdv")
+#: Bytes that a kernel may spill: addresses and bounds, one of each thread, none of the tensors.
+SPILLS = 128
+#: Kinds of calls that compile to code of their own.
+CALLS = {
+    "plain": {},
+    "window": {"window_size": (200, 30), "sinks": True},
+    "dropout": {"causal": True, "dropout_p": 0.1},
+    "packed": {"causal": True},
+    "grouped": {"causal": True},
+}
+#: Those that leave some of the kernels to the portable ones: configs/hopper.json.
+PORTABLE = {("dropout", 64, "forward"), ("dropout", 128, "forward"), ("packed", 64, "dq"), ("packed", 64, "dkdv")}
+PORTABLE |= {(kind, 64, "forward") for kind in CALLS if kind != "packed"}
+
+
+def call(kind: str, head_dim: int) -> None:
+    """Calls `attention` and its backward pass, with `kind` of `CALLS`."""
+    heads_k = 2 if kind == "grouped" else 4
+    q, dout = (torch.zeros(1, 2048, 4, head_dim, dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
+    k, v = (torch.zeros(1, 2048, heads_k, head_dim, dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
+    options = dict(CALLS[kind])
+    if "sinks" in options:
+        options["sinks"] = torch.zeros(4)
+    if kind == "packed":
+        cu_seqlens = torch.tensor([0, 700, 2048], dtype=torch.int32)
+        options |= {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    attention(*leaves, backend="triton", **options).backward(dout)
+
+
+def main() -> None:
+    """Prints a JSON line for each kernel of each kind of call: what the compiler did."""
+    tuning.architecture = lambda device: "sm_90"
+    tuning.is_hopper = lambda device: True
+    for head_dim in (64, 128):
+        for kind in CALLS:
+            with compile_only(90) as compiled:
+                call(kind, head_dim)
+            for result in compiled:
+                print(json.dumps({"kind": kind, "head_dim": head_dim, **result._asdict()}), flush=True)
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, __file__]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    return [row for row in found if row["name"] != "rowwise_kernel"]
+
+
+def test_calls_reach_the_kernels(rows):
+    reached = {(row["kind"], row["head_dim"], row["name"].removesuffix("_kernel")): row["module"] for row in rows}
+    assert set(reached) == {(kind, head_dim, name) for kind in CALLS for head_dim in (64, 128) for name in KERNELS}
+    assert {call for call, module in reached.items() if ".hopper." not in module} == PORTABLE
+
+
+def test_every_kernel_compiles_well(rows):
+    wrong = []
+    for row in [row for row in rows if ".hopper." in row["module"]]:
+        faults = {
+            "shared memory": row["shared"] > SHARED_LIMIT[90],
+            "spills": row["spills"] > SPILLS,
+            "no wgmma": not row["wgmma"] > row["mma"] == 0,
+            "serialized": row["serialized"],
+            "operands overwritten": row["overwritten"] > 0,
+        }
+        if found := [name for name, present in faults.items() if present]:
+            wrong.append(f"{', '.join(found)}: {row}")
+    assert not wrong, "\n".join(wrong)
+
+
+SASS = """
+        /*0000*/  HGMMA.64x64x16.F32.BF16 R24, R40, gdesc[UR8].tnspB, R24 ;
+        /*0010*/  HGMMA.64x64x16.F32.BF16 R24, R44, gdesc[UR8].tnspB, R24, gsb0 ;
+        /*0020*/  {} ;
+        /*0030*/  FFMA R42, R1, R2, R3 ;
+        /*0040*/  @P0 BRA 0x0 ;
+        /*0050*/  EXIT ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("between", "faults"),
+    [
+        ("NOP", 1),
+        ("WARPGROUP.DEPBAR.LE gsb0, 0x0", 0),
+        ("WARPGROUP.DEPBAR.LE gsb0, 0x1", 1),
+        ("HGMMA.64x64x16.F32.BF16 R64, gdesc[UR8], R64, gsb0", 1),
+    ],
+)
+def test_overwritten_operands_are_found(between, faults):
+    """Of two products the first one's operand is R40 to R43, and a later wait for one group is none for the newest."""
+    assert len(overwritten_operands(SASS.format(between))) == faults
+
+
+def test_a_wait_for_all_but_the_newest_group_covers_older_ones():
+    newer = "HGMMA.64x64x16.F32.BF16 R64, gdesc[UR8], R64, gsb0 ;\n        /*0028*/  WARPGROUP.DEPBAR.LE gsb0, 0x1"
+    assert overwritten_operands(SASS.format(newer)) == []
+
+
+def _arguments(head_dim=128, length=2048, dtype=torch.bfloat16, dim_v=None, extras=None, **params):
+    q = torch.zeros(1, length, 2, head_dim, dtype=dtype).transpose(1, 2)
+    v = torch.zeros(1, length, 2, dim_v or head_dim, dtype=dtype).transpose(1, 2)
+    usual = {"scale": 1.0, "softcap": 0.0, "window_left": -1, "window_right": -1, "diagonal": 0}
+    usual |= {"drop_threshold": 0, "block_size": 0, "backend": "triton"}
+    nothing = Extras(*[None] * len(Extras._fields))
+    return q, q.clone(), v, (), nothing._replace(**extras or {}), Params(**usual | params)
+
+
+@pytest.fixture
+def on_hopper():
+    with mock.patch.object(tuning, "is_hopper", lambda device: True):
+        yield
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_takes(on_hopper, kernel):
+    assert hopper.refusal(kernel, *_arguments()) is None
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    ("reason", "changes"),
+    [
+        ("dtype torch.float32", {"dtype": torch.float32}),
+        ("head dims 128 and 64", {"dim_v": 64}),
+        ("what configs/hopper.json does not list", {"head_dim": 96}),
+        ("what configs/hopper.json does not list", {"length": 32}),
+        ("bias", {"extras": {"bias": torch.zeros(1, 1, 2048, 2048)}}),
+        ("segment_ids_q", {"extras": {"segment_ids_q": torch.zeros(1, 2048)}}),
+        ("softcap", {"softcap": 30.0}),
+        ("block layouts, blocks of 64", {"extras": {"grid": torch.zeros(1)}, "block_size": 64}),
+        ("no tokens", {"length": 0}),
+    ],
+)
+def test_leaves_to_the_portable_kernels(on_hopper, kernel, reason, changes):
+    assert hopper.refusal(kernel, *_arguments(**changes)) == reason
+
+
+def test_leaves_what_tma_cannot_address(on_hopper):
+    q, k, v, *rest = _arguments()
+    odd = torch.zeros(1, 2, 2048, 129, dtype=torch.bfloat16)[..., :128]
+    expanded = torch.zeros(1, 1, 2048, 128, dtype=torch.bfloat16).expand(1, 2, 2048, 128)
+    for other in (odd, expanded):
+        assert "16 bytes" in hopper.refusal("forward", q, other, v, *rest)
+
+
+def test_leaves_a_kernel_whose_configuration_is_set(on_hopper):
+    config = tuning.select("dq", "sm_90", 128, 2, True)
+    with tuning.override("dq", config):
+        assert "configuration" in hopper.refusal("dq", *_arguments())
+        assert hopper.refusal("dkdv", *_arguments()) is None
+
+
+def test_other_gpus_have_portable_kernels_only():
+    assert hopper.refusal("forward", *_arguments()) == "not a Hopper GPU"
+
+
+def test_reasons_are_logged_once(on_hopper, caplog):
+    hopper._log_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger="hf_flashbsa"):
+        for _ in range(2):
+            assert hopper.launcher_of("forward", *_arguments(softcap=5.0)) is None
+    assert [record.message for record in caplog.records] == [
+        "Hopper kernels: the portable forward kernel takes calls with softcap"
+    ]
+
+
+def test_another_gluon_is_a_reason(on_hopper, caplog):
+    """Releases of Triton change Gluon: without what the kernels need, everything runs on the portable ones."""
+    hopper._launchers.cache_clear()
+    try:
+        with mock.patch.object(hopper.importlib, "import_module", side_effect=ImportError("no name 'tma'")):
+            for _ in range(2):
+                assert hopper.refusal("forward", *_arguments()) == "this release of Triton"
+    finally:
+        hopper._launchers.cache_clear()
+    assert [record.message for record in caplog.records] == [
+        "Hopper kernels: this release of Triton lacks what they need (no name 'tma')"
+    ]
+
+
+if __name__ == "__main__":
+    main()
