@@ -88,11 +88,12 @@ class Plan:
                 if not changing.isdisjoint(parts):
                     changing.add(place)
                     self._constants[place - len(launcher.tensors)] = None
-                    self._made.append((place, itemgetter(*parts)))
+                    self._made.append((place, _picker(parts)))
             return place
 
         self._launches = [
-            (compiled, grid, itemgetter(*map(place_of, arguments))) for compiled, grid, arguments in launcher.launched
+            (compiled, grid, _picker(tuple(map(place_of, arguments))))
+            for compiled, grid, arguments in launcher.launched
         ]
 
     def run(self, addresses: list[int | None], device: int) -> None:
@@ -107,6 +108,13 @@ class Plan:
             hooked = enter is not None or leave is not None
             metadata = kernel.launch_metadata(grid, stream, *arguments) if hooked else None
             kernel.run(*grid, stream, kernel.function, kernel.packed_metadata, metadata, enter, leave, *arguments)
+
+
+def _picker(places: tuple[int, ...]) -> Callable:
+    """Gives the values at `places` of a list, as a tuple."""
+    if len(places) > 1:
+        return itemgetter(*places)
+    return lambda values: tuple(values[place] for place in places)
 
 
 class _Address(NamedTuple):
