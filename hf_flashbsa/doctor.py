@@ -71,6 +71,15 @@ def _why_not_triton() -> str | None:
     return None
 
 
+def _why_not_hopper(triton: str | None, device: torch.device) -> str | None:
+    """Why the Hopper kernels cannot run here; `triton` is why Triton's back end cannot."""
+    if triton is not None:
+        return "they need the triton back end"
+    if not tuning.is_hopper(device):
+        return "the GPU is no Hopper (sm_90)"
+    return _importable("hf_flashbsa.kernels.hopper.launchers")
+
+
 def _trial(backend: str, device: torch.device) -> str | None:
     """Runs a small problem forward and backward; None, or what went wrong."""
     generator = torch.Generator().manual_seed(0)
@@ -123,6 +132,7 @@ def examine() -> dict:
         },
         "gpu": gpu,
         "backends": {name: _verdict(reason) for name, reason in unavailable.items()},
+        "hopper": _verdict(_why_not_hopper(unavailable["triton"], device)),
         "auto": {"backend": chosen.name, "reason": chosen.reason},
         "registered": {
             name: "with its mask function" if name in masks.valid_keys() else "without a mask function"
@@ -163,6 +173,7 @@ def _print(found: dict) -> None:
     lines["GPU"] = "none" if gpu is None else ", ".join(f"{name} {value}" for name, value in gpu.items())
     for name, verdict in found["backends"].items():
         lines[f"{name} back end"] = _words(verdict, "runs") + (" (in use)" if name == auto else "")
+    lines["Hopper kernels"] = _words(found["hopper"], "run")
     for name, how in found["registered"].items():
         lines[f'attn_implementation="{name}"'] = f"registered {how}"
     lines["launch configurations"] = found["configuration"]["file"]

@@ -48,6 +48,17 @@ def test_old_gpu_and_missing_triton_are_named(no_interpreter, monkeypatch):
     assert "pip install triton" in doctor._why_not_triton()
 
 
+def test_says_why_hopper_kernels_do_not_run(monkeypatch):
+    gpu = torch.device("cuda")
+    assert "triton" in doctor._why_not_hopper("no Triton", gpu)
+    monkeypatch.setattr(doctor.tuning, "is_hopper", lambda device: False)
+    assert "sm_90" in doctor._why_not_hopper(None, gpu)
+    monkeypatch.setattr(doctor.tuning, "is_hopper", lambda device: True)
+    assert doctor._why_not_hopper(None, gpu) is None
+    monkeypatch.setattr(doctor, "_importable", lambda module: f"No module named {module!r}")
+    assert "kernels.hopper" in doctor._why_not_hopper(None, gpu)
+
+
 def test_exit_code_tells_of_attention_that_does_not_run(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "_trial", lambda backend, device: f"{backend} is broken")
     assert doctor.main(argparse.Namespace(json=False)) == 1

@@ -15,6 +15,9 @@ PROBLEM = (
     "length", "pattern", "chance", "block_size",
 )  # fmt: skip
 
+#: Panels side by side in a plot.
+MOST_COLUMNS = 4
+
 
 def append(path: Path, row: dict) -> None:
     """Adds one row to a JSON Lines file."""
@@ -106,7 +109,7 @@ def reasons(rows: list[dict]) -> list[str]:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """TFLOP/s over length: one panel for each pass and kind of problem, one line for each provider."""
+    """TFLOP/s over length: a panel for each pass and kind of problem of several lengths, a line per provider."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -115,14 +118,22 @@ def plot(rows: list[dict], path: Path) -> None:
     timed = [row for row in rows if row["tflops"] is not None]
     if not timed:
         raise ValueError("nothing to plot: no provider was timed on the device clock.")
-    passes = list(dict.fromkeys(row["pass"] for row in timed))
-    panels = list(dict.fromkeys(_panel(row) for row in timed))
+    lengths = {}
+    for row in timed:
+        lengths.setdefault((row["pass"], _panel(row)), set()).add(row["length"])
+    # A problem of one length is no line; such ones are drawn where there is nothing else.
+    panels = [panel for panel, found in lengths.items() if len(found) > 1] or list(lengths)
     providers = list(dict.fromkeys(row["provider"] for row in timed))
-    size = (3.2 * len(panels) + 1, 2.6 * len(passes) + 1)
-    figure, axes = pyplot.subplots(len(passes), len(panels), figsize=size, squeeze=False, layout="constrained")
+    columns = min(len(panels), MOST_COLUMNS)
+    shape = (-(-len(panels) // columns), columns)
+    size = (3.2 * shape[1] + 1, 2.6 * shape[0] + 1)
+    figure, axes = pyplot.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
     lines = {}
-    for (i, pass_), (j, panel) in itertools.product(enumerate(passes), enumerate(panels)):
-        axis, here = axes[i, j], [row for row in timed if (row["pass"], _panel(row)) == (pass_, panel)]
+    for axis, (pass_, panel) in itertools.zip_longest(axes.flat, panels, fillvalue=(None, None)):
+        if panel is None:
+            axis.set_visible(False)
+            continue
+        here = [row for row in timed if (row["pass"], _panel(row)) == (pass_, panel)]
         axis.set_title(f"{pass_}, {panel}", fontsize=9)
         for index, provider in enumerate(providers):
             points = sorted((row["length"], row["tflops"]) for row in here if row["provider"] == provider)
