@@ -27,7 +27,11 @@ def programs(request):
     from hf_flashbsa.kernels.hopper import launchers
 
     entries = {
-        kernel: [entry | {"shortest": 1, "ragged": True, "dropout": True} for entry in hopper._entries(kernel)]
+        kernel: [
+            entry | {"shortest": 1, "ragged": ragged, "dropout": True}
+            for entry in hopper._entries(kernel)
+            for ragged in (False, True)
+        ]
         for kernel in ("forward", "dq", "dkdv")
     }
     launch._kept.cache_clear()

@@ -41,16 +41,15 @@ def _entries(kernel: str) -> list[dict]:
 def _options(kernel: str, q: torch.Tensor, k: torch.Tensor, extras: Extras, params: Params) -> dict | None:
     """The launch options that are listed for such a call; None where it is not.
 
-    An entry lists calls of one head dim: those whose rows (of keys; of queries for "dkdv") are `shortest` long or
-    longer, null for none; ragged ones, which have a work table, or not; those with dropout, or not.
+    An entry lists calls of one head dim, either those that have a work table (`ragged`) or the others, with rows of
+    queries and keys of at least `shortest`; `dropout` tells whether that is listed too.
     """
     ragged = (extras.work_k if kernel == "dkdv" else extras.work_q) is not None
-    length = q.shape[2] if kernel == "dkdv" else k.shape[2]
     for entry in _entries(kernel):
-        shortest = entry["shortest"]
         if (
             entry["head_dim"] == q.shape[-1]
-            and (entry["ragged"] if ragged else shortest is not None and length >= shortest)
+            and entry["ragged"] == ragged
+            and min(q.shape[2], k.shape[2]) >= entry["shortest"]
             and (entry["dropout"] or params.drop_threshold == 0)
         ):
             return entry["options"]

@@ -15,6 +15,22 @@ CONSUMERS = gl.constexpr(2)
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # renamed in Triton 3.7
 
 
+class Call(NamedTuple):
+    """The arguments of a kernel that say which tiles a program works on and what they meet. `total` counts the tiles
+    of all heads and batch rows, where programs share them.
+    """
+
+    work: object
+    rules: object
+    diagonal: object
+    heads: object
+    group: object
+    len_q: object
+    len_k: object
+    num_tiles: object
+    total: object
+
+
 @gluon.jit
 def clear(tile, first, lo, hi, ROWS: gl.constexpr, DIM: gl.constexpr):
     """Zeros the rows of a `[ROWS, DIM]` tile, the first of which is `first`, that lie outside of `[lo, hi)`: they meet
@@ -41,19 +57,6 @@ def store_rows(x, row, head, begin, end, values, DIM: gl.constexpr):
 
 
 # ---- the backward kernels ----
-
-
-class Call(NamedTuple):
-    """The arguments of a backward kernel that say which tile a program works on and what it meets."""
-
-    work: object
-    rules: object
-    diagonal: object
-    heads: object
-    group: object
-    len_q: object
-    len_k: object
-    num_tiles: object
 
 
 class Held(NamedTuple):

@@ -318,7 +318,7 @@ def dkdv_kernel(
     Grid: tiles of 128 keys x heads of keys x batch rows.
     """
     tiles: gl.constexpr = Tiles(BLOCK_M, CONSUMERS * ROWS, HEAD_DIM, HEAD_DIM, HEAD_DIM, HEAD_DIM, 0, 0)
-    call = Call(work, Rules(mask, dense, None, score, bias), diagonal, heads, group, len_q, len_k, num_tiles)
+    call = Call(work, Rules(mask, dense, None, score, bias), diagonal, heads, group, len_q, len_k, num_tiles, None)
     WORDS: gl.constexpr = 4 if score.seed is not None else 2
     WORD: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     ring = Ring(

@@ -213,7 +213,7 @@ def dq_kernel(
     heads x batch rows.
     """
     tiles: gl.constexpr = Tiles(CONSUMERS * ROWS, BLOCK_N, HEAD_DIM, HEAD_DIM, HEAD_DIM, HEAD_DIM, 0, 0)
-    call = Call(work, Rules(mask, dense, None, score, bias), diagonal, heads, group, len_q, len_k, num_tiles)
+    call = Call(work, Rules(mask, dense, None, score, bias), diagonal, heads, group, len_q, len_k, num_tiles, None)
     ring = Ring(
         allocate_held(q, dout, HEAD_DIM),
         allocate_stream(k, BLOCK_N, HEAD_DIM, K_STAGES, 1),

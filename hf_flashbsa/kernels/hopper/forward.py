@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS, clear, store_rows
+from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS, Call, clear, store_rows
 from hf_flashbsa.kernels.primitives import (
     LN2,
     LOG2E,
@@ -34,20 +34,6 @@ from hf_flashbsa.kernels.primitives import (
     visible,
     work_item,
 )
-
-
-class Problem(NamedTuple):
-    """The arguments of a kernel that every partition reads."""
-
-    work: object
-    rules: object
-    diagonal: object
-    heads: object
-    group: object
-    len_q: object
-    len_k: object
-    num_tiles: object
-    total: object
 
 
 class Ring(NamedTuple):
@@ -322,9 +308,7 @@ def forward_kernel(
     Grid: programs that share the `total` tiles of all heads and batch rows.
     """
     tiles: gl.constexpr = Tiles(CONSUMERS * ROWS, BLOCK_N, HEAD_DIM, HEAD_DIM, HEAD_DIM, HEAD_DIM, LISTED, WIDTH)
-    call = Problem(
-        work, Rules(mask, dense, blocks, score, bias), diagonal, heads, group, len_q, len_k, num_tiles, total
-    )
+    call = Call(work, Rules(mask, dense, blocks, score, bias), diagonal, heads, group, len_q, len_k, num_tiles, total)
     ring = Ring(
         gl.allocate_shared_memory(q.dtype, [2 * CONSUMERS, 1, 1, ROWS, HEAD_DIM], q.layout),
         gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, BLOCK_N, HEAD_DIM], k.layout),
