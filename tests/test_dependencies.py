@@ -37,7 +37,7 @@ ALLOWED = {
         "torch", "hf_flashbsa.kernels.dropout", "hf_flashbsa.kernels.primitives", "hf_flashbsa.kernels.state",
     },
     "hf_flashbsa.kernels.hopper": {
-        "torch", "triton", "hf_flashbsa.kernels.arguments", "hf_flashbsa.kernels.hopper",
+        "torch", "triton", "hf_flashbsa.kernels.arguments", "hf_flashbsa.kernels.hopper", "hf_flashbsa.kernels.launch",
         "hf_flashbsa.kernels.primitives", "hf_flashbsa.kernels.state", "hf_flashbsa.kernels.tuning",
     },
     "hf_flashbsa.kernels.triton_backend": {"torch", "triton", "hf_flashbsa.kernels"},

@@ -207,5 +207,15 @@ def test_another_gluon_is_a_reason(on_hopper, caplog):
     ]
 
 
+def test_an_unknown_triton_is_a_reason(on_hopper, caplog, monkeypatch):
+    monkeypatch.setattr(hopper.launch.triton, "__version__", "3.99.0")
+    hopper._launchers.cache_clear()
+    try:
+        assert hopper.refusal("forward", *_arguments()) == "this release of Triton"
+    finally:
+        hopper._launchers.cache_clear()
+    assert "tested with Triton 3.6 and 3.7 only" in caplog.text
+
+
 if __name__ == "__main__":
     main()

@@ -28,10 +28,17 @@ logger = logging.getLogger(__name__)
 
 #: Plans kept. A training step needs about ten for each shape of its batches.
 MAX_PLANS = 256
-#: Releases of Triton whose `JITFunction.run` launches a compiled kernel as `Plan.run` does.
+#: Releases of Triton whose `JITFunction.run` launches a compiled kernel as `Plan.run` does, and whose Gluon the Hopper
+#: kernels are written in.
 KNOWN_TRITON = ("3.6", "3.7")
 
-_repeats = ".".join(triton.__version__.split(".")[:2]) in KNOWN_TRITON
+
+def is_known_triton() -> bool:
+    """Whether this release is one that was tested for what Triton does not promise to keep."""
+    return ".".join(triton.__version__.split(".")[:2]) in KNOWN_TRITON
+
+
+_repeats = is_known_triton()
 if not _repeats:
     known = " and ".join(KNOWN_TRITON)
     logger.info("every launch goes through Triton's JIT: launches are repeated with %s only", known)

@@ -14,7 +14,7 @@ from importlib import resources
 
 import torch
 
-from hf_flashbsa.kernels import tuning
+from hf_flashbsa.kernels import launch, tuning
 from hf_flashbsa.kernels.arguments import is_aligned, operand_of
 from hf_flashbsa.kernels.state import Extras, Params
 
@@ -25,7 +25,10 @@ _log_once = functools.cache(logger.info)
 
 @functools.cache
 def _launchers():
-    """The module that needs Gluon; None where this release of Triton has another one."""
+    """The module that needs Gluon; None where this release of Triton has another one, or may have."""
+    if not launch.is_known_triton():
+        logger.warning("Hopper kernels: tested with Triton %s only", " and ".join(launch.KNOWN_TRITON))
+        return None
     try:
         return importlib.import_module("hf_flashbsa.kernels.hopper.launchers")
     except (ImportError, AttributeError) as error:
