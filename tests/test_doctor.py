@@ -55,8 +55,8 @@ def test_says_why_hopper_kernels_do_not_run(monkeypatch):
     assert "sm_90" in doctor._why_not_hopper(None, gpu)
     monkeypatch.setattr(doctor.tuning, "is_hopper", lambda device: True)
     assert doctor._why_not_hopper(None, gpu) is None
-    monkeypatch.setattr(doctor, "_importable", lambda module: f"No module named {module!r}")
-    assert "kernels.hopper" in doctor._why_not_hopper(None, gpu)
+    monkeypatch.setattr("hf_flashbsa.kernels.hopper.unavailable", lambda: "another Gluon")
+    assert doctor._why_not_hopper(None, gpu) == "another Gluon"
 
 
 def test_exit_code_tells_of_attention_that_does_not_run(monkeypatch, capsys):

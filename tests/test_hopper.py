@@ -193,28 +193,25 @@ def test_reasons_are_logged_once(on_hopper, caplog):
     ]
 
 
-def test_another_gluon_is_a_reason(on_hopper, caplog):
+@pytest.fixture
+def asked_anew():
+    hopper.unavailable.cache_clear()
+    yield
+    hopper.unavailable.cache_clear()
+
+
+def test_another_gluon_is_a_reason(on_hopper, asked_anew, caplog):
     """Releases of Triton change Gluon: without what the kernels need, everything runs on the portable ones."""
-    hopper._launchers.cache_clear()
-    try:
-        with mock.patch.object(hopper.importlib, "import_module", side_effect=ImportError("no name 'tma'")):
-            for _ in range(2):
-                assert hopper.refusal("forward", *_arguments()) == "this release of Triton"
-    finally:
-        hopper._launchers.cache_clear()
-    assert [record.message for record in caplog.records] == [
-        "Hopper kernels: this release of Triton lacks what they need (no name 'tma')"
-    ]
+    reason = "this release of Triton lacks what they need (no name 'tma')"
+    with mock.patch.object(hopper.importlib, "import_module", side_effect=ImportError("no name 'tma'")):
+        for _ in range(2):
+            assert hopper.refusal("forward", *_arguments()) == reason
+    assert [record.message for record in caplog.records] == [f"Hopper kernels: {reason}"]
 
 
-def test_an_unknown_triton_is_a_reason(on_hopper, caplog, monkeypatch):
+def test_an_unknown_triton_is_a_reason(on_hopper, asked_anew, monkeypatch):
     monkeypatch.setattr(hopper.launch.triton, "__version__", "3.99.0")
-    hopper._launchers.cache_clear()
-    try:
-        assert hopper.refusal("forward", *_arguments()) == "this release of Triton"
-    finally:
-        hopper._launchers.cache_clear()
-    assert "tested with Triton 3.6 and 3.7 only" in caplog.text
+    assert hopper.refusal("forward", *_arguments()) == "tested with Triton 3.6 and 3.7 only"
 
 
 if __name__ == "__main__":

@@ -22,18 +22,24 @@ logger = logging.getLogger(__name__)
 
 _log_once = functools.cache(logger.info)
 
+#: The module that needs Gluon.
+_LAUNCHERS = "hf_flashbsa.kernels.hopper.launchers"
+
 
 @functools.cache
-def _launchers():
-    """The module that needs Gluon; None where this release of Triton has another one, or may have."""
+def unavailable() -> str | None:
+    """Why this release of Triton cannot have the kernels, which is logged once; None where it can."""
+    reason = None
     if not launch.is_known_triton():
-        logger.warning("Hopper kernels: tested with Triton %s only", " and ".join(launch.KNOWN_TRITON))
-        return None
-    try:
-        return importlib.import_module("hf_flashbsa.kernels.hopper.launchers")
-    except (ImportError, AttributeError) as error:
-        logger.warning("Hopper kernels: this release of Triton lacks what they need (%s)", error)
-        return None
+        reason = f"tested with Triton {' and '.join(launch.KNOWN_TRITON)} only"
+    else:
+        try:
+            importlib.import_module(_LAUNCHERS)
+        except (ImportError, AttributeError) as error:
+            reason = f"this release of Triton lacks what they need ({error})"
+    if reason is not None:
+        logger.warning("Hopper kernels: %s", reason)
+    return reason
 
 
 @functools.cache
@@ -90,9 +96,7 @@ def refusal(
         # What TMA can address.
         if not is_aligned(operand_of(x)) or any(n > 1 and s <= 0 for n, s in zip(x.shape, x.stride(), strict=True)):
             return "rows that do not begin at multiples of 16 bytes, or expanded tensors"
-    if _launchers() is None:
-        return "this release of Triton"
-    return None
+    return unavailable()
 
 
 def launcher_of(
@@ -105,4 +109,4 @@ def launcher_of(
             _log_once("Hopper kernels: the portable %s kernel takes calls with %s", kernel, reason)
         return None
     options = _options(kernel, q, k, extras, params)
-    return functools.partial(getattr(_launchers(), f"launch_{kernel}"), options)
+    return functools.partial(getattr(importlib.import_module(_LAUNCHERS), f"launch_{kernel}"), options)
