@@ -104,7 +104,8 @@ def _load(q, dout, k, v, rowwise, plane, ring, call, tiles: gl.constexpr):
     """The producer."""
     job = _job(call, tiles)
     item, span = job.item, job.span
-    if item.begin < item.end:
+    # A program must not end before what it loads is there, and consumers wait for nothing where they meet nothing.
+    if (item.begin < item.end) & (job.count > 0):
         LAYOUT: gl.constexpr = gl.BlockedLayout([tiles.m // 32], [32], [1], [0])
         offsets = gl.arange(0, tiles.m, layout=LAYOUT)
         hold(ring.held, k, v, item.row, job.head_k, item.begin, tiles.d)

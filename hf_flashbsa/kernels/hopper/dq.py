@@ -88,7 +88,8 @@ def _load(q, dout, k, v, ring, call, tiles: gl.constexpr):
     """The producer."""
     job = _job(call, tiles)
     item = job.item
-    if item.begin < item.end:
+    # A program must not end before what it loads is there, and consumers wait for nothing where they meet nothing.
+    if (item.begin < item.end) & (job.count > 0):
         hold(ring.held, q, dout, item.row, job.head, item.begin, tiles.d)
         head_k = job.head // call.group
         for i in range(job.count):
