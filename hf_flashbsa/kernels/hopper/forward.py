@@ -1,8 +1,7 @@
 """The forward kernel for Hopper, in Gluon: one warp loads by TMA, two warpgroups of 64 queries each compute.
 
-Within a warpgroup the product with the values of a block runs while the softmax of the next block is computed: the
-products of block i + 1 with the keys and of block i with the values are issued together (the scheme of
-FlashAttention-3, Shah et al., arXiv 2407.08608).
+Within a warpgroup the product with the values of a block runs while the softmax of the next block is computed (the
+scheme of FlashAttention-3, Shah et al., arXiv 2407.08608).
 """
 
 from __future__ import annotations
@@ -284,16 +283,12 @@ def _compute(part: gl.constexpr, out, lse, sinks, ring, call, tiles: gl.constexp
 
 
 @gluon.jit
-def _consumer_0(
-    out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr
-):  # fmt: skip
+def _consumer_0(out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
     _compute(0, out, lse, sinks, ring, call, tiles, STAGES)
 
 
 @gluon.jit
-def _consumer_1(
-    out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr
-):  # fmt: skip
+def _consumer_1(out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
     _compute(1, out, lse, sinks, ring, call, tiles, STAGES)
 
 
