@@ -13,6 +13,7 @@ import argparse
 import math
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -53,6 +54,9 @@ from recipes.xsum.model import (
     training_loss,
 )
 from recipes.xsum.rouge import rouge_scores
+
+#: What gloo's threads are given to end their work; they take microseconds.
+GLOO_SECONDS = 0.5
 
 
 class TrainingError(RuntimeError):
@@ -174,6 +178,10 @@ class Training:
         self.display.say(f"finished: {self.run_dir}")
 
     def close(self) -> None:
+        if self.accelerator.num_processes > 1:
+            # Freeing DDP joins gloo's threads while it holds the GIL, which they need once more to free what the last
+            # message held: a deadlock (torch 2.13). Until they have, this thread does without the GIL.
+            time.sleep(GLOO_SECONDS)
         self.display.stop()
         if self.log is not None:
             self.log.close()
