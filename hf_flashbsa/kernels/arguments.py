@@ -7,7 +7,7 @@ import functools
 import torch
 
 from hf_flashbsa.kernels.dropout import keep_scale
-from hf_flashbsa.kernels.primitives import WORK_TILE, Blocks, Mask, Matrix, Operand, Score
+from hf_flashbsa.kernels.primitives import WORK_TILE, Blocks, Mask, Matrix, Operand, Rules, Score
 from hf_flashbsa.kernels.state import Extras, Params
 
 #: Stands in for a scale of 0, whose product with a hidden score's -inf would be NaN.
@@ -55,6 +55,11 @@ def blocks_of(lists: torch.Tensor | None, extras: Extras) -> Blocks | None:
     )
 
 
+def width_of(lists: torch.Tensor | None) -> int:
+    """The power of 2 that holds the longest list of blocks (`Tiles.width`)."""
+    return 0 if lists is None else 1 << (lists.shape[-1] - 3).bit_length()
+
+
 def _as_int32(bits: int) -> int:
     """32 bits as a signed number: Triton takes larger ones for 64 bits wide."""
     return bits - (bits >> 31 << 32)
@@ -71,6 +76,17 @@ def score_of(extras: Extras, params: Params) -> Score:
         seed=extras.seed if dropout else None,
         drop_threshold=_as_int32(params.drop_threshold) if dropout else None,
         keep_scale=keep_scale(params.drop_threshold) if dropout else None,
+    )
+
+
+def rules_of(lists: torch.Tensor | None, extras: Extras, params: Params) -> Rules:
+    """Everything that says which scores exist and what they are, of a kernel that visits the blocks in `lists`."""
+    return Rules(
+        mask=mask_of(extras, params),
+        dense=matrix_of(extras.mask),
+        blocks=blocks_of(lists, extras),
+        score=score_of(extras, params),
+        bias=matrix_of(extras.bias),
     )
 
 

@@ -6,15 +6,15 @@ import torch
 
 from hf_flashbsa.kernels import hopper, tuning
 from hf_flashbsa.kernels.arguments import (
-    blocks_of,
     cdiv,
     is_aligned,
-    mask_of,
     matrix_of,
     operand_of,
     padded,
+    rules_of,
     score_of,
     tiles_of,
+    width_of,
 )
 from hf_flashbsa.kernels.backward import dbias_kernel, dkdv_kernel, dq_kernel, rowwise_kernel
 from hf_flashbsa.kernels.forward import forward_kernel
@@ -45,7 +45,7 @@ def _meta(
         "BLOCK_D": padded(q.shape[-1]),
         "BLOCK_DV": padded(v.shape[-1]),
         "LISTED": params.block_size,
-        "WIDTH": 0 if lists is None else 1 << (lists.shape[-1] - 3).bit_length(),
+        "WIDTH": width_of(lists),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
@@ -59,8 +59,7 @@ def _launch_forward(launch, q, k, v, out, lse, extras: Extras, params: Params) -
     launch(
         forward_kernel, (tiles * heads * batch,),
         *operands, operand_of(out), lse, extras.sinks, extras.work_q,
-        mask_of(extras, params), matrix_of(extras.mask), blocks_of(extras.blocks_q, extras), score_of(extras, params),
-        matrix_of(extras.bias), params.diagonal, heads, heads // heads_k, len_q, len_k, tiles,
+        *rules_of(extras.blocks_q, extras, params), params.diagonal, heads, heads // heads_k, len_q, len_k, tiles,
         **_meta(config, q, v, params, extras.blocks_q),
     )  # fmt: skip
 
@@ -73,8 +72,7 @@ def _launch_dq(launch, dout, dq, q, k, v, rowwise, plane: int, extras: Extras, p
     launch(
         dq_kernel, (tiles * heads * batch,),
         operand_of(dout), operand_of(dq), *operands, rowwise, plane, extras.work_q,
-        mask_of(extras, params), matrix_of(extras.mask), blocks_of(extras.blocks_q, extras), score_of(extras, params),
-        matrix_of(extras.bias), params.diagonal, heads, heads // heads_k, len_q, len_k, tiles,
+        *rules_of(extras.blocks_q, extras, params), params.diagonal, heads, heads // heads_k, len_q, len_k, tiles,
         **_meta(config, q, v, params, extras.blocks_q),
     )  # fmt: skip
 
@@ -87,8 +85,7 @@ def _launch_dkdv(launch, dout, dk, dv, q, k, v, rowwise, plane: int, extras: Ext
     launch(
         dkdv_kernel, (tiles * heads_k * batch,),
         operand_of(dout), operand_of(dk), operand_of(dv), *operands, rowwise, plane, extras.work_k,
-        mask_of(extras, params), matrix_of(extras.mask), blocks_of(extras.blocks_k, extras), score_of(extras, params),
-        matrix_of(extras.bias), params.diagonal, heads, heads // heads_k, len_q, len_k, tiles,
+        *rules_of(extras.blocks_k, extras, params), params.diagonal, heads, heads // heads_k, len_q, len_k, tiles,
         **_meta(config, q, v, params, extras.blocks_k),
     )  # fmt: skip
 
@@ -102,9 +99,9 @@ def _launch_dbias(launch, dout, dbias, q, k, v, rowwise, plane: int, extras: Ext
     launch(
         dbias_kernel, (tiles_n, tiles_m, dbias.shape[0] * dbias.shape[1]),
         operand_of(dout), matrix_of(dbias), *operands, rowwise, plane, sequences,
-        mask_of(extras, params), matrix_of(extras.mask), blocks_of(extras.blocks_q, extras), score_of(extras, params),
-        matrix_of(extras.bias), params.diagonal, batch if sequences is None else sequences.shape[0], heads,
-        heads // heads_k, dbias.shape[0], dbias.shape[1], len_q, len_k,
+        *rules_of(extras.blocks_q, extras, params), params.diagonal,
+        batch if sequences is None else sequences.shape[0], heads, heads // heads_k, dbias.shape[0],
+        dbias.shape[1], len_q, len_k,
         **_meta(config, q, v, params, extras.blocks_q),
     )  # fmt: skip
 

@@ -174,11 +174,10 @@ class Training:
         )
         with self.stop:
             self._evaluate(self.config.final_split, with_rouge=self.config.rouge != "never", final=True)
-        self.accelerator.wait_for_everyone()  # a process that leaves while others talk can leave them hanging
         self.display.say(f"finished: {self.run_dir}")
 
     def close(self) -> None:
-        if self.accelerator.num_processes > 1:
+        if self.accelerator.num_processes > 1 and "gloo" in torch.distributed.get_backend():
             # Freeing DDP joins gloo's threads while it holds the GIL, which they need once more to free what the last
             # message held: a deadlock (torch 2.13). Until they have, this thread does without the GIL.
             time.sleep(GLOO_SECONDS)

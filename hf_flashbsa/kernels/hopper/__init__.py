@@ -1,7 +1,8 @@
 """Kernels for Hopper GPUs (compute capability 9.0) in Gluon, the layer under Triton's language.
 
-One warp loads tiles by TMA, and two warpgroups compute. They take the calls that `configs/hopper.json` lists, those
-that were measured to be faster than the portable kernels, and leave the rest to these: `refusal` says why.
+One warp loads tiles by TMA, and two warpgroups compute. They take the calls that `configs/hopper.json` lists and leave
+the rest to the portable kernels: `refusal` says why. The list is of calls that they were faster on, timed beside the
+portable ones on an H200; ragged calls of head dim 128 are listed because dense ones are.
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
+from hf_flashbsa.kernels.primitives import partial_position, place_of
+
 #: Rows of a consumer, a warpgroup: those of a wgmma product. A tile has two of them.
 ROWS = gl.constexpr(64)
 CONSUMERS = gl.constexpr(2)
@@ -29,6 +31,23 @@ class Call(NamedTuple):
     len_k: object
     num_tiles: object
     total: object
+
+
+@gluon.jit
+def visits(span, tiles: gl.constexpr):
+    """In how many blocks a tile of queries visits keys."""
+    return span.partial + (span.full_end - span.full_begin) // tiles.n
+
+
+@gluon.jit
+def first_key(span, blocks, index, tiles: gl.constexpr):
+    """First key of the `index`-th block that is visited: partial ones first."""
+    full = span.full_begin + (index - span.partial) * tiles.n
+    position = gl.where(index < span.partial, partial_position(span, index, tiles.n, tiles), full)
+    if tiles.listed > 0:
+        if visits(span, tiles) == 0:
+            position = 0
+    return place_of(span, blocks, position, tiles)
 
 
 @gluon.jit

@@ -203,17 +203,24 @@ def _finish(i, p, ds, dk, dv, ring, tiles: gl.constexpr):
 
 
 @gluon.jit
+def _begin(k_tile, v_tile, zero, job, keys, ring, call, tiles: gl.constexpr):
+    """Weights of the first block, the slope of the softcap, and the product of the values with output gradients."""
+    head, first = _block(job, call.group, 0, tiles)
+    clear_outside(ring.q_stream, ring.do_stream, 0, first, job.span, tiles.m, tiles.d)
+    s, dp = _issue(0, k_tile, v_tile, ring, zero, tiles)
+    s, dp = warpgroup_mma_wait(0, deps=(s, dp))
+    weights, slope = _weights(0, head, first, s, job, call.rules, keys, ring, tiles)
+    return weights, slope, dp
+
+
+@gluon.jit
 def _rotated(dk, dv, k_tile, v_tile, zero, job, keys, ring, call, OPERAND: gl.constexpr, tiles: gl.constexpr):
     """Adds all blocks to `dk` and `dv`. A round issues the last products of a block behind its weights, and with them
     the first ones of the next block; the second of those runs under that block's weights.
     """
     dtype: gl.constexpr = ring.held.first.dtype
     rules = call.rules
-    head, first = _block(job, call.group, 0, tiles)
-    clear_outside(ring.q_stream, ring.do_stream, 0, first, job.span, tiles.m, tiles.d)
-    s, dp = _issue(0, k_tile, v_tile, ring, zero, tiles)
-    s, dp = warpgroup_mma_wait(0, deps=(s, dp))
-    weights, slope = _weights(0, head, first, s, job, rules, keys, ring, tiles)
+    weights, slope, dp = _begin(k_tile, v_tile, zero, job, keys, ring, call, tiles)
     for i in range(1, job.count):
         last = i - 1
         head_q, first_q = _block(job, call.group, i, tiles)
@@ -241,11 +248,7 @@ def _late(dk, dv, k_tile, v_tile, zero, job, keys, ring, call, OPERAND: gl.const
     """
     dtype: gl.constexpr = ring.held.first.dtype
     rules = call.rules
-    head, first = _block(job, call.group, 0, tiles)
-    clear_outside(ring.q_stream, ring.do_stream, 0, first, job.span, tiles.m, tiles.d)
-    s, dp = _issue(0, k_tile, v_tile, ring, zero, tiles)
-    s, dp = warpgroup_mma_wait(0, deps=(s, dp))
-    weights, slope = _weights(0, head, first, s, job, rules, keys, ring, tiles)
+    weights, slope, dp = _begin(k_tile, v_tile, zero, job, keys, ring, call, tiles)
     p = gl.convert_layout(_kept(weights, rules.score).to(dtype), OPERAND)
     ds = gl.convert_layout(_gradient(0, weights, dp, slope, ring, rules.score).to(dtype), OPERAND)
     for i in range(1, job.count):

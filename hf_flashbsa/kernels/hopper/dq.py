@@ -23,10 +23,12 @@ from hf_flashbsa.kernels.hopper.common import (
     allocate_stream,
     clear_outside,
     fill,
+    first_key,
     hold,
     release,
     store_rows,
     tile_of,
+    visits,
     wait_for,
 )
 from hf_flashbsa.kernels.primitives import (
@@ -36,8 +38,6 @@ from hf_flashbsa.kernels.primitives import (
     dropout_keep,
     log2_factor,
     logits,
-    partial_position,
-    place_of,
     span_of,
     visible,
     work_item,
@@ -72,15 +72,7 @@ def _job(call, tiles: gl.constexpr):
     batch = place // (call.num_tiles * call.heads)
     item = work_item(call.work, tile, batch, call.len_q, call.len_k, call.diagonal, tiles.m)
     span = span_of(item, call.rules, head, 0, tiles, False)
-    return Job(item, head, span, span.partial + (span.full_end - span.full_begin) // tiles.n)
-
-
-@gluon.jit
-def _first_key(span, i, tiles: gl.constexpr):
-    """First key of the `i`-th block that is visited: partial ones first."""
-    full = span.full_begin + (i - span.partial) * tiles.n
-    position = gl.where(i < span.partial, partial_position(span, i, tiles.n, tiles), full)
-    return place_of(span, None, position, tiles)
+    return Job(item, head, span, visits(span, tiles))
 
 
 @gluon.jit
@@ -93,7 +85,7 @@ def _load(q, dout, k, v, ring, call, tiles: gl.constexpr):
         hold(ring.held, q, dout, item.row, job.head, item.begin, tiles.d)
         head_k = job.head // call.group
         for i in range(job.count):
-            first = _first_key(job.span, i, tiles)
+            first = first_key(job.span, None, i, tiles)
             fill(ring.k_stream, i, k, item.other_row, head_k, first, tiles.n, tiles.d)
             fill(ring.v_stream, i, v, item.other_row, head_k, first, tiles.n, tiles.d)
 
@@ -167,7 +159,7 @@ def _compute(part: gl.constexpr, dq_out, rowwise, plane, ring, call, tiles: gl.c
             q_tile = ring.held.first.index(part).reshape([ROWS, tiles.d])
             do_tile = ring.held.second.index(part).reshape([ROWS, tiles.d])
             mbarrier.wait(ring.held.full.index(part), 0)
-            first = _first_key(span, 0, tiles)
+            first = first_key(span, None, 0, tiles)
             s, dp = _issue(0, first, q_tile, do_tile, ring, span, zero, tiles)
             s, dp = warpgroup_mma_wait(0, deps=(s, dp))
             release(ring.v_stream, 0)
@@ -175,14 +167,14 @@ def _compute(part: gl.constexpr, dq_out, rowwise, plane, ring, call, tiles: gl.c
             ds = _gradient(first, p, dp, slope, item, rules.score, rows)
             ds = gl.convert_layout(ds.to(dtype), DS)
             for i in range(1, job.count):
-                first_key = _first_key(span, i, tiles)
-                s, dp = _issue(i, first_key, q_tile, do_tile, ring, span, zero, tiles)
+                begin_key = first_key(span, None, i, tiles)
+                s, dp = _issue(i, begin_key, q_tile, do_tile, ring, span, zero, tiles)
                 dq_next = warpgroup_mma(ds, tile_of(ring.k_stream, i - 1, tiles.n, tiles.d), dq, is_async=True)
                 s = warpgroup_mma_wait(2, deps=(s,))
-                p, slope = _weights(i, first_key, s, job, rules, queries, rows, tiles)
+                p, slope = _weights(i, begin_key, s, job, rules, queries, rows, tiles)
                 dp = warpgroup_mma_wait(1, deps=(dp,))
                 release(ring.v_stream, i)
-                ds_next = _gradient(first_key, p, dp, slope, item, rules.score, rows)
+                ds_next = _gradient(begin_key, p, dp, slope, item, rules.score, rows)
                 # The product in flight reads the registers of `ds`.
                 dq, _ = warpgroup_mma_wait(0, deps=(dq_next, ds))
                 release(ring.k_stream, i - 1)

@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS, Call, clear, store_rows
+from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS, Call, clear, first_key, store_rows, visits
 from hf_flashbsa.kernels.primitives import (
     LN2,
     LOG2E,
@@ -27,8 +27,6 @@ from hf_flashbsa.kernels.primitives import (
     dropout_words,
     log2_factor,
     logits,
-    partial_position,
-    place_of,
     span_of,
     visible,
     work_item,
@@ -99,23 +97,7 @@ def _span(call, item, head, tiles: gl.constexpr):
     if tiles.listed > 0:
         entries = gl.arange(0, tiles.width, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     span = span_of(item, call.rules, head, entries, tiles, False)
-    return span, gl.maximum(_visits(span, tiles), 1)
-
-
-@gluon.jit
-def _visits(span, tiles: gl.constexpr):
-    return span.partial + (span.full_end - span.full_begin) // tiles.n
-
-
-@gluon.jit
-def _block(span, blocks, index, tiles: gl.constexpr):
-    """First key of the `index`-th block that is visited: partial ones first."""
-    full = span.full_begin + (index - span.partial) * tiles.n
-    position = gl.where(index < span.partial, partial_position(span, index, tiles.n, tiles), full)
-    if tiles.listed > 0:
-        if _visits(span, tiles) == 0:
-            position = 0
-    return place_of(span, blocks, position, tiles)
+    return span, gl.maximum(visits(span, tiles), 1)
 
 
 @gluon.jit
@@ -135,7 +117,7 @@ def _load(q, k, v, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
                 q, [item.row, head, item.begin + part * ROWS, 0], ring.q_full.index(slot), ring.q_tiles.index(slot)
             )
         for i in range(count):
-            first = _block(span, call.rules.blocks, i, tiles)
+            first = first_key(span, call.rules.blocks, i, tiles)
             stage, phase = step % STAGES, (step // STAGES) & 1
             mbarrier.wait(ring.k_empty.index(stage), phase ^ 1)
             mbarrier.expect(ring.k_full.index(stage), tiles.n * tiles.d * 2)
@@ -228,7 +210,7 @@ def _compute(part: gl.constexpr, out, lse, sinks, ring, call, tiles: gl.constexp
             row_sum = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S))
             if score.seed is not None:
                 pad, factor = dropout_words(score, item.row * call.heads + head, rows)
-        first = _block(span, rules.blocks, index, tiles)
+        first = first_key(span, rules.blocks, index, tiles)
         shrink = gl.full([ROWS], 1.0, gl.float32, gl.SliceLayout(1, S))
         # Not for the sake of the last round: ptxas would move the wait behind it before the exponentials.
         if live:
@@ -237,14 +219,14 @@ def _compute(part: gl.constexpr, out, lse, sinks, ring, call, tiles: gl.constexp
             s, _ = logits(
                 s, rules, item.row, head, rows[:, None], keys[None, :], inside, item.query_origin, item.key_origin
             )
-            visits = _visits(span, tiles)
-            if (index < span.partial) | (visits == 0):
-                first_q = gl.where(visits > 0, item.begin, item.query_origin)
+            met = visits(span, tiles)
+            if (index < span.partial) | (met == 0):
+                first_q = gl.where(met > 0, item.begin, item.query_origin)
                 ok = visible(
                     rules, item.row, item.other_row, head, rows[:, None], keys[None, :], inside, item.diagonal,
                     item.query_origin, item.key_origin, first_q, first, tiles,
                 )  # fmt: skip
-                s = gl.where(ok & (visits > 0), s, float("-inf"))
+                s = gl.where(ok & (met > 0), s, float("-inf"))
                 if (first < span.lo) | (first + tiles.n > span.hi):
                     mbarrier.wait(ring.v_full.index(stage), phase)
                     values = ring.v_tiles.index(stage).reshape([tiles.n, tiles.d])

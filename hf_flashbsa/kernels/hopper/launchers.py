@@ -8,7 +8,7 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from hf_flashbsa.kernels.arguments import blocks_of, mask_of, matrix_of, operand_of, score_of, tiles_of
+from hf_flashbsa.kernels.arguments import operand_of, rules_of, tiles_of, width_of
 from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS
 from hf_flashbsa.kernels.hopper.dkdv import dkdv_kernel
 from hf_flashbsa.kernels.hopper.dq import dq_kernel
@@ -53,23 +53,21 @@ def launch_forward(options: dict, launch, q, k, v, out, lse, extras: Extras, par
     launch(
         forward_kernel, (min(total, _multiprocessors(q.device)) if resident else total,),
         _descriptor(q, ROWS.value), _descriptor(k, options["BLOCK_N"]), _descriptor(v, options["BLOCK_N"]),
-        operand_of(out), lse, extras.sinks, extras.work_q, mask_of(extras, params), matrix_of(extras.mask),
-        blocks_of(lists, extras), score_of(extras, params), matrix_of(extras.bias), params.diagonal, heads,
+        operand_of(out), lse, extras.sinks, extras.work_q, *rules_of(lists, extras, params), params.diagonal, heads,
         heads // heads_k, len_q, len_k, tiles, total, HEAD_DIM=dim, LISTED=params.block_size,
-        WIDTH=0 if lists is None else 1 << (lists.shape[-1] - 3).bit_length(), **options, **OPTIONS,
+        WIDTH=width_of(lists), **options, **OPTIONS,
     )  # fmt: skip
 
 
 def launch_dq(options: dict, launch, dout, dq, q, k, v, rowwise, plane: int, extras: Extras, params: Params) -> None:
     (batch, heads, len_q, dim), (_, heads_k, len_k, _) = q.shape, k.shape
     tiles, batch = tiles_of(extras.work_q, len_q, batch, TILE)
-    keys = options["BLOCK_N"]
+    keys, rules = options["BLOCK_N"], rules_of(None, extras, params)
     launch(
         dq_kernel, (tiles * heads * batch,),
         _descriptor(dout, ROWS.value), operand_of(dq), _descriptor(q, ROWS.value), _descriptor(k, keys),
-        _descriptor(v, keys), rowwise, plane, extras.work_q, mask_of(extras, params), matrix_of(extras.mask),
-        score_of(extras, params), matrix_of(extras.bias), params.diagonal, heads, heads // heads_k, len_q, len_k,
-        tiles, HEAD_DIM=dim, **options, **OPTIONS,
+        _descriptor(v, keys), rowwise, plane, extras.work_q, rules.mask, rules.dense, rules.score, rules.bias,
+        params.diagonal, heads, heads // heads_k, len_q, len_k, tiles, HEAD_DIM=dim, **options, **OPTIONS,
     )  # fmt: skip
 
 
@@ -78,11 +76,11 @@ def launch_dkdv(
 ) -> None:
     (_, heads, len_q, dim), (batch, heads_k, len_k, _) = q.shape, k.shape
     tiles, batch = tiles_of(extras.work_k, len_k, batch, TILE)
-    queries = options["BLOCK_M"]
+    queries, rules = options["BLOCK_M"], rules_of(None, extras, params)
     launch(
         dkdv_kernel, (tiles * heads_k * batch,),
         _descriptor(dout, queries), operand_of(dk), operand_of(dv), _descriptor(q, queries),
         _descriptor(k, ROWS.value), _descriptor(v, ROWS.value), rowwise, plane, extras.work_k,
-        mask_of(extras, params), matrix_of(extras.mask), score_of(extras, params), matrix_of(extras.bias),
-        params.diagonal, heads, heads // heads_k, len_q, len_k, tiles, HEAD_DIM=dim, **options, **OPTIONS,
+        rules.mask, rules.dense, rules.score, rules.bias, params.diagonal, heads, heads // heads_k, len_q, len_k,
+        tiles, HEAD_DIM=dim, **options, **OPTIONS,
     )  # fmt: skip
