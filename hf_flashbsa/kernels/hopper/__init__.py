@@ -51,14 +51,16 @@ def _entries(kernel: str) -> list[dict]:
 def _options(kernel: str, q: torch.Tensor, k: torch.Tensor, extras: Extras, params: Params) -> dict | None:
     """The launch options that are listed for such a call; None where it is not.
 
-    An entry lists calls of one head dim, either those that have a work table (`ragged`) or the others, with rows of
-    queries and keys of at least `shortest`; `dropout` tells whether that is listed too.
+    An entry lists calls of one head dim, either those that have a work table (`ragged`) or the others, either those
+    that have a block layout (`layout`) or the others, with rows of queries and keys of at least `shortest`; `dropout`
+    tells whether that is listed too.
     """
     ragged = (extras.work_k if kernel == "dkdv" else extras.work_q) is not None
     for entry in _entries(kernel):
         if (
             entry["head_dim"] == q.shape[-1]
             and entry["ragged"] == ragged
+            and entry["layout"] == (extras.grid is not None)
             and min(q.shape[2], k.shape[2]) >= entry["shortest"]
             and (entry["dropout"] or params.drop_threshold == 0)
         ):
