@@ -335,7 +335,20 @@ def visible(
 
     `inside` guards rows that tensors have.
     """
-    mask, dense, blocks = rules.mask, rules.dense, rules.blocks
+    ok = allowed(rules, row_q, row_k, head, queries, keys, inside, diagonal)
+    blocks = rules.blocks
+    if tiles.listed > 0:
+        if blocks.masks is not None:
+            place_q, place_k = first_q - query_origin, first_k - key_origin
+            kind = tl.load(block_pointer(blocks, row_q, head, place_q, place_k, tiles))
+            ok = ok & shown(blocks, kind, place_q, place_k, queries - first_q, keys - first_k, tiles)
+    return ok
+
+
+@triton.jit
+def allowed(rules, row_q, row_k, head, queries, keys, inside, diagonal):
+    """What `visible` says, but for the masks of partial blocks."""
+    mask, dense = rules.mask, rules.dense
     ok = inside
     ahead = keys - queries - diagonal
     if mask.window_right is not None:
@@ -354,14 +367,18 @@ def visible(
         ok = ok & (id_k >= 0)
     if dense.ptr is not None:
         ok = ok & (tl.load(matrix_pointers(dense, row_q, head, queries, keys), mask=inside, other=0) != 0)
-    if tiles.listed > 0:
-        if blocks.masks is not None:
-            SIZE: tl.constexpr = tiles.listed
-            kind = tl.load(block_pointer(blocks, row_q, head, first_q - query_origin, first_k - key_origin, tiles))
-            within = ((queries - query_origin) % SIZE) * SIZE + (keys - key_origin) % SIZE
-            masks = blocks.masks + tl.cast(tl.maximum(kind - 2, 0), tl.int64) * (SIZE * SIZE)
-            ok = ok & (tl.load(masks + within, mask=inside & (kind >= 2), other=1) != 0)
     return ok
+
+
+@triton.jit
+def shown(blocks, kind, place_q, place_k, rows, columns, tiles: tl.constexpr):
+    """The entries of a block that the grid of a layout calls `kind`: those `rows` and `columns` behind a query and a
+    key, all in this block, that are counted in their sequence."""
+    SIZE: tl.constexpr = tiles.listed
+    # One base for all, since no tile reaches over a block's edge.
+    base = blocks.masks + tl.cast(tl.maximum(kind - 2, 0), tl.int64) * (SIZE * SIZE)
+    base += (place_q % SIZE) * SIZE + place_k % SIZE
+    return tl.load(base + (rows * SIZE + columns), mask=kind >= 2, other=1) != 0
 
 
 @triton.jit
