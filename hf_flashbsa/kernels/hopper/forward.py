@@ -157,17 +157,14 @@ def _span(call, item, head, tiles: gl.constexpr):
 
 
 @gluon.jit
-def _block(call, item, span, head, index, tiles: gl.constexpr):
+def _block(call, span, grid_row, index, tiles: gl.constexpr):
     """First key of the `index`-th block that is visited, and what the grid says of it: 0 where nothing is met."""
-    blocks = call.rules.blocks
-    first = first_key(span, blocks, index, tiles)
-    met = visits(span, tiles)
-    kind = gl.where(met > 0, 1, 0)
+    first = first_key(span, call.rules.blocks, index, tiles)
+    kind = gl.where(visits(span, tiles) > 0, 1, 0)
     if tiles.listed > 0:
-        if blocks.masks is not None:
-            if index < gl.minimum(span.partial, met):
-                place_q, place_k = item.begin - item.query_origin, first - item.key_origin
-                kind = gl.load(block_pointer(blocks, item.row, head, place_q, place_k, tiles))
+        if call.rules.blocks.masks is not None:
+            if index < span.partial:
+                kind = gl.load(grid_row + (first - span.origin) // tiles.listed)
     return first, kind
 
 
@@ -181,7 +178,13 @@ def _load(q, k, v, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
         turn = _next_turn(call, turn + 1, tiles)
         span, count = _span(call, item, head, tiles)
         head_k = head // call.group
-        first, kind = _block(call, item, span, head, 0, tiles)
+        grid_row = 0
+        if tiles.listed > 0:
+            if call.rules.blocks.masks is not None:
+                # Tiles that meet nothing may lie beyond the grid.
+                place = gl.where(visits(span, tiles) > 0, item.begin - item.query_origin, 0)
+                grid_row = block_pointer(call.rules.blocks, item.row, head, place, 0, tiles)
+        first, kind = _block(call, span, grid_row, 0, tiles)
         for part in gl.static_range(CONSUMERS):
             slot, begin = (done & 1) * CONSUMERS + part, item.begin + part * ROWS
             mbarrier.wait(ring.q_empty.index(slot), ((done >> 1) & 1) ^ 1)
@@ -192,8 +195,6 @@ def _load(q, k, v, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
             )
         at_end = gl.where(turn < turns, LAST, LAST | FINAL)
         for i in range(count):
-            # What the next round needs is on its way while this one waits.
-            next_first, next_kind = _block(call, item, span, head, gl.minimum(i + 1, count - 1), tiles)
             todo = gl.where((i < span.partial) | (kind == 0), MASKED, 0) | gl.where(i == count - 1, at_end, 0)
             stage, phase = step % STAGES, (step // STAGES) & 1
             mbarrier.wait(ring.k_empty.index(stage), phase ^ 1)
@@ -209,7 +210,8 @@ def _load(q, k, v, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
             tma.async_copy_global_to_shared(
                 v, [item.other_row, head_k, first, 0], ring.v_full.index(stage), ring.v_tiles.index(stage)
             )
-            first, kind = next_first, next_kind
+            # On its way while the next round waits.
+            first, kind = _block(call, span, grid_row, gl.minimum(i + 1, count - 1), tiles)
             step += 1
         done += 1
 
