@@ -403,5 +403,5 @@ def forward_kernel(
             (_load, (q, k, v, ring, call, tiles, STAGES)),
         ],
         [4, 1],
-        [240, 24],
+        [232, 40],
     )
