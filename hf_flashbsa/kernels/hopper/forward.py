@@ -1,7 +1,8 @@
 """The forward kernel for Hopper, in Gluon: one warp loads by TMA, two warpgroups of 64 queries each compute.
 
 Within a warpgroup the product with the values of a block runs while the softmax of the next block is computed (the
-scheme of FlashAttention-3, Shah et al., arXiv 2407.08608).
+scheme of FlashAttention-3, Shah et al., arXiv 2407.08608). Which tiles and blocks there are only the loading warp finds
+out, ahead of time: it notes in shared memory what the others ask, who have neither time nor registers for it.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ class Ring(NamedTuple):
     block_notes: object
 
 
-#: What the producer notes of the tile in a slot of queries, in the order of `_note_tile`, and of the block in a stage:
-#: its first key, what to do with it, and what the grid of a layout says of it.
+#: How many numbers are noted of the tile in a slot of queries (`_note_tile`), and of the block in a stage: its first
+#: key, what to do with it, and what the grid of a layout says of it.
 TILE_NOTES = gl.constexpr(10)
 BLOCK_NOTES = gl.constexpr(3)
 #: What to do with a block: its scores need masking; it is the last one of its tile; of the program.
@@ -75,7 +76,7 @@ def _read(notes, place):
 
 @gluon.jit
 def _note_tile(notes, slot, call, head, begin, item, span):
-    """Notes what consumers ask about a tile of queries, the first of which is `begin`."""
+    """Notes what a consumer asks about its part of a tile, from query `begin` on."""
     place = slot * TILE_NOTES
     _write(notes, place, item.row)
     _write(notes, place + 1, head)
@@ -92,7 +93,7 @@ def _note_tile(notes, slot, call, head, begin, item, span):
 
 @gluon.jit
 def _noted_tile(notes, slot, call):
-    """Head, begin and what else was noted of a tile. Its bounds `lo` and `hi` are those of the span."""
+    """The head and part of a tile that were noted, as an Item whose bounds `lo` and `hi` are those of the span."""
     place = slot * TILE_NOTES
     row, head, begin = _read(notes, place), _read(notes, place + 1), _read(notes, place + 2)
     end, lo, hi = _read(notes, place + 3), _read(notes, place + 4), _read(notes, place + 5)
@@ -282,7 +283,7 @@ def _compute(part: gl.constexpr, out, lse, sinks, ring, call, tiles: gl.constexp
     pad = gl.zeros([ROWS], gl.uint32, gl.SliceLayout(1, S))
     factor = gl.zeros([ROWS], gl.uint32, gl.SliceLayout(1, S))
     # Triton loses changes of a variable that enters a loop as the value of another one.
-    step, done, todo = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(2)
+    step, done, todo = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(LAST)
     begun = gl.to_tensor(0)
     running = _next_turn(call, 0, tiles) < _turns(call)
     while running:
@@ -373,6 +374,7 @@ def forward_kernel(
 
     Grid: programs that share the `total` tiles of all heads and batch rows.
     """
+    gl.static_assert((score.softcap is None) and (bias.ptr is None), "scores are only scaled")
     tiles: gl.constexpr = Tiles(CONSUMERS * ROWS, BLOCK_N, HEAD_DIM, HEAD_DIM, HEAD_DIM, HEAD_DIM, LISTED, WIDTH)
     call = Call(work, Rules(mask, dense, blocks, score, bias), diagonal, heads, group, len_q, len_k, num_tiles, total)
     ring = Ring(
