@@ -375,9 +375,9 @@ def shown(blocks, kind, place_q, place_k, rows, columns, tiles: tl.constexpr):
     """The entries of a block that the grid of a layout calls `kind`: those `rows` and `columns` behind a query and a
     key, all in this block, that are counted in their sequence."""
     SIZE: tl.constexpr = tiles.listed
-    # One base for all, since no tile reaches over a block's edge. Tiles begin at multiples of 16.
+    # One base for all, since no tile reaches over a block's edge.
     base = blocks.masks + tl.cast(tl.maximum(kind - 2, 0), tl.int64) * (SIZE * SIZE)
-    base += (place_q % SIZE) * SIZE + tl.multiple_of(place_k % SIZE, 16)
+    base += (place_q % SIZE) * SIZE + place_k % SIZE
     return tl.load(base + (rows * SIZE + columns), mask=kind >= 2, other=1) != 0
 
 

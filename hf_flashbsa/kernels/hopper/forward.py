@@ -1,8 +1,8 @@
 """The forward kernel for Hopper, in Gluon: one warp loads by TMA, two warpgroups of 64 queries each compute.
 
 Within a warpgroup the product with the values of a block runs while the softmax of the next block is computed (the
-scheme of FlashAttention-3, Shah et al., arXiv 2407.08608). Which tiles and blocks there are only the loading warp finds
-out, ahead of time: it notes in shared memory what the others ask, who have neither time nor registers for it.
+scheme of FlashAttention-3, Shah et al., arXiv 2407.08608). Only the loading warp finds out which tiles and blocks
+there are: ahead of time, it notes in shared memory what the others ask, who have neither time nor registers for it.
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ def _hide(s, rules, head, item, first, kind, S: gl.constexpr, tiles: gl.constexp
     if tiles.listed > 0:
         if rules.blocks.masks is not None:
             if kind > 1:
-                place_q, place_k = item.begin - item.query_origin, first - item.key_origin
+                place_q, place_k = item.begin - item.query_origin, gl.multiple_of(first - item.key_origin, 16)
                 ok = shown(
                     rules.blocks, kind, place_q, place_k, (rows - item.begin)[:, None], (keys - first)[None, :], tiles
                 )
