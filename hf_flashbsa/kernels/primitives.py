@@ -271,6 +271,16 @@ def place_of(span, blocks, position, tiles: tl.constexpr):
 
 
 @triton.jit
+def first_full(span, blocks, tiles: tl.constexpr):
+    """The row of the first full block, if there is one. Listed blocks are looked up one ahead: Triton loads indices
+    that it finds in a loop together with tiles, of which it then prefetches but one."""
+    if tiles.listed == 0:
+        return 0
+    else:
+        return place_of(span, blocks, tl.where(span.full_begin < span.full_end, span.full_begin, 0), tiles)
+
+
+@triton.jit
 def partial_position(span, index, BLOCK: tl.constexpr, tiles: tl.constexpr):
     """Where the `index`-th partial block begins."""
     position = span.begin + index * BLOCK + tl.where(index >= span.left, span.full_end - span.full_begin, 0)
