@@ -75,7 +75,7 @@ class Blocks(NamedTuple):
     """The blocks of a BlockLayout that one side visits, in place of ranges.
 
     `lists` is `(batch, heads, rows, width)`: the number of full blocks of a row, that of all listed blocks, and their
-    indices, full ones first, both groups ascending. `grid` and `masks` are those of the layout, `masks` None where
+    indices, full ones first, both groups ascending. `grid` is that of the layout, `masks` its `mask_words`, None where
     no block is partial. Strides of batch and head are 0 where they are shared.
     """
 
@@ -385,10 +385,17 @@ def shown(blocks, kind, place_q, place_k, rows, columns, tiles: tl.constexpr):
     """The entries of a block that the grid of a layout calls `kind`: those `rows` and `columns` behind a query and a
     key, all in this block, that are counted in their sequence."""
     SIZE: tl.constexpr = tiles.listed
-    # One base for all, since no tile reaches over a block's edge.
-    base = blocks.masks + tl.cast(tl.maximum(kind - 2, 0), tl.int64) * (SIZE * SIZE)
-    base += (place_q % SIZE) * SIZE + place_k % SIZE
-    return tl.load(base + (rows * SIZE + columns), mask=kind >= 2, other=1) != 0
+    WORDS: tl.constexpr = SIZE // 32
+    # No tile reaches over a block's edge, so that few words of each row hold its entries.
+    masks = blocks.masks + tl.cast(tl.maximum(kind - 2, 0), tl.int64) * (SIZE * WORDS)
+    words = masks + ((place_q % SIZE) * WORDS + (place_k % SIZE) // 32) + rows * WORDS
+    word = tl.load(words, mask=kind >= 2, other=-1)
+    for i in tl.static_range(1, tiles.n // 32):
+        word = tl.where(columns // 32 == i, tl.load(words + i, mask=kind >= 2, other=-1), word)
+    shift = columns % 32
+    if tiles.n < 32:
+        shift += place_k % 32
+    return ((word >> shift) & 1) != 0
 
 
 @triton.jit

@@ -252,7 +252,7 @@ def _hide(s, rules, head, item, first, kind, S: gl.constexpr, tiles: gl.constexp
     if tiles.listed > 0:
         if rules.blocks.masks is not None:
             if kind > 1:
-                place_q, place_k = item.begin - item.query_origin, gl.multiple_of(first - item.key_origin, 16)
+                place_q, place_k = item.begin - item.query_origin, first - item.key_origin
                 ok = shown(
                     rules.blocks, kind, place_q, place_k, (rows - item.begin)[:, None], (keys - first)[None, :], tiles
                 )
