@@ -170,6 +170,17 @@ class BlockLayout:
             self._cache[name] = torch.cat([full[..., None], total[..., None], index], dim=-1)
         return self._cache[name]
 
+    def mask_words(self) -> torch.Tensor | None:
+        """`tile_masks` as the kernels read them: int32 `(U, block_size, block_size // 32)`, key `i` of a row in bit
+        `i % 32` of word `i // 32`. Made once."""
+        if self.tile_masks is None:
+            return None
+        if "mask words" not in self._cache:
+            bits = self.tile_masks.reshape(*self.tile_masks.shape[:2], -1, 8)
+            powers = 2 ** torch.arange(8, dtype=torch.uint8, device=self.device)
+            self._cache["mask words"] = (bits * powers).sum(-1, dtype=torch.uint8).view(torch.int32)
+        return self._cache["mask words"]
+
     def to(self, device: torch.device | str) -> BlockLayout:
         """This layout and its lists on another device, moved once and without waiting."""
         device = torch.device(device)

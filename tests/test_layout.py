@@ -66,6 +66,16 @@ def test_lists_hold_the_blocks_of_the_grid(seed, side):
     assert layout.lists(side) is lists
 
 
+@pytest.mark.parametrize("size", [32, 128])
+def test_mask_words_hold_the_bits_of_tile_masks(size):
+    masks = torch.rand(3, size, size, generator=torch.Generator().manual_seed(size)) < 0.5
+    words = BlockLayout(torch.tensor([[[[2, 3, 4]]]], dtype=torch.int32), size, masks).mask_words()
+    assert words.dtype == torch.int32 and words.shape == (3, size, size // 32)
+    keys = torch.arange(size)
+    assert torch.equal((words[..., keys // 32] >> (keys % 32)) & 1 == 1, masks)
+    assert BlockLayout(torch.ones(1, 1, 1, 1, dtype=torch.int32)).mask_words() is None
+
+
 def test_lists_of_both_sides_name_the_same_pairs():
     layout = BlockLayout.from_mask(random_mask(3), 32)
     by_row, by_column = layout.lists("q"), layout.lists("k")

@@ -51,7 +51,7 @@ def blocks_of(lists: torch.Tensor | None, extras: Extras) -> Blocks | None:
         0 if grid.shape[0] == 1 else grid.stride(0),
         0 if grid.shape[1] == 1 else grid.stride(1),
         grid.stride(2),
-        extras.tile_masks,
+        extras.mask_words,
     )
 
 

@@ -226,7 +226,7 @@ def attend(
         sequences=spec.sequence_table(shape, q.device) if bias is not None and bias.requires_grad else None,
         seed=seed,
         grid=None if layout is None else layout.grid,
-        tile_masks=None if layout is None else layout.tile_masks,
+        mask_words=None if layout is None else layout.mask_words(),
         blocks_q=None if layout is None else layout.table("q"),
         blocks_k=None if layout is None or not needs_grad else layout.table("k"),
     )

@@ -13,6 +13,7 @@ from hf_flashbsa.kernels.primitives import (
     dot,
     dropout_keep,
     dropout_words,
+    first_full,
     head_of,
     list_entries,
     load_tile,
@@ -102,8 +103,12 @@ def forward_kernel(
         acc, row_max, row_sum = _attend(
             acc, row_max, row_sum, q_tile, k_head, v_head, n0, item, span, rules, head, pad, factor, tiles, True
         )
+    following = first_full(span, blocks, tiles)
     for position in range(span.full_begin, span.full_end, BLOCK_N):
-        n0 = place_of(span, blocks, position, tiles)
+        n0 = position
+        if LISTED > 0:
+            n0 = following
+            following = place_of(span, blocks, tl.minimum(position + BLOCK_N, span.full_end - 1), tiles)
         acc, row_max, row_sum = _attend(
             acc, row_max, row_sum, q_tile, k_head, v_head, n0, item, span, rules, head, pad, factor, tiles, False
         )

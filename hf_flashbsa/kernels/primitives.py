@@ -75,7 +75,7 @@ class Blocks(NamedTuple):
     """The blocks of a BlockLayout that one side visits, in place of ranges.
 
     `lists` is `(batch, heads, rows, width)`: the number of full blocks of a row, that of all listed blocks, and their
-    indices, full ones first, both groups ascending. `grid` and `masks` are those of the layout, `masks` None where
+    indices, full ones first, both groups ascending. `grid` is that of the layout, `masks` its `mask_words`, None where
     no block is partial. Strides of batch and head are 0 where they are shared.
     """
 
@@ -271,6 +271,16 @@ def place_of(span, blocks, position, tiles: tl.constexpr):
 
 
 @triton.jit
+def first_full(span, blocks, tiles: tl.constexpr):
+    """The row of the first full block, if there is one. Listed blocks are looked up one ahead: Triton loads indices
+    that it finds in a loop together with tiles, of which it then prefetches but one."""
+    if tiles.listed == 0:
+        return 0
+    else:
+        return place_of(span, blocks, tl.where(span.full_begin < span.full_end, span.full_begin, 0), tiles)
+
+
+@triton.jit
 def partial_position(span, index, BLOCK: tl.constexpr, tiles: tl.constexpr):
     """Where the `index`-th partial block begins."""
     position = span.begin + index * BLOCK + tl.where(index >= span.left, span.full_end - span.full_begin, 0)
@@ -335,7 +345,20 @@ def visible(
 
     `inside` guards rows that tensors have.
     """
-    mask, dense, blocks = rules.mask, rules.dense, rules.blocks
+    ok = allowed(rules, row_q, row_k, head, queries, keys, inside, diagonal)
+    blocks = rules.blocks
+    if tiles.listed > 0:
+        if blocks.masks is not None:
+            place_q, place_k = first_q - query_origin, first_k - key_origin
+            kind = tl.load(block_pointer(blocks, row_q, head, place_q, place_k, tiles))
+            ok = ok & shown(blocks, kind, place_q, place_k, queries - first_q, keys - first_k, tiles)
+    return ok
+
+
+@triton.jit
+def allowed(rules, row_q, row_k, head, queries, keys, inside, diagonal):
+    """What `visible` says, but for the masks of partial blocks."""
+    mask, dense = rules.mask, rules.dense
     ok = inside
     ahead = keys - queries - diagonal
     if mask.window_right is not None:
@@ -354,14 +377,25 @@ def visible(
         ok = ok & (id_k >= 0)
     if dense.ptr is not None:
         ok = ok & (tl.load(matrix_pointers(dense, row_q, head, queries, keys), mask=inside, other=0) != 0)
-    if tiles.listed > 0:
-        if blocks.masks is not None:
-            SIZE: tl.constexpr = tiles.listed
-            kind = tl.load(block_pointer(blocks, row_q, head, first_q - query_origin, first_k - key_origin, tiles))
-            within = ((queries - query_origin) % SIZE) * SIZE + (keys - key_origin) % SIZE
-            masks = blocks.masks + tl.cast(tl.maximum(kind - 2, 0), tl.int64) * (SIZE * SIZE)
-            ok = ok & (tl.load(masks + within, mask=inside & (kind >= 2), other=1) != 0)
     return ok
+
+
+@triton.jit
+def shown(blocks, kind, place_q, place_k, rows, columns, tiles: tl.constexpr):
+    """The entries of a block that the grid of a layout calls `kind`: those `rows` and `columns` behind a query and a
+    key, all in this block, that are counted in their sequence."""
+    SIZE: tl.constexpr = tiles.listed
+    WORDS: tl.constexpr = SIZE // 32
+    # No tile reaches over a block's edge, so that few words of each row hold its entries.
+    masks = blocks.masks + tl.cast(tl.maximum(kind - 2, 0), tl.int64) * (SIZE * WORDS)
+    words = masks + ((place_q % SIZE) * WORDS + (place_k % SIZE) // 32) + rows * WORDS
+    word = tl.load(words, mask=kind >= 2, other=-1)
+    for i in tl.static_range(1, tiles.n // 32):
+        word = tl.where(columns // 32 == i, tl.load(words + i, mask=kind >= 2, other=-1), word)
+    shift = columns % 32
+    if tiles.n < 32:
+        shift += place_k % 32
+    return ((word >> shift) & 1) != 0
 
 
 @triton.jit

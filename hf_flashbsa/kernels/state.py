@@ -11,7 +11,7 @@ class Extras(NamedTuple):
     """Optional tensors of a call. Shapes as `attention` documents them; masks and biases expanded to Sq, Sk.
 
     `work_q` and `work_k` are the tables of `AttentionSpec.work`, `sequences` that of `AttentionSpec.sequence_table`
-    (for the gradient of a bias only); `seed` is int64 `(1,)`. Of a `BlockLayout`: its `grid` and `tile_masks`, and its
+    (for the gradient of a bias only); `seed` is int64 `(1,)`. Of a `BlockLayout`: its `grid` and `mask_words`, and its
     `table` for each side.
     """
 
@@ -25,7 +25,7 @@ class Extras(NamedTuple):
     sequences: torch.Tensor | None
     seed: torch.Tensor | None
     grid: torch.Tensor | None
-    tile_masks: torch.Tensor | None
+    mask_words: torch.Tensor | None
     blocks_q: torch.Tensor | None
     blocks_k: torch.Tensor | None
 

@@ -81,8 +81,9 @@ def _visited(piece: Piece, extras: Extras, params: Params) -> torch.Tensor:
         inner.append(place % size)
     kind = grid[:, :, places[0][:, None], places[1]]
     visible = kind == 1
-    if extras.tile_masks is not None:
-        visible |= (kind >= 2) & extras.tile_masks[(kind - 2).clamp(min=0), inner[0][:, None], inner[1]]
+    if extras.mask_words is not None:
+        words = extras.mask_words[(kind - 2).clamp(min=0), inner[0][:, None], inner[1] // 32]
+        visible |= (kind >= 2) & (words >> (inner[1] % 32) & 1).bool()
     return visible
 
 

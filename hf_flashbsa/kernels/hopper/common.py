@@ -56,9 +56,13 @@ def clear(tile, first, lo, hi, ROWS: gl.constexpr, DIM: gl.constexpr):
     weights of 0, and memory there may hold NaN. All warpgroups write the same bytes.
     """
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // DIM, DIM // 8], [4, 1], [1, 0])
-    values = tile.load(LAYOUT)
-    rows = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
-    tile.store(gl.where(((rows >= lo) & (rows < hi))[:, None], values, gl.zeros_like(values)))
+    # Consumers have no registers left for all rows at once.
+    PIECE: gl.constexpr = 32
+    for i in gl.static_range(ROWS // PIECE):
+        piece = tile.slice(i * PIECE, PIECE)
+        values = piece.load(LAYOUT)
+        rows = first + i * PIECE + gl.arange(0, PIECE, layout=gl.SliceLayout(1, LAYOUT))
+        piece.store(gl.where(((rows >= lo) & (rows < hi))[:, None], values, gl.zeros_like(values)))
     fence_async_shared()
     barrier()
 

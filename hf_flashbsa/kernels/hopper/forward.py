@@ -1,7 +1,8 @@
 """The forward kernel for Hopper, in Gluon: one warp loads by TMA, two warpgroups of 64 queries each compute.
 
 Within a warpgroup the product with the values of a block runs while the softmax of the next block is computed (the
-scheme of FlashAttention-3, Shah et al., arXiv 2407.08608).
+scheme of FlashAttention-3, Shah et al., arXiv 2407.08608). Only the loading warp finds out which tiles and blocks
+there are: ahead of time, it notes in shared memory what the others ask, who have neither time nor registers for it.
 """
 
 from __future__ import annotations
@@ -21,14 +22,16 @@ from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS, Call, clear, firs
 from hf_flashbsa.kernels.primitives import (
     LN2,
     LOG2E,
+    Item,
     Rules,
     Tiles,
+    allowed,
+    block_pointer,
     dropout_keep,
     dropout_words,
     log2_factor,
-    logits,
+    shown,
     span_of,
-    visible,
     work_item,
 )
 
@@ -45,6 +48,60 @@ class Ring(NamedTuple):
     k_empty: object
     v_full: object
     v_empty: object
+    tile_notes: object
+    block_notes: object
+
+
+#: How many numbers are noted of the tile in a slot of queries (`_note_tile`), and of the block in a stage: its first
+#: key, what to do with it, and what the grid of a layout says of it.
+TILE_NOTES = gl.constexpr(10)
+BLOCK_NOTES = gl.constexpr(3)
+#: What to do with a block: its scores need masking; it is the last one of its tile; of the program.
+MASKED = gl.constexpr(1)
+LAST = gl.constexpr(2)
+FINAL = gl.constexpr(4)
+
+
+@gluon.jit
+def _write(notes, place, value):
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    notes.index(place).store(gl.full([1], value, gl.int32, ONE))
+
+
+@gluon.jit
+def _read(notes, place):
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    return gl.sum(notes.index(place).load(ONE), 0)
+
+
+@gluon.jit
+def _note_tile(notes, slot, call, head, begin, item, span):
+    """Notes what a consumer asks about its part of a tile, from query `begin` on."""
+    place = slot * TILE_NOTES
+    _write(notes, place, item.row)
+    _write(notes, place + 1, head)
+    _write(notes, place + 2, begin)
+    _write(notes, place + 3, item.end)
+    _write(notes, place + 4, span.lo)
+    _write(notes, place + 5, span.hi)
+    if call.work is not None:
+        _write(notes, place + 6, item.other_row)
+        _write(notes, place + 7, item.diagonal)
+        _write(notes, place + 8, item.query_origin)
+        _write(notes, place + 9, item.key_origin)
+
+
+@gluon.jit
+def _noted_tile(notes, slot, call):
+    """The head and part of a tile that were noted, as an Item whose bounds `lo` and `hi` are those of the span."""
+    place = slot * TILE_NOTES
+    row, head, begin = _read(notes, place), _read(notes, place + 1), _read(notes, place + 2)
+    end, lo, hi = _read(notes, place + 3), _read(notes, place + 4), _read(notes, place + 5)
+    other_row, diagonal, query_origin, key_origin = row, call.diagonal, 0, 0
+    if call.work is not None:
+        other_row, diagonal = _read(notes, place + 6), _read(notes, place + 7)
+        query_origin, key_origin = _read(notes, place + 8), _read(notes, place + 9)
+    return head, Item(row, begin, end, other_row, lo, lo, hi, hi, diagonal, query_origin, key_origin)
 
 
 @gluon.jit
@@ -101,25 +158,50 @@ def _span(call, item, head, tiles: gl.constexpr):
 
 
 @gluon.jit
+def _block(call, span, grid_row, index, tiles: gl.constexpr):
+    """First key of the `index`-th block that is visited, and what the grid says of it: 0 where nothing is met."""
+    first = first_key(span, call.rules.blocks, index, tiles)
+    kind = gl.where(visits(span, tiles) > 0, 1, 0)
+    if tiles.listed > 0:
+        if call.rules.blocks.masks is not None:
+            if index < span.partial:
+                kind = gl.load(grid_row + (first - span.origin) // tiles.listed)
+    return first, kind
+
+
+@gluon.jit
 def _load(q, k, v, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
-    """The producer."""
+    """The producer, which also finds out what to load, and notes it for the consumers."""
     step, done = gl.to_tensor(0), gl.to_tensor(0)
     turn, turns = _next_turn(call, 0, tiles), _turns(call)
     while turn < turns:
         head, item = _item(call, turn, tiles)
+        turn = _next_turn(call, turn + 1, tiles)
         span, count = _span(call, item, head, tiles)
         head_k = head // call.group
+        grid_row = 0
+        if tiles.listed > 0:
+            if call.rules.blocks.masks is not None:
+                # Tiles that meet nothing may lie beyond the grid.
+                place = gl.where(visits(span, tiles) > 0, item.begin - item.query_origin, 0)
+                grid_row = block_pointer(call.rules.blocks, item.row, head, place, 0, tiles)
+        first, kind = _block(call, span, grid_row, 0, tiles)
         for part in gl.static_range(CONSUMERS):
-            slot = (done & 1) * CONSUMERS + part
+            slot, begin = (done & 1) * CONSUMERS + part, item.begin + part * ROWS
             mbarrier.wait(ring.q_empty.index(slot), ((done >> 1) & 1) ^ 1)
+            _note_tile(ring.tile_notes, slot, call, head, begin, item, span)
             mbarrier.expect(ring.q_full.index(slot), ROWS * tiles.d * 2)
             tma.async_copy_global_to_shared(
-                q, [item.row, head, item.begin + part * ROWS, 0], ring.q_full.index(slot), ring.q_tiles.index(slot)
+                q, [item.row, head, begin, 0], ring.q_full.index(slot), ring.q_tiles.index(slot)
             )
+        at_end = gl.where(turn < turns, LAST, LAST | FINAL)
         for i in range(count):
-            first = first_key(span, call.rules.blocks, i, tiles)
+            todo = gl.where((i < span.partial) | (kind == 0), MASKED, 0) | gl.where(i == count - 1, at_end, 0)
             stage, phase = step % STAGES, (step // STAGES) & 1
             mbarrier.wait(ring.k_empty.index(stage), phase ^ 1)
+            _write(ring.block_notes, stage * BLOCK_NOTES, first)
+            _write(ring.block_notes, stage * BLOCK_NOTES + 1, todo)
+            _write(ring.block_notes, stage * BLOCK_NOTES + 2, kind)
             mbarrier.expect(ring.k_full.index(stage), tiles.n * tiles.d * 2)
             tma.async_copy_global_to_shared(
                 k, [item.other_row, head_k, first, 0], ring.k_full.index(stage), ring.k_tiles.index(stage)
@@ -129,9 +211,10 @@ def _load(q, k, v, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
             tma.async_copy_global_to_shared(
                 v, [item.other_row, head_k, first, 0], ring.v_full.index(stage), ring.v_tiles.index(stage)
             )
+            # On its way while the next round waits.
+            first, kind = _block(call, span, grid_row, gl.minimum(i + 1, count - 1), tiles)
             step += 1
         done += 1
-        turn = _next_turn(call, turn + 1, tiles)
 
 
 @gluon.jit
@@ -159,6 +242,25 @@ def _store(o, row_max, row_sum, out, lse, sinks, row, head, begin, end, call, S:
 
 
 @gluon.jit
+def _hide(s, rules, head, item, first, kind, S: gl.constexpr, tiles: gl.constexpr):
+    """The scores of a block, -inf where they do not exist."""
+    rows = item.begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
+    keys = first + gl.arange(0, tiles.n, layout=gl.SliceLayout(0, S))
+    inside = (rows < item.end)[:, None] & ((keys >= item.lo) & (keys < item.hi))[None, :]
+    ok = allowed(rules, item.row, item.other_row, head, rows[:, None], keys[None, :], inside, item.diagonal)
+    s = gl.where(ok & (kind > 0), s, float("-inf"))
+    if tiles.listed > 0:
+        if rules.blocks.masks is not None:
+            if kind > 1:
+                place_q, place_k = item.begin - item.query_origin, first - item.key_origin
+                ok = shown(
+                    rules.blocks, kind, place_q, place_k, (rows - item.begin)[:, None], (keys - first)[None, :], tiles
+                )
+                s = gl.where(ok, s, float("-inf"))
+    return s
+
+
+@gluon.jit
 def _compute(part: gl.constexpr, out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
     """A consumer: the `part`-th 64 queries of each tile.
 
@@ -180,16 +282,13 @@ def _compute(part: gl.constexpr, out, lse, sinks, ring, call, tiles: gl.constexp
     row_sum = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S))
     pad = gl.zeros([ROWS], gl.uint32, gl.SliceLayout(1, S))
     factor = gl.zeros([ROWS], gl.uint32, gl.SliceLayout(1, S))
-    step, done, index = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
-    turn, turns = _next_turn(call, 0, tiles), _turns(call)
-    head, item = _item(call, turn, tiles)
-    span, count = _span(call, item, head, tiles)
     # Triton loses changes of a variable that enters a loop as the value of another one.
-    old_row, old_head, old_begin, old_end = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
-    running = turn < turns
+    step, done, todo = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(LAST)
+    begun = gl.to_tensor(0)
+    running = _next_turn(call, 0, tiles) < _turns(call)
     while running:
-        live = turn < turns
-        fresh = index == 0
+        live = (todo & FINAL) == 0
+        fresh = (todo & LAST) != 0
         stage, phase = step % STAGES, (step // STAGES) & 1
         before, before_phase = (step + STAGES - 1) % STAGES, ((step - 1) // STAGES) & 1
         v_tile = ring.v_tiles.index(before).reshape([tiles.n, tiles.d])
@@ -200,37 +299,30 @@ def _compute(part: gl.constexpr, out, lse, sinks, ring, call, tiles: gl.constexp
         q_tile = ring.q_tiles.index(q_slot).reshape([ROWS, tiles.d])
         s = warpgroup_mma(q_tile, k_tile.permute((1, 0)), s, use_acc=False, is_async=True)
         mbarrier.wait(ring.v_full.index(before), before_phase, pred=step > 0)
-        product = warpgroup_mma(p, v_tile, o, is_async=True)
+        product = warpgroup_mma(p, v_tile, o, use_acc=(begun != 0), is_async=True)
         s = warpgroup_mma_wait(1, deps=(s,))
+        first = _read(ring.block_notes, stage * BLOCK_NOTES)
+        todo = _read(ring.block_notes, stage * BLOCK_NOTES + 1)
+        kind = _read(ring.block_notes, stage * BLOCK_NOTES + 2)
         mbarrier.arrive(ring.k_empty.index(stage), count=1, pred=live)
-        rows = item.begin + part * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
         old_max, old_sum = row_max, row_sum
         if fresh:
             row_max = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
             row_sum = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S))
             if score.seed is not None:
+                head, item = _noted_tile(ring.tile_notes, q_slot, call)
+                rows = item.begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
                 pad, factor = dropout_words(score, item.row * call.heads + head, rows)
-        first = first_key(span, rules.blocks, index, tiles)
         shrink = gl.full([ROWS], 1.0, gl.float32, gl.SliceLayout(1, S))
         # Not for the sake of the last round: ptxas would move the wait behind it before the exponentials.
         if live:
-            keys = first + gl.arange(0, tiles.n, layout=gl.SliceLayout(0, S))
-            inside = (rows < item.end)[:, None] & ((keys >= span.lo) & (keys < span.hi))[None, :]
-            s, _ = logits(
-                s, rules, item.row, head, rows[:, None], keys[None, :], inside, item.query_origin, item.key_origin
-            )
-            met = visits(span, tiles)
-            if (index < span.partial) | (met == 0):
-                first_q = gl.where(met > 0, item.begin, item.query_origin)
-                ok = visible(
-                    rules, item.row, item.other_row, head, rows[:, None], keys[None, :], inside, item.diagonal,
-                    item.query_origin, item.key_origin, first_q, first, tiles,
-                )  # fmt: skip
-                s = gl.where(ok & (met > 0), s, float("-inf"))
-                if (first < span.lo) | (first + tiles.n > span.hi):
+            if (todo & MASKED) != 0:
+                head, item = _noted_tile(ring.tile_notes, q_slot, call)
+                s = _hide(s, rules, head, item, first, kind, S, tiles)
+                if (first < item.lo) | (first + tiles.n > item.hi):
                     mbarrier.wait(ring.v_full.index(stage), phase)
                     values = ring.v_tiles.index(stage).reshape([tiles.n, tiles.d])
-                    clear(values, first, span.lo, span.hi, tiles.n, tiles.d)
+                    clear(values, first, item.lo, item.hi, tiles.n, tiles.d)
             new_max = gl.maximum(row_max, gl.max(s, 1) * to_log2)
             # A row that has met no key yet has maximum -inf; any finite pivot gives it weights of 0 and not NaN.
             pivot = gl.where(new_max == float("-inf"), 0.0, new_max)
@@ -239,29 +331,27 @@ def _compute(part: gl.constexpr, out, lse, sinks, ring, call, tiles: gl.constexp
             row_sum = row_sum * shrink + gl.sum(s, 1)
             row_max = new_max
             if score.seed is not None:
-                keep = dropout_keep(score, pad[:, None], factor[:, None], (keys - item.key_origin)[None, :])
+                places = first + gl.arange(0, tiles.n, layout=gl.SliceLayout(0, S))
+                if call.work is not None:
+                    _, item = _noted_tile(ring.tile_notes, q_slot, call)
+                    places -= item.key_origin
+                keep = dropout_keep(score, pad[:, None], factor[:, None], places[None, :])
                 s = gl.where(keep, s, 0.0)
         o = warpgroup_mma_wait(0, deps=(product,))
         if fresh:
             if step > 0:
+                old_slot = ((done + 1) & 1) * CONSUMERS + part
+                head, item = _noted_tile(ring.tile_notes, old_slot, call)
                 # The scores of the tile before were complete a round ago.
-                mbarrier.arrive(ring.q_empty.index(((done + 1) & 1) * CONSUMERS + part), count=1)
-                _store(o, old_max, old_sum, out, lse, sinks, old_row, old_head, old_begin, old_end, call, S, tiles)
-            o = gl.zeros([ROWS, tiles.d], gl.float32, O)
-        else:
-            o = o * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
+                mbarrier.arrive(ring.q_empty.index(old_slot), count=1)
+                _store(o, old_max, old_sum, out, lse, sinks, item.row, head, item.begin, item.end, call, S, tiles)
+        o = o * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
         mbarrier.arrive(ring.v_empty.index(before), count=1, pred=step > 0)
         p = gl.convert_layout(s.to(ring.q_tiles.dtype), P)
         step += 1
-        index += 1
+        done += gl.where((todo & LAST) != 0, 1, 0)
+        begun = gl.where(fresh, 0, 1)
         running = live
-        if live & (index == count):
-            old_row, old_head, old_begin, old_end = item.row, head, item.begin + part * ROWS, item.end
-            index *= 0
-            done += 1
-            turn = _next_turn(call, turn + 1, tiles)
-            head, item = _item(call, turn, tiles)
-            span, count = _span(call, item, head, tiles)
 
 
 @gluon.jit
@@ -284,6 +374,7 @@ def forward_kernel(
 
     Grid: programs that share the `total` tiles of all heads and batch rows.
     """
+    gl.static_assert((score.softcap is None) and (bias.ptr is None), "scores are only scaled")
     tiles: gl.constexpr = Tiles(CONSUMERS * ROWS, BLOCK_N, HEAD_DIM, HEAD_DIM, HEAD_DIM, HEAD_DIM, LISTED, WIDTH)
     call = Call(work, Rules(mask, dense, blocks, score, bias), diagonal, heads, group, len_q, len_k, num_tiles, total)
     ring = Ring(
@@ -296,6 +387,8 @@ def forward_kernel(
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
+        gl.allocate_shared_memory(gl.int32, [2 * CONSUMERS * TILE_NOTES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
+        gl.allocate_shared_memory(gl.int32, [STAGES * BLOCK_NOTES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
     )
     for slot in gl.static_range(2 * CONSUMERS):
         mbarrier.init(ring.q_full.index(slot), count=1)
@@ -312,5 +405,5 @@ def forward_kernel(
             (_load, (q, k, v, ring, call, tiles, STAGES)),
         ],
         [4, 1],
-        [240, 24],
+        [232, 40],
     )
