@@ -29,7 +29,7 @@ from hf_flashbsa.kernels.primitives import (
     visible,
     work_item,
 )
-from hf_flashbsa.kernels.rows import load_rows, make_rows
+from hf_flashbsa.kernels.rows import begin_rows, finish_rows, read_rows
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def _dkdv_block(
     batch_head = item.other_row * heads + head
     # [m, d]
     q_block = load_tile(q, m0, span.lo, span.hi, tiles.head_dim, tiles.m, tiles.d, MASKED)
-    rows = load_rows(rowwise, plane, rules.score, batch_head, m0, span.lo, span.hi, len_q, tiles.m, MASKED)
+    rows = read_rows(rowwise, plane, rules.score, batch_head, m0, span.lo, span.hi, len_q, tiles.m, MASKED)
     # [n, m]
     s = dot(k_tile, tl.trans(q_block))
     s, slope = logits(
@@ -176,14 +176,15 @@ def dq_kernel(
     if item.begin >= item.end:
         return
     span = span_of(item, rules, head, list_entries(tiles), tiles, False)
+    queries = item.begin + tl.arange(0, BLOCK_M)
+    batch_head, live = item.row * heads + head, queries < item.end
+    rows = begin_rows(lse, dlse, score, batch_head, queries, live, len_q)
     out_head = head_of(out, item.row, head)
     dout_head = head_of(dout, item.row, head)
     out_tile = load_tile(out_head, item.begin, 0, item.end, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True)
     do_tile = load_tile(dout_head, item.begin, 0, item.end, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True)
     product = tl.sum(out_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
-    queries = item.begin + tl.arange(0, BLOCK_M)
-    batch_head, live = item.row * heads + head, queries < item.end
-    rows = make_rows(product, lse, dlse, rowwise, plane, score, batch_head, queries, live, len_q)
+    rows = finish_rows(rows, product, rowwise, plane, score, batch_head, queries, live, len_q)
     q_tile = load_tile(head_of(q, item.row, head), item.begin, 0, item.end, HEAD_DIM, BLOCK_M, BLOCK_D, True)
     k_head = head_of(k, item.other_row, head // group)
     v_head = head_of(v, item.other_row, head // group)
@@ -238,7 +239,7 @@ def dbias_kernel(
             queries = m0 + tl.arange(0, BLOCK_M)
             keys = n0 + tl.arange(0, BLOCK_N)
             inside = (queries < q_end)[:, None] & (keys < k_end)[None, :]
-            rows = load_rows(rowwise, plane, score, row_q * heads + head, m0, 0, q_end, len_q, BLOCK_M, True)
+            rows = read_rows(rowwise, plane, score, row_q * heads + head, m0, 0, q_end, len_q, BLOCK_M, True)
             q_tile = load_tile(head_of(q, row_q, head), m0, 0, q_end, HEAD_DIM, BLOCK_M, BLOCK_D, True)
             do_tile = load_tile(head_of(dout, row_q, head), m0, 0, q_end, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True)
             k_block = load_tile(head_of(k, row_k, head // group), n0, 0, k_end, HEAD_DIM, BLOCK_N, BLOCK_D, True)

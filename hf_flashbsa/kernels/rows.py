@@ -26,26 +26,37 @@ class Rows(NamedTuple):
 
 
 @triton.jit
-def make_rows(product, lse, dlse, rowwise, plane, score, batch_head, queries, live, len_q):
-    """Rows of `queries` of a head, given their `sum(out * dout)`. Writes those that are `live`; others see no key."""
+def begin_rows(lse, dlse, score, batch_head, queries, live, len_q):
+    """Rows of `queries` of a head, whose delta still lacks `sum(out * dout)`. Those that are not `live` see no key.
+
+    Apart from `finish_rows`, so that what is loaded here is on its way while a kernel waits for its tiles.
+    """
     place = tl.cast(batch_head, tl.int64) * len_q + queries
     row_lse = tl.load(lse + place, mask=live, other=float("-inf"))
     row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2E)
-    delta = product
+    delta, pad, factor = 0.0, 0, 0
     if dlse is not None:
-        delta -= tl.load(dlse + place, mask=live, other=0.0)
-    tl.store(rowwise + place, row_lse, mask=live)
-    tl.store(rowwise + plane + place, delta, mask=live)
-    pad, factor = 0, 0
+        delta = -tl.load(dlse + place, mask=live, other=0.0)
     if score.seed is not None:
         pad, factor = dropout_words(score, batch_head, queries)
-        tl.store(rowwise + 2 * plane + place, pad.to(tl.float32, bitcast=True), mask=live)
-        tl.store(rowwise + 3 * plane + place, factor.to(tl.float32, bitcast=True), mask=live)
     return Rows(row_lse, delta, pad, factor)
 
 
 @triton.jit
-def load_rows(rowwise, plane, score, batch_head, begin, lo, hi, len_q, BLOCK: tl.constexpr, CHECK: tl.constexpr):
+def finish_rows(rows, product, rowwise, plane, score, batch_head, queries, live, len_q):
+    """Rows of `begin_rows` once `product`, their `sum(out * dout)`, is known. Writes those that are `live`."""
+    place = rowwise + tl.cast(batch_head, tl.int64) * len_q + queries
+    delta = product + rows.delta
+    tl.store(place, rows.lse, mask=live)
+    tl.store(place + plane, delta, mask=live)
+    if score.seed is not None:
+        tl.store(place + 2 * plane, rows.pad.to(tl.float32, bitcast=True), mask=live)
+        tl.store(place + 3 * plane, rows.factor.to(tl.float32, bitcast=True), mask=live)
+    return Rows(rows.lse, delta, rows.pad, rows.factor)
+
+
+@triton.jit
+def read_rows(rowwise, plane, score, batch_head, begin, lo, hi, len_q, BLOCK: tl.constexpr, CHECK: tl.constexpr):
     """Rows from `begin`; those outside `[lo, hi)` (where `CHECK`) see no key."""
     # Scalar bases leave 32-bit offsets to the threads, of which each holds many rows where scores are transposed.
     base = rowwise + tl.cast(batch_head, tl.int64) * len_q + begin

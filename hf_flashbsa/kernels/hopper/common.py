@@ -73,6 +73,14 @@ def _places(x, row, head, begin, end, LAYOUT: gl.constexpr, DIM: gl.constexpr):
 
 
 @gluon.jit
+def load_rows(x, row, head, begin, end, DIM: gl.constexpr):
+    """Reads 64 rows from `begin` on of an Operand, 0 from `end` on. A warp gets those of its wgmma products."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([DIM // 16, 8], [32 * 8 // DIM, DIM // 8], [4, 1], [1, 0])
+    pointers, live = _places(x, row, head, begin, end, LAYOUT, DIM)
+    return gl.load(pointers, mask=live, other=0.0)
+
+
+@gluon.jit
 def store_rows(x, row, head, begin, end, values, DIM: gl.constexpr):
     """Writes 64 rows from `begin` on of an Operand, those before `end`."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // DIM, DIM // 8], [4, 1], [1, 0])
@@ -143,18 +151,6 @@ def fill(stream, i, descriptor, row, head, first, BLOCK: gl.constexpr, DIM: gl.c
     mbarrier.wait(stream.empty.index(stage), phase ^ 1)
     mbarrier.expect(full, BLOCK * DIM * 2)
     tma.async_copy_global_to_shared(descriptor, [row, head, first, 0], full, stream.tiles.index(stage))
-
-
-@gluon.jit
-def product_of(one, other, row, head, begin, end, DIM: gl.constexpr):
-    """Dot products of 64 rows from `begin` on of two Operands, 0 from `end` on."""
-    # A warp has the 16 rows that it has of a wgmma product.
-    LAYOUT: gl.constexpr = gl.BlockedLayout([DIM // 16, 8], [32 * 8 // DIM, DIM // 8], [4, 1], [1, 0])
-    pointers, live = _places(one, row, head, begin, end, LAYOUT, DIM)
-    a = gl.load(pointers, mask=live, other=0.0)
-    pointers, live = _places(other, row, head, begin, end, LAYOUT, DIM)
-    b = gl.load(pointers, mask=live, other=0.0)
-    return gl.sum(a.to(gl.float32) * b.to(gl.float32), 1)
 
 
 @gluon.jit

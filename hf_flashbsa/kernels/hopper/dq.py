@@ -25,7 +25,7 @@ from hf_flashbsa.kernels.hopper.common import (
     fill,
     first_key,
     hold,
-    product_of,
+    load_rows,
     release,
     store_rows,
     tile_of,
@@ -42,7 +42,7 @@ from hf_flashbsa.kernels.primitives import (
     visible,
     work_item,
 )
-from hf_flashbsa.kernels.rows import make_rows
+from hf_flashbsa.kernels.rows import begin_rows, finish_rows
 
 
 class Ring(NamedTuple):
@@ -54,10 +54,9 @@ class Ring(NamedTuple):
 
 
 class Sources(NamedTuple):
-    """What `Rows` are made from, Operands `out` and `dout` and rows `lse` and `dlse`, and the planes they go to."""
+    """What `Rows` are made from, the Operand `out` and rows `lse` and `dlse`, and the planes that they go to."""
 
     out: object
-    dout: object
     lse: object
     dlse: object
     rowwise: object
@@ -92,8 +91,8 @@ def _load(q, dout, k, v, ring, call, tiles: gl.constexpr):
     """The producer."""
     job = _job(call, tiles)
     item = job.item
-    # A program must not end before what it loads is there, and consumers wait for nothing where they meet nothing.
-    if (item.begin < item.end) & (job.count > 0):
+    # A program must not end before what it loads is there: consumers wait for all of it.
+    if item.begin < item.end:
         hold(ring.held, q, dout, item.row, job.head, item.begin, tiles.d)
         head_k = job.head // call.group
         for i in range(job.count):
@@ -103,15 +102,16 @@ def _load(q, dout, k, v, ring, call, tiles: gl.constexpr):
 
 
 @gluon.jit
-def _rows(sources, job, begin, queries, call, tiles: gl.constexpr):
-    """Rows of 64 queries, `queries`, from `begin` on. From global memory: what TMA loads may be nothing, or later."""
-    item = job.item
-    product = product_of(sources.out, sources.dout, item.row, job.head, begin, item.end, tiles.d)
-    product = gl.convert_layout(product, queries.type.layout)
-    return make_rows(
-        product, sources.lse, sources.dlse, sources.rowwise, sources.plane, call.rules.score,
-        item.row * call.heads + job.head, queries, queries < item.end, call.len_q,
-    )  # fmt: skip
+def _rows(part: gl.constexpr, begin, queries, sources, job, ring, call, tiles: gl.constexpr):
+    """Waits for the tiles that the program holds, and makes Rows of its `part`-th 64 queries, from `begin` on."""
+    item, score = job.item, call.rules.score
+    batch_head, live = item.row * call.heads + job.head, queries < item.end
+    rows = begin_rows(sources.lse, sources.dlse, score, batch_head, queries, live, call.len_q)
+    out = load_rows(sources.out, item.row, job.head, begin, item.end, tiles.d)
+    mbarrier.wait(ring.held.full.index(part), 0)
+    dout = ring.held.second.index(part).reshape([ROWS, tiles.d]).load(out.type.layout)
+    product = gl.convert_layout(gl.sum(out.to(gl.float32) * dout.to(gl.float32), 1), queries.type.layout)
+    return finish_rows(rows, product, sources.rowwise, sources.plane, score, batch_head, queries, live, call.len_q)
 
 
 @gluon.jit
@@ -168,13 +168,12 @@ def _compute(part: gl.constexpr, dq_out, sources, ring, call, tiles: gl.constexp
         dtype: gl.constexpr = ring.held.first.dtype
         begin = item.begin + part * ROWS
         queries = begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
-        rows = _rows(sources, job, begin, queries, call, tiles)
+        rows = _rows(part, begin, queries, sources, job, ring, call, tiles)
         dq = gl.zeros([ROWS, tiles.d], gl.float32, DQ)
         if job.count > 0:
             zero = gl.zeros([ROWS, tiles.n], gl.float32, S)
             q_tile = ring.held.first.index(part).reshape([ROWS, tiles.d])
             do_tile = ring.held.second.index(part).reshape([ROWS, tiles.d])
-            mbarrier.wait(ring.held.full.index(part), 0)
             first = first_key(span, None, 0, tiles)
             s, dp = _issue(0, first, q_tile, do_tile, ring, span, zero, tiles)
             s, dp = warpgroup_mma_wait(0, deps=(s, dp))
@@ -212,12 +211,12 @@ def _consumer_1(dq, sources, ring, call, tiles: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles", "plane"])
 def dq_kernel(
-    dout, dq, q, k, v, out, dout_rows, lse, dlse, rowwise, plane, work, mask, dense, score, bias, diagonal, heads,
+    dout, dq, q, k, v, out, lse, dlse, rowwise, plane, work, mask, dense, score, bias, diagonal, heads,
     group, len_q, len_k, num_tiles, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, K_STAGES: gl.constexpr,
     V_STAGES: gl.constexpr,
 ):  # fmt: skip
     """Writes `dq`, an Operand, and `rowwise`. `dout`, `q`, `k` and `v` are descriptors of `(B, H, S, D)` with boxes of
-    64 (dout, q) or BLOCK_N rows, `out` and `dout_rows`, `dout` again, are Operands.
+    64 (dout, q) or BLOCK_N rows, `out` is an Operand.
 
     Keys are needed one block longer than values: from K_STAGES = 3 on both load ahead. Grid: tiles of 128 queries x
     heads x batch rows.
@@ -229,7 +228,7 @@ def dq_kernel(
         allocate_stream(k, BLOCK_N, HEAD_DIM, K_STAGES, 1),
         allocate_stream(v, BLOCK_N, HEAD_DIM, V_STAGES, 1),
     )
-    sources = Sources(out, dout_rows, lse, dlse, rowwise, plane)
+    sources = Sources(out, lse, dlse, rowwise, plane)
     gl.warp_specialize(
         [
             (_consumer_0, (dq, sources, ring, call, tiles)),
