@@ -211,8 +211,8 @@ def _consumer_1(dq, sources, ring, call, tiles: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles", "plane"])
 def dq_kernel(
-    dout, dq, q, k, v, out, lse, dlse, rowwise, plane, work, mask, dense, score, bias, diagonal, heads,
-    group, len_q, len_k, num_tiles, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, K_STAGES: gl.constexpr,
+    dout, dq, q, k, v, out, lse, dlse, rowwise, plane, work, mask, dense, score, bias, diagonal, heads, group,
+    len_q, len_k, num_tiles, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, K_STAGES: gl.constexpr,
     V_STAGES: gl.constexpr,
 ):  # fmt: skip
     """Writes `dq`, an Operand, and `rowwise`. `dout`, `q`, `k` and `v` are descriptors of `(B, H, S, D)` with boxes of

@@ -68,9 +68,9 @@ def launch_dq(
     launch(
         dq_kernel, (tiles * heads * batch,),
         _descriptor(dout, ROWS.value), operand_of(dq), _descriptor(q, ROWS.value), _descriptor(k, keys),
-        _descriptor(v, keys), operand_of(out), lse, dlse, rowwise, plane, extras.work_q, rules.mask,
-        rules.dense, rules.score, rules.bias, params.diagonal, heads, heads // heads_k, len_q, len_k, tiles,
-        HEAD_DIM=dim, **options, **OPTIONS,
+        _descriptor(v, keys), operand_of(out), lse, dlse, rowwise, plane, extras.work_q, rules.mask, rules.dense,
+        rules.score, rules.bias, params.diagonal, heads, heads // heads_k, len_q, len_k, tiles, HEAD_DIM=dim,
+        **options, **OPTIONS,
     )  # fmt: skip
 
 
