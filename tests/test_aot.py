@@ -59,7 +59,7 @@ def launch(problem: Problem, kernel: str) -> None:
         torch.zeros(1, 256, 4, room, dtype=dtype)[..., : problem.head_dim].transpose(1, 2) for _ in range(4)
     )
     rich = {} if problem.plain else {"bias": torch.zeros(1, 4, 256, 256, dtype=dtype).requires_grad_()}
-    others = {f"{name}_kernel": mock.MagicMock() for name in (*KERNELS, "rowwise") if name != kernel}
+    others = {f"{name}_kernel": mock.MagicMock() for name in KERNELS if name != kernel}
     with mock.patch.multiple(triton_backend, **others):
         leaves = [x.requires_grad_() for x in (q, k, v)]
         out = attention(*leaves, causal=True, backend="triton", dropout_p=0.1, **rich)

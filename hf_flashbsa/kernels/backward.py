@@ -1,7 +1,7 @@
 """The portable backward kernels. All recompute the weights from `lse`; none uses atomics, so results repeat bitwise.
 
-`rowwise_kernel` prepares what depends on a query alone; `dkdv_kernel` walks over queries for a tile of keys, for
-every head that shares it; `dq_kernel` walks over keys for a tile of queries; `dbias_kernel` sums a tile of score
+`dq_kernel` walks over keys for a tile of queries, and first makes what the others need of each query (rows.py);
+`dkdv_kernel` walks over queries for a tile of keys, for every head that shares it; `dbias_kernel` sums a tile of score
 gradients over the dimensions that the bias is broadcast in.
 """
 
@@ -11,14 +11,11 @@ import triton
 import triton.language as tl
 
 from hf_flashbsa.kernels.primitives import (
-    LOG2E,
-    Rows,
     Rules,
     Tiles,
     block_pointer,
     dot,
     dropout_keep,
-    dropout_words,
     head_of,
     list_entries,
     load_tile,
@@ -32,63 +29,7 @@ from hf_flashbsa.kernels.primitives import (
     visible,
     work_item,
 )
-
-
-@triton.jit(do_not_specialize=["len_q", "plane"])
-def rowwise_kernel(
-    out, dout, lse, dlse, rowwise, score, heads, len_q, plane,
-    HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
-    """Writes what the other kernels need of each query, as planes `(B, Hq, Sq)` of `plane` float32 each: `lse` in log2
-    units, +inf for rows that see no key, so that all their weights come out as 0; `delta = sum(out * dout) - dlse`;
-    and with dropout the query's words, as the bits of the numbers.
-
-    Grid: tiles of queries * heads * batch.
-    """
-    num_tiles = tl.cdiv(len_q, BLOCK_M)
-    row = tl.program_id(0) // num_tiles
-    begin = tl.program_id(0) % num_tiles * BLOCK_M
-    out_head = head_of(out, row // heads, row % heads)
-    dout_head = head_of(dout, row // heads, row % heads)
-    o = load_tile(out_head, begin, 0, len_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True).to(tl.float32)
-    do = load_tile(dout_head, begin, 0, len_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True).to(tl.float32)
-    total = tl.sum(o * do, 1)
-    queries = begin + tl.arange(0, BLOCK_M)
-    place = tl.cast(row, tl.int64) * len_q + queries
-    live = queries < len_q
-    if dlse is not None:
-        total -= tl.load(dlse + place, mask=live, other=0.0)
-    row_lse = tl.load(lse + place, mask=live, other=0.0)
-    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2E)
-    tl.store(rowwise + place, row_lse, mask=live)
-    tl.store(rowwise + place + plane, total, mask=live)
-    if score.seed is not None:
-        pad, factor = dropout_words(score, row, queries)
-        tl.store(rowwise + place + 2 * plane, pad.to(tl.float32, bitcast=True), mask=live)
-        tl.store(rowwise + place + 3 * plane, factor.to(tl.float32, bitcast=True), mask=live)
-
-
-@triton.jit
-def _load_rows(rowwise, plane, score, batch_head, begin, lo, hi, len_q, BLOCK: tl.constexpr, CHECK: tl.constexpr):
-    """Rows from `begin`; those outside `[lo, hi)` (where `CHECK`) see no key."""
-    # Scalar bases leave 32-bit offsets to the threads, of which each holds many rows where scores are transposed.
-    base = rowwise + tl.cast(batch_head, tl.int64) * len_q + begin
-    offsets = tl.arange(0, BLOCK)
-    pad, factor = 0, 0
-    if CHECK:
-        live = (begin + offsets >= lo) & (begin + offsets < hi)
-        lse = tl.load(base + offsets, mask=live, other=float("inf"))
-        delta = tl.load(base + plane + offsets, mask=live, other=0.0)
-        if score.seed is not None:
-            pad = tl.load(base + 2 * plane + offsets, mask=live, other=0.0).to(tl.uint32, bitcast=True)
-            factor = tl.load(base + 3 * plane + offsets, mask=live, other=0.0).to(tl.uint32, bitcast=True)
-    else:
-        lse = tl.load(base + offsets)
-        delta = tl.load(base + plane + offsets)
-        if score.seed is not None:
-            pad = tl.load(base + 2 * plane + offsets).to(tl.uint32, bitcast=True)
-            factor = tl.load(base + 3 * plane + offsets).to(tl.uint32, bitcast=True)
-    return Rows(lse, delta, pad, factor)
+from hf_flashbsa.kernels.rows import begin_rows, finish_rows, read_rows
 
 
 @triton.jit
@@ -104,7 +45,7 @@ def _dkdv_block(
     batch_head = item.other_row * heads + head
     # [m, d]
     q_block = load_tile(q, m0, span.lo, span.hi, tiles.head_dim, tiles.m, tiles.d, MASKED)
-    rows = _load_rows(rowwise, plane, rules.score, batch_head, m0, span.lo, span.hi, len_q, tiles.m, MASKED)
+    rows = read_rows(rowwise, plane, rules.score, batch_head, m0, span.lo, span.hi, len_q, tiles.m, MASKED)
     # [n, m]
     s = dot(k_tile, tl.trans(q_block))
     s, slope = logits(
@@ -219,11 +160,11 @@ def _dq_block(
 
 @triton.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles", "plane"])
 def dq_kernel(
-    dout, dq_out, q, k, v, rowwise, plane, work, mask, dense, blocks, score, bias, diagonal, heads, group,
-    len_q, len_k, num_tiles, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr,
+    dout, dq_out, q, k, v, out, lse, dlse, rowwise, plane, work, mask, dense, blocks, score, bias, diagonal, heads,
+    group, len_q, len_k, num_tiles, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, LISTED: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Writes `dq`. Grid: tiles of queries * heads * batch."""
+    """Writes `dq` and `rowwise`. Grid: tiles of queries * heads * batch."""
     tiles: tl.constexpr = Tiles(BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LISTED, WIDTH)
     rules = Rules(mask, dense, blocks, score, bias)
     pid = tl.program_id(0)
@@ -235,11 +176,16 @@ def dq_kernel(
     if item.begin >= item.end:
         return
     span = span_of(item, rules, head, list_entries(tiles), tiles, False)
-    batch_head = item.row * heads + head
+    queries = item.begin + tl.arange(0, BLOCK_M)
+    batch_head, live = item.row * heads + head, queries < item.end
+    rows = begin_rows(lse, dlse, score, batch_head, queries, live, len_q)
+    out_head = head_of(out, item.row, head)
     dout_head = head_of(dout, item.row, head)
-    q_tile = load_tile(head_of(q, item.row, head), item.begin, 0, item.end, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+    out_tile = load_tile(out_head, item.begin, 0, item.end, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True)
     do_tile = load_tile(dout_head, item.begin, 0, item.end, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True)
-    rows = _load_rows(rowwise, plane, score, batch_head, item.begin, 0, item.end, len_q, BLOCK_M, True)
+    product = tl.sum(out_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
+    rows = finish_rows(rows, product, rowwise, plane, score, batch_head, queries, live, len_q)
+    q_tile = load_tile(head_of(q, item.row, head), item.begin, 0, item.end, HEAD_DIM, BLOCK_M, BLOCK_D, True)
     k_head = head_of(k, item.other_row, head // group)
     v_head = head_of(v, item.other_row, head // group)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -293,7 +239,7 @@ def dbias_kernel(
             queries = m0 + tl.arange(0, BLOCK_M)
             keys = n0 + tl.arange(0, BLOCK_N)
             inside = (queries < q_end)[:, None] & (keys < k_end)[None, :]
-            rows = _load_rows(rowwise, plane, score, row_q * heads + head, m0, 0, q_end, len_q, BLOCK_M, True)
+            rows = read_rows(rowwise, plane, score, row_q * heads + head, m0, 0, q_end, len_q, BLOCK_M, True)
             q_tile = load_tile(head_of(q, row_q, head), m0, 0, q_end, HEAD_DIM, BLOCK_M, BLOCK_D, True)
             do_tile = load_tile(head_of(dout, row_q, head), m0, 0, q_end, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True)
             k_block = load_tile(head_of(k, row_k, head // group), n0, 0, k_end, HEAD_DIM, BLOCK_N, BLOCK_D, True)

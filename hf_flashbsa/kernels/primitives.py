@@ -128,15 +128,6 @@ class Rules(NamedTuple):
     bias: object
 
 
-class Rows(NamedTuple):
-    """What the backward pass needs of each query: log-sum-exp in log2 units, delta, and the words of its dropout."""
-
-    lse: object
-    delta: object
-    pad: object
-    factor: object
-
-
 class Item(NamedTuple):
     """A tile of work: own rows `[begin, end)` of batch row `row` against `[lo, hi)` of `other_row`."""
 

@@ -12,11 +12,10 @@ from hf_flashbsa.kernels.arguments import (
     operand_of,
     padded,
     rules_of,
-    score_of,
     tiles_of,
     width_of,
 )
-from hf_flashbsa.kernels.backward import dbias_kernel, dkdv_kernel, dq_kernel, rowwise_kernel
+from hf_flashbsa.kernels.backward import dbias_kernel, dkdv_kernel, dq_kernel
 from hf_flashbsa.kernels.forward import forward_kernel
 from hf_flashbsa.kernels.launch import replay
 from hf_flashbsa.kernels.state import Extras, Params, sinks_gradient
@@ -64,14 +63,14 @@ def _launch_forward(launch, q, k, v, out, lse, extras: Extras, params: Params) -
     )  # fmt: skip
 
 
-def _launch_dq(launch, dout, dq, q, k, v, rowwise, plane: int, extras: Extras, params: Params) -> None:
+def _launch_dq(launch, dout, dq, q, k, v, out, lse, dlse, rowwise, plane: int, extras: Extras, params: Params) -> None:
     (batch, heads, len_q, _), (_, heads_k, len_k, _) = q.shape, k.shape
     operands = (operand_of(q), operand_of(k), operand_of(v))
     config = _config("dq", q, v, is_aligned(*operands, operand_of(dout)), extras, params)
     tiles, batch = tiles_of(extras.work_q, len_q, batch, config.block_m)
     launch(
         dq_kernel, (tiles * heads * batch,),
-        operand_of(dout), operand_of(dq), *operands, rowwise, plane, extras.work_q,
+        operand_of(dout), operand_of(dq), *operands, operand_of(out), lse, dlse, rowwise, plane, extras.work_q,
         *rules_of(extras.blocks_q, extras, params), params.diagonal, heads, heads // heads_k, len_q, len_k, tiles,
         **_meta(config, q, v, params, extras.blocks_q),
     )  # fmt: skip
@@ -115,16 +114,10 @@ def _forward(launch, inputs, outputs, params: Params) -> None:
 def _backward(launch, inputs, outputs, params: Params) -> None:
     (dout, dlse, q, k, v, out, lse), extras = inputs[:7], Extras(*inputs[7:])
     rowwise, dq, dk, dv, dbias = outputs
-    batch, heads, len_q, _ = q.shape
     plane = lse.numel()
-    if q.numel() > 0:
-        launch(
-            rowwise_kernel, (cdiv(len_q, 64) * batch * heads,),
-            operand_of(out), operand_of(dout), lse, dlse, rowwise, score_of(extras, params), heads, len_q, plane,
-            HEAD_DIM_V=v.shape[-1], BLOCK_M=64, BLOCK_DV=padded(v.shape[-1]), num_warps=4,
-        )  # fmt: skip
+    if q.numel() > 0:  # before the others, which read what it makes of each query
         run = hopper.launcher_of("dq", q, k, v, (dout,), extras, params) or _launch_dq
-        run(launch, dout, dq, q, k, v, rowwise, plane, extras, params)
+        run(launch, dout, dq, q, k, v, out, lse, dlse, rowwise, plane, extras, params)
     if k.numel() > 0:
         run = hopper.launcher_of("dkdv", q, k, v, (dout,), extras, params) or _launch_dkdv
         run(launch, dout, dk, dv, q, k, v, rowwise, plane, extras, params)

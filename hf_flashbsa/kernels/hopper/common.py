@@ -68,15 +68,29 @@ def clear(tile, first, lo, hi, ROWS: gl.constexpr, DIM: gl.constexpr):
 
 
 @gluon.jit
+def _places(x, row, head, begin, end, LAYOUT: gl.constexpr, DIM: gl.constexpr):
+    """Pointers to 64 rows from `begin` on of an Operand, and which of them are before `end`."""
+    rows = begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+    dims = gl.arange(0, DIM, layout=gl.SliceLayout(0, LAYOUT))
+    base = x.ptr + row.to(gl.int64) * x.stride_b + head.to(gl.int64) * x.stride_h
+    return base + rows.to(gl.int64)[:, None] * x.stride_s + dims[None, :], (rows < end)[:, None]
+
+
+@gluon.jit
+def load_rows(x, row, head, begin, end, DIM: gl.constexpr):
+    """Reads 64 rows from `begin` on of an Operand, 0 from `end` on. A warp gets those of its wgmma products."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([DIM // 16, 8], [32 * 8 // DIM, DIM // 8], [4, 1], [1, 0])
+    pointers, live = _places(x, row, head, begin, end, LAYOUT, DIM)
+    return gl.load(pointers, mask=live, other=0.0)
+
+
+@gluon.jit
 def store_rows(x, row, head, begin, end, values, DIM: gl.constexpr):
     """Writes 64 rows from `begin` on of an Operand, those before `end`."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // DIM, DIM // 8], [4, 1], [1, 0])
     values = gl.convert_layout(values.to(x.ptr.dtype.element_ty), LAYOUT)
-    rows = begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
-    dims = gl.arange(0, DIM, layout=gl.SliceLayout(0, LAYOUT))
-    base = x.ptr + row.to(gl.int64) * x.stride_b + head.to(gl.int64) * x.stride_h
-    pointers = base + rows.to(gl.int64)[:, None] * x.stride_s + dims[None, :]
-    gl.store(pointers, values, mask=(rows < end)[:, None])
+    pointers, live = _places(x, row, head, begin, end, LAYOUT, DIM)
+    gl.store(pointers, values, mask=live)
 
 
 # ---- the backward kernels ----

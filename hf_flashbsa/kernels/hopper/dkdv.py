@@ -1,7 +1,7 @@
 """Gradients of keys and values for Hopper, in Gluon: one warp loads by TMA, two warpgroups of 64 keys each compute.
 
 A program holds 128 keys and walks over the queries of every head that shares them, without atomics, so results repeat
-bitwise. `rowwise_kernel` of the portable backward prepares what depends on a query alone.
+bitwise. The kernel of `dq` has made what depends on a query alone (rows.py).
 
 Scores are held keys by queries, so that weights and gradients of scores feed the last two products from registers.
 """
@@ -317,7 +317,7 @@ def dkdv_kernel(
     num_tiles, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, ROTATED: gl.constexpr,
 ):  # fmt: skip
     """Writes `dk` and `dv`, Operands. `dout`, `q`, `k` and `v` are descriptors of `(B, H, S, D)` with boxes of 64
-    (k, v) or BLOCK_M rows. `rowwise` and its planes are those of the portable `rowwise_kernel`.
+    (k, v) or BLOCK_M rows. `rowwise` and its planes are those of rows.py.
 
     Grid: tiles of 128 keys x heads of keys x batch rows.
     """

@@ -1,7 +1,7 @@
 """The gradient of the queries for Hopper, in Gluon: one warp loads by TMA, two warpgroups of 64 queries each compute.
 
-A program holds 128 queries and walks over their keys, without atomics, so results repeat bitwise. `rowwise_kernel` of
-the portable backward prepares what depends on a query alone.
+A program holds 128 queries and walks over their keys, without atomics, so results repeat bitwise. Before it does, it
+makes what the backward kernels need of each query (rows.py).
 
 The gradients of the scores feed the product with the keys from registers. It is issued one block later, behind the
 first two products of the next block, and runs while that block's weights are computed.
@@ -25,6 +25,7 @@ from hf_flashbsa.kernels.hopper.common import (
     fill,
     first_key,
     hold,
+    load_rows,
     release,
     store_rows,
     tile_of,
@@ -32,7 +33,6 @@ from hf_flashbsa.kernels.hopper.common import (
     wait_for,
 )
 from hf_flashbsa.kernels.primitives import (
-    Rows,
     Rules,
     Tiles,
     dropout_keep,
@@ -42,6 +42,7 @@ from hf_flashbsa.kernels.primitives import (
     visible,
     work_item,
 )
+from hf_flashbsa.kernels.rows import begin_rows, finish_rows
 
 
 class Ring(NamedTuple):
@@ -50,6 +51,16 @@ class Ring(NamedTuple):
     held: object
     k_stream: object
     v_stream: object
+
+
+class Sources(NamedTuple):
+    """What `Rows` are made from, the Operand `out` and rows `lse` and `dlse`, and the planes that they go to."""
+
+    out: object
+    lse: object
+    dlse: object
+    rowwise: object
+    plane: object
 
 
 class Job(NamedTuple):
@@ -80,14 +91,27 @@ def _load(q, dout, k, v, ring, call, tiles: gl.constexpr):
     """The producer."""
     job = _job(call, tiles)
     item = job.item
-    # A program must not end before what it loads is there, and consumers wait for nothing where they meet nothing.
-    if (item.begin < item.end) & (job.count > 0):
+    # A program must not end before what it loads is there: consumers wait for all of it.
+    if item.begin < item.end:
         hold(ring.held, q, dout, item.row, job.head, item.begin, tiles.d)
         head_k = job.head // call.group
         for i in range(job.count):
             first = first_key(job.span, None, i, tiles)
             fill(ring.k_stream, i, k, item.other_row, head_k, first, tiles.n, tiles.d)
             fill(ring.v_stream, i, v, item.other_row, head_k, first, tiles.n, tiles.d)
+
+
+@gluon.jit
+def _rows(part: gl.constexpr, begin, queries, sources, job, ring, call, tiles: gl.constexpr):
+    """Waits for the tiles that the program holds, and makes Rows of its `part`-th 64 queries, from `begin` on."""
+    item, score = job.item, call.rules.score
+    batch_head, live = item.row * call.heads + job.head, queries < item.end
+    rows = begin_rows(sources.lse, sources.dlse, score, batch_head, queries, live, call.len_q)
+    out = load_rows(sources.out, item.row, job.head, begin, item.end, tiles.d)
+    mbarrier.wait(ring.held.full.index(part), 0)
+    dout = ring.held.second.index(part).reshape([ROWS, tiles.d]).load(out.type.layout)
+    product = gl.convert_layout(gl.sum(out.to(gl.float32) * dout.to(gl.float32), 1), queries.type.layout)
+    return finish_rows(rows, product, sources.rowwise, sources.plane, score, batch_head, queries, live, call.len_q)
 
 
 @gluon.jit
@@ -132,7 +156,7 @@ def _gradient(first, p, dp, slope, item, score, rows):
 
 
 @gluon.jit
-def _compute(part: gl.constexpr, dq_out, rowwise, plane, ring, call, tiles: gl.constexpr):
+def _compute(part: gl.constexpr, dq_out, sources, ring, call, tiles: gl.constexpr):
     """A consumer: the `part`-th 64 queries of the tile. No product is left running at the end of a round."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tiles.n, 16])
     DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tiles.d, 16])
@@ -144,21 +168,12 @@ def _compute(part: gl.constexpr, dq_out, rowwise, plane, ring, call, tiles: gl.c
         dtype: gl.constexpr = ring.held.first.dtype
         begin = item.begin + part * ROWS
         queries = begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
-        place = rowwise + (item.row.to(gl.int64) * call.heads + job.head) * call.len_q + queries
-        live = queries < item.end
-        lse = gl.load(place, mask=live, other=float("inf"))
-        delta = gl.load(place + plane, mask=live, other=0.0)
-        pad, factor = 0, 0
-        if rules.score.seed is not None:
-            pad = gl.load(place + 2 * plane, mask=live, other=0.0).to(gl.uint32, bitcast=True)
-            factor = gl.load(place + 3 * plane, mask=live, other=0.0).to(gl.uint32, bitcast=True)
-        rows = Rows(lse, delta, pad, factor)
+        rows = _rows(part, begin, queries, sources, job, ring, call, tiles)
         dq = gl.zeros([ROWS, tiles.d], gl.float32, DQ)
         if job.count > 0:
             zero = gl.zeros([ROWS, tiles.n], gl.float32, S)
             q_tile = ring.held.first.index(part).reshape([ROWS, tiles.d])
             do_tile = ring.held.second.index(part).reshape([ROWS, tiles.d])
-            mbarrier.wait(ring.held.full.index(part), 0)
             first = first_key(span, None, 0, tiles)
             s, dp = _issue(0, first, q_tile, do_tile, ring, span, zero, tiles)
             s, dp = warpgroup_mma_wait(0, deps=(s, dp))
@@ -185,22 +200,23 @@ def _compute(part: gl.constexpr, dq_out, rowwise, plane, ring, call, tiles: gl.c
 
 
 @gluon.jit
-def _consumer_0(dq, rowwise, plane, ring, call, tiles: gl.constexpr):
-    _compute(0, dq, rowwise, plane, ring, call, tiles)
+def _consumer_0(dq, sources, ring, call, tiles: gl.constexpr):
+    _compute(0, dq, sources, ring, call, tiles)
 
 
 @gluon.jit
-def _consumer_1(dq, rowwise, plane, ring, call, tiles: gl.constexpr):
-    _compute(1, dq, rowwise, plane, ring, call, tiles)
+def _consumer_1(dq, sources, ring, call, tiles: gl.constexpr):
+    _compute(1, dq, sources, ring, call, tiles)
 
 
 @gluon.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles", "plane"])
 def dq_kernel(
-    dout, dq, q, k, v, rowwise, plane, work, mask, dense, score, bias, diagonal, heads, group, len_q, len_k, num_tiles,
-    HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+    dout, dq, q, k, v, out, lse, dlse, rowwise, plane, work, mask, dense, score, bias, diagonal, heads, group,
+    len_q, len_k, num_tiles, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, K_STAGES: gl.constexpr,
+    V_STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Writes `dq`, an Operand. `dout`, `q`, `k` and `v` are descriptors of `(B, H, S, D)` with boxes of 64 (dout, q)
-    or BLOCK_N rows. `rowwise` and its planes are those of the portable `rowwise_kernel`.
+    """Writes `dq`, an Operand, and `rowwise`. `dout`, `q`, `k` and `v` are descriptors of `(B, H, S, D)` with boxes of
+    64 (dout, q) or BLOCK_N rows, `out` is an Operand.
 
     Keys are needed one block longer than values: from K_STAGES = 3 on both load ahead. Grid: tiles of 128 queries x
     heads x batch rows.
@@ -212,10 +228,11 @@ def dq_kernel(
         allocate_stream(k, BLOCK_N, HEAD_DIM, K_STAGES, 1),
         allocate_stream(v, BLOCK_N, HEAD_DIM, V_STAGES, 1),
     )
+    sources = Sources(out, lse, dlse, rowwise, plane)
     gl.warp_specialize(
         [
-            (_consumer_0, (dq, rowwise, plane, ring, call, tiles)),
-            (_consumer_1, (dq, rowwise, plane, ring, call, tiles)),
+            (_consumer_0, (dq, sources, ring, call, tiles)),
+            (_consumer_1, (dq, sources, ring, call, tiles)),
             (_load, (q, dout, k, v, ring, call, tiles)),
         ],
         [4, 1],

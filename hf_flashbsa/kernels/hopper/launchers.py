@@ -59,15 +59,18 @@ def launch_forward(options: dict, launch, q, k, v, out, lse, extras: Extras, par
     )  # fmt: skip
 
 
-def launch_dq(options: dict, launch, dout, dq, q, k, v, rowwise, plane: int, extras: Extras, params: Params) -> None:
+def launch_dq(
+    options: dict, launch, dout, dq, q, k, v, out, lse, dlse, rowwise, plane: int, extras: Extras, params: Params
+) -> None:
     (batch, heads, len_q, dim), (_, heads_k, len_k, _) = q.shape, k.shape
     tiles, batch = tiles_of(extras.work_q, len_q, batch, TILE)
     keys, rules = options["BLOCK_N"], rules_of(None, extras, params)
     launch(
         dq_kernel, (tiles * heads * batch,),
         _descriptor(dout, ROWS.value), operand_of(dq), _descriptor(q, ROWS.value), _descriptor(k, keys),
-        _descriptor(v, keys), rowwise, plane, extras.work_q, rules.mask, rules.dense, rules.score, rules.bias,
-        params.diagonal, heads, heads // heads_k, len_q, len_k, tiles, HEAD_DIM=dim, **options, **OPTIONS,
+        _descriptor(v, keys), operand_of(out), lse, dlse, rowwise, plane, extras.work_q, rules.mask, rules.dense,
+        rules.score, rules.bias, params.diagonal, heads, heads // heads_k, len_q, len_k, tiles, HEAD_DIM=dim,
+        **options, **OPTIONS,
     )  # fmt: skip
 
 
