@@ -216,9 +216,7 @@ def _compute(part: gl.constexpr, out, lse, sinks, ring, call, tiles: gl.constexp
         if live:
             keys = first + gl.arange(0, tiles.n, layout=gl.SliceLayout(0, S))
             inside = (rows < item.end)[:, None] & ((keys >= span.lo) & (keys < span.hi))[None, :]
-            s, _ = logits(
-                s, rules, item.row, head, rows[:, None], keys[None, :], inside, item.query_origin, item.key_origin
-            )
+            s, _ = logits(s, rules, 0.0)
             met = visits(span, tiles)
             if (index < span.partial) | (met == 0):
                 first_q = gl.where(met > 0, item.begin, item.query_origin)
