@@ -13,6 +13,7 @@ import triton.language as tl
 from hf_flashbsa.kernels.primitives import (
     Rules,
     Tiles,
+    bias_tile,
     block_pointer,
     dot,
     dropout_keep,
@@ -47,10 +48,12 @@ def _dkdv_block(
     q_block = load_tile(q, m0, span.lo, span.hi, tiles.head_dim, tiles.m, tiles.d, MASKED)
     rows = read_rows(rowwise, plane, rules.score, batch_head, m0, span.lo, span.hi, len_q, tiles.m, MASKED)
     # [n, m]
+    added = bias_tile(
+        rules, item.other_row, head, queries[None, :], keys[:, None], inside if MASKED else None, item.query_origin,
+        item.key_origin,
+    )  # fmt: skip
     s = dot(k_tile, tl.trans(q_block))
-    s, slope = logits(
-        s, rules, item.other_row, head, queries[None, :], keys[:, None], inside, item.query_origin, item.key_origin
-    )
+    s, slope = logits(s, rules, added)
     if MASKED:
         ok = visible(
             rules, item.other_row, item.row, head, queries[None, :], keys[:, None], inside, item.diagonal,
@@ -120,13 +123,13 @@ def dkdv_kernel(
 
 @triton.jit
 def _score_gradient(
-    q_tile, do_tile, rows, k_block, v_block, queries, first_q, n0, query_origin, key_origin, inside, row_q, row_k,
-    diagonal, rules, head, tiles: tl.constexpr, MASKED: tl.constexpr,
+    q_tile, do_tile, rows, k_block, v_block, added, queries, first_q, n0, query_origin, key_origin, inside, row_q,
+    row_k, diagonal, rules, head, tiles: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """`[m, n]` gradients of the biased score for keys from `n0`, and the softcap's slope."""
     keys = n0 + tl.arange(0, tiles.n)
     s = dot(q_tile, tl.trans(k_block))
-    s, slope = logits(s, rules, row_q, head, queries[:, None], keys[None, :], inside, query_origin, key_origin)
+    s, slope = logits(s, rules, added)
     if MASKED:
         ok = visible(
             rules, row_q, row_k, head, queries[:, None], keys[None, :], inside, diagonal, query_origin,
@@ -151,9 +154,13 @@ def _dq_block(
     inside = (queries < item.end)[:, None] & ((keys >= span.lo) & (keys < span.hi))[None, :]
     k_block = load_tile(k, n0, span.lo, span.hi, tiles.head_dim, tiles.n, tiles.d, MASKED)
     v_block = load_tile(v, n0, span.lo, span.hi, tiles.head_dim_v, tiles.n, tiles.dv, MASKED)
+    added = bias_tile(
+        rules, item.row, head, queries[:, None], keys[None, :], inside if MASKED else None, item.query_origin,
+        item.key_origin,
+    )  # fmt: skip
     ds, slope = _score_gradient(
-        q_tile, do_tile, rows, k_block, v_block, queries, item.begin, n0, item.query_origin, item.key_origin, inside,
-        item.row, item.other_row, item.diagonal, rules, head, tiles, MASKED,
+        q_tile, do_tile, rows, k_block, v_block, added, queries, item.begin, n0, item.query_origin, item.key_origin,
+        inside, item.row, item.other_row, item.diagonal, rules, head, tiles, MASKED,
     )  # fmt: skip
     return dot((ds * slope).to(k_block.dtype), k_block, dq)
 
@@ -199,6 +206,27 @@ def dq_kernel(
     store_tile(dq_head, item.begin, item.end, dq * score.scale, HEAD_DIM, BLOCK_M, BLOCK_D)
 
 
+@triton.jit
+def _dbias_part(
+    total, added, dout, q, k, v, rowwise, plane, m0, n0, place, rules, head, heads, group, len_q, tiles: tl.constexpr
+):
+    """Adds the gradients of the scores of one sequence and head, from query `m0` and key `n0`."""
+    row_q, q_begin, q_end, row_k, k_begin, k_end, shift = place
+    queries = m0 + tl.arange(0, tiles.m)
+    keys = n0 + tl.arange(0, tiles.n)
+    inside = (queries < q_end)[:, None] & (keys < k_end)[None, :]
+    rows = read_rows(rowwise, plane, rules.score, row_q * heads + head, m0, 0, q_end, len_q, tiles.m, True)
+    q_tile = load_tile(head_of(q, row_q, head), m0, 0, q_end, tiles.head_dim, tiles.m, tiles.d, True)
+    do_tile = load_tile(head_of(dout, row_q, head), m0, 0, q_end, tiles.head_dim_v, tiles.m, tiles.dv, True)
+    k_block = load_tile(head_of(k, row_k, head // group), n0, 0, k_end, tiles.head_dim, tiles.n, tiles.d, True)
+    v_block = load_tile(head_of(v, row_k, head // group), n0, 0, k_end, tiles.head_dim_v, tiles.n, tiles.dv, True)
+    ds, _ = _score_gradient(
+        q_tile, do_tile, rows, k_block, v_block, added, queries, m0, n0, q_begin, k_begin, inside, row_q, row_k,
+        shift, rules, head, tiles, True,
+    )  # fmt: skip
+    return total + ds
+
+
 @triton.jit(do_not_specialize=["diagonal", "len_q", "len_k", "count", "bias_batch", "plane"])
 def dbias_kernel(
     dout, dbias, q, k, v, rowwise, plane, sequences, mask, dense, blocks, score, bias, diagonal, count, heads, group,
@@ -214,6 +242,11 @@ def dbias_kernel(
     place_m = tl.program_id(1) * BLOCK_M
     bias_row = tl.program_id(2) // bias_heads
     bias_head = tl.program_id(2) % bias_heads
+    places_m = place_m + tl.arange(0, BLOCK_M)
+    places_n = place_n + tl.arange(0, BLOCK_N)
+    reached = (places_m < score.bias_len_q)[:, None] & (places_n < score.bias_len_k)[None, :]
+    # One tile for all: where sequences or heads differ in it, the loop has one of them.
+    added = bias_tile(rules, bias_row, bias_head, places_m[:, None], places_n[None, :], reached, 0, 0)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     # Sequence and head run over the dimensions that the bias has size 1 in.
     shared_heads = heads // bias_heads
@@ -235,22 +268,15 @@ def dbias_kernel(
         if tiles.listed > 0:
             # Grids may end before the bias does.
             met = met & (tl.load(block_pointer(blocks, row_q, head, place_m, place_n, tiles), mask=met, other=0) != 0)
-        if met:
-            queries = m0 + tl.arange(0, BLOCK_M)
-            keys = n0 + tl.arange(0, BLOCK_N)
-            inside = (queries < q_end)[:, None] & (keys < k_end)[None, :]
-            rows = read_rows(rowwise, plane, score, row_q * heads + head, m0, 0, q_end, len_q, BLOCK_M, True)
-            q_tile = load_tile(head_of(q, row_q, head), m0, 0, q_end, HEAD_DIM, BLOCK_M, BLOCK_D, True)
-            do_tile = load_tile(head_of(dout, row_q, head), m0, 0, q_end, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True)
-            k_block = load_tile(head_of(k, row_k, head // group), n0, 0, k_end, HEAD_DIM, BLOCK_N, BLOCK_D, True)
-            v_block = load_tile(head_of(v, row_k, head // group), n0, 0, k_end, HEAD_DIM_V, BLOCK_N, BLOCK_DV, True)
-            ds, _ = _score_gradient(
-                q_tile, do_tile, rows, k_block, v_block, queries, m0, n0, q_begin, k_begin, inside,
-                row_q, row_k, shift, rules, head, tiles, True,
-            )  # fmt: skip
-            total += ds
-    places_m = place_m + tl.arange(0, BLOCK_M)
-    places_n = place_n + tl.arange(0, BLOCK_N)
+        place = row_q, q_begin, q_end, row_k, k_begin, k_end, shift
+        # Loads under a condition are not pipelined: there is none where every tile is met.
+        if sequences is None and mask.window_left is None and mask.window_right is None and tiles.listed == 0:
+            total = _dbias_part(
+                total, added, dout, q, k, v, rowwise, plane, m0, n0, place, rules, head, heads, group, len_q, tiles
+            )
+        elif met:
+            total = _dbias_part(
+                total, added, dout, q, k, v, rowwise, plane, m0, n0, place, rules, head, heads, group, len_q, tiles
+            )
     pointers = matrix_pointers(dbias, bias_row, bias_head, places_m[:, None], places_n[None, :])
-    reached = (places_m < score.bias_len_q)[:, None] & (places_n < score.bias_len_k)[None, :]
     tl.store(pointers, total.to(dbias.ptr.dtype.element_ty), mask=reached)

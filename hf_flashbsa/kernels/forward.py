@@ -10,6 +10,7 @@ from hf_flashbsa.kernels.primitives import (
     LOG2E,
     Rules,
     Tiles,
+    bias_tile,
     dot,
     dropout_keep,
     dropout_words,
@@ -40,10 +41,12 @@ def _attend(
     # [n, d]
     k_block = load_tile(k, n0, span.lo, span.hi, tiles.head_dim, tiles.n, tiles.d, MASKED)
     # [m, n]
+    added = bias_tile(
+        rules, item.row, head, queries[:, None], keys[None, :], inside if MASKED else None, item.query_origin,
+        item.key_origin,
+    )  # fmt: skip
     s = dot(q_tile, tl.trans(k_block))
-    s, _ = logits(
-        s, rules, item.row, head, queries[:, None], keys[None, :], inside, item.query_origin, item.key_origin
-    )
+    s, _ = logits(s, rules, added)
     if MASKED:
         ok = visible(
             rules, item.row, item.other_row, head, queries[:, None], keys[None, :], inside, item.diagonal,

@@ -2,7 +2,8 @@
 
 Each question that a variant of attention asks has one helper here: where a tile's rows live (`work_item`), which
 rows of the other side it visits (`span_of`), which scores of a block exist (`visible`), how a score is changed
-(`logits`), which weights are dropped (`dropout_keep`). Arguments that are None at launch specialise the code away.
+(`bias_tile`, `logits`), which weights are dropped (`dropout_keep`). Arguments that are None at launch specialise the
+code away.
 
 Scores are held in the layout of the loop that uses them: queries by keys, or with `TRANSPOSED`, keys by queries.
 """
@@ -203,10 +204,12 @@ def span_of(item, rules, head, entries, tiles: tl.constexpr, TRANSPOSED: tl.cons
     # Row i of the tile meets rows i + offset - before .. i + offset + after of the other side.
     if TRANSPOSED:
         BLOCK: tl.constexpr = tiles.m
+        OWN: tl.constexpr = tiles.n
         own_origin, other_origin, offset = item.key_origin, item.query_origin, -item.diagonal
         before, after = rules.mask.window_right, rules.mask.window_left
     else:
         BLOCK: tl.constexpr = tiles.n
+        OWN: tl.constexpr = tiles.m
         own_origin, other_origin, offset = item.query_origin, item.key_origin, item.diagonal
         before, after = rules.mask.window_left, rules.mask.window_right
     lo, full_lo, full_hi, hi = item.lo, item.full_lo, item.full_hi, item.hi
@@ -218,10 +221,21 @@ def span_of(item, rules, head, entries, tiles: tl.constexpr, TRANSPOSED: tl.cons
         lo = tl.maximum(lo, first - before)
         full_lo = tl.maximum(full_lo, last - before)
     hi = tl.maximum(hi, lo)
+    has_full = rules.dense.ptr is None  # a dense mask leaves no block without masking
+    first_block = lo
+    if rules.bias.ptr is not None:
+        # Full blocks are those that the bias reaches as well, and they lie as `bias_tile` expects.
+        if TRANSPOSED:
+            own_reach, reach = rules.score.bias_len_k, rules.score.bias_len_q
+        else:
+            own_reach, reach = rules.score.bias_len_q, rules.score.bias_len_k
+        has_full = has_full & (item.end - item.begin == OWN) & (item.end - own_origin <= own_reach)
+        full_hi = tl.minimum(full_hi, other_origin + reach)
+        first_block = tl.where(lo < hi, other_origin + (lo - other_origin) // BLOCK * BLOCK, lo)
     if tiles.listed == 0:
-        begin, end = lo, hi
-        full_begin = lo + (tl.maximum(full_lo - lo, 0) + BLOCK - 1) // BLOCK * BLOCK
-        full_end = lo + tl.maximum(full_hi - lo, 0) // BLOCK * BLOCK
+        begin, end = first_block, hi
+        full_begin = begin + (tl.maximum(full_lo - begin, 0) + BLOCK - 1) // BLOCK * BLOCK
+        full_end = begin + tl.maximum(full_hi - begin, 0) // BLOCK * BLOCK
         index, listed, listed_end = 0, 0, 0
     else:
         # Lists ascend, so bounds cut them; how far, a count over the whole list tells without a search.
@@ -241,8 +255,7 @@ def span_of(item, rules, head, entries, tiles: tl.constexpr, TRANSPOSED: tl.cons
         full_end = tl.sum((is_full & (block + SIZE <= full_hi)).to(tl.int32), 0) * SIZE
         listed = (full + tl.sum((is_partial & below).to(tl.int32), 0)) * SIZE
         listed_end = (full + tl.sum((is_partial & reached).to(tl.int32), 0)) * SIZE
-    # A dense mask leaves no block without masking.
-    has_full = (full_end > full_begin) & (rules.dense.ptr is None)
+    has_full = has_full & (full_end > full_begin)
     full_begin = tl.where(has_full, full_begin, begin)
     full_end = tl.where(has_full, full_end, begin)
     left = (full_begin - begin) // BLOCK
@@ -409,22 +422,52 @@ def tanh(x):
 
 
 @triton.jit
-def logits(s, rules, row_q, head, queries, keys, inside, query_origin, key_origin):
-    """The score that enters the softmax, divided by `log2_factor` and multiplied with log2(e); and d score / d s."""
+def _begins_at_multiple(places):
+    """Promises that `[M, 1]` or `[1, N]` places follow each other from a multiple of their number on."""
+    places = tl.max_contiguous(places, [places.shape[0], places.shape[1]])
+    return tl.multiple_of(places, [places.shape[0], places.shape[1]])
+
+
+@triton.jit
+def bias_tile(rules, row_q, head, queries, keys, inside, query_origin, key_origin):
+    """What is added to scores at broadcastable `queries` and `keys`: -inf where the bias hides the key or does not
+    reach; 0 where there is no bias.
+
+    `inside` guards places that tensors have; None stands for the whole of a tile, which the bias must reach.
+    """
     score, bias = rules.score, rules.bias
+    if bias.ptr is None:
+        return 0.0
+    else:
+        # Tiles begin at multiples of their sizes, counted in their sequence (`span_of`), which lets loads be wide.
+        place_q = _begins_at_multiple(queries - query_origin)
+        place_k = _begins_at_multiple(keys - key_origin)
+        pointers = matrix_pointers(bias, row_q, head, place_q, place_k)
+        if inside is None:
+            added = tl.load(pointers)
+        else:
+            reached = inside & (place_q < score.bias_len_q) & (place_k < score.bias_len_k)
+            added = tl.load(pointers, mask=reached, other=float("-inf"))
+        return tl.where(added <= score.bias_hidden, float("-inf"), added.to(tl.float32))
+
+
+@triton.jit
+def logits(s, rules, added):
+    """The score that enters the softmax, divided by `log2_factor` and multiplied with log2(e); and d score / d s.
+
+    `added` is that of `bias_tile`.
+    """
+    score = rules.score
     slope = 1.0
     if score.softcap is not None:
         s = s * score.scale
         t = tanh(s / score.softcap)
         s = score.softcap * t
         slope = 1.0 - t * t
-    if bias.ptr is not None:
+    if rules.bias.ptr is not None:
         if score.softcap is None:
             s = s * score.scale
-        place_q, place_k = queries - query_origin, keys - key_origin
-        reached = inside & (place_q < score.bias_len_q) & (place_k < score.bias_len_k)
-        added = tl.load(matrix_pointers(bias, row_q, head, place_q, place_k), mask=reached, other=float("-inf"))
-        s = s + tl.where(added <= score.bias_hidden, float("-inf"), added.to(tl.float32))
+        s = s + added
     return s, slope
 
 

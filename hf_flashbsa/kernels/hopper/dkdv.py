@@ -157,9 +157,7 @@ def _weights(i, head, first, s, job, rules, keys, ring, tiles: gl.constexpr):
     item, span = job.item, job.span
     queries = first + gl.arange(0, tiles.m, layout=COLUMNS)
     inside = ((queries >= span.lo) & (queries < span.hi))[None, :] & (keys < item.end)[:, None]
-    s, slope = logits(
-        s, rules, item.other_row, head, queries[None, :], keys[:, None], inside, item.query_origin, item.key_origin
-    )
+    s, slope = logits(s, rules, 0.0)
     if i < job.partial:
         ok = visible(
             rules, item.other_row, item.row, head, queries[None, :], keys[:, None], inside, item.diagonal,

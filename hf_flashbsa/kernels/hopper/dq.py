@@ -133,9 +133,7 @@ def _weights(i, first, s, job, rules, queries, rows, tiles: gl.constexpr):
     item, span = job.item, job.span
     keys = first + gl.arange(0, tiles.n, layout=gl.SliceLayout(0, s.type.layout))
     inside = (queries < item.end)[:, None] & ((keys >= span.lo) & (keys < span.hi))[None, :]
-    s, slope = logits(
-        s, rules, item.row, job.head, queries[:, None], keys[None, :], inside, item.query_origin, item.key_origin
-    )
+    s, slope = logits(s, rules, 0.0)
     if i < span.partial:
         ok = visible(
             rules, item.row, item.other_row, job.head, queries[:, None], keys[None, :], inside, item.diagonal,
