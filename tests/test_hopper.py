@@ -18,7 +18,7 @@ import torch
 from aot import SHARED_LIMIT, compile_only
 from sass import overwritten_operands
 
-from hf_flashbsa import attention
+from hf_flashbsa import BlockLayout, attention
 from hf_flashbsa.kernels import hopper, tuning
 from hf_flashbsa.kernels.state import Extras, Params
 
@@ -32,6 +32,9 @@ CALLS = {
     "dropout": {"causal": True, "dropout_p": 0.1},
     "packed": {"causal": True},
     "grouped": {"causal": True},
+    "layout": {},
+    "layout-partial": {"causal": True},
+    "layout-packed": {"causal": True, "dropout_p": 0.1},
 }
 #: Those that leave some of the kernels to the portable ones: configs/hopper.json.
 PORTABLE = {("dropout", 64, "forward"), ("dropout", 128, "forward"), ("packed", 64, "dq"), ("packed", 64, "dkdv")}
@@ -40,15 +43,19 @@ PORTABLE |= {(kind, 64, "forward") for kind in CALLS if kind != "packed"}
 
 def call(kind: str, head_dim: int) -> None:
     """Calls `attention` and its backward pass, with `kind` of `CALLS`."""
-    heads_k = 2 if kind == "grouped" else 4
+    heads_k = 2 if kind in ("grouped", "layout-packed") else 4
     q, dout = (torch.zeros(1, 2048, 4, head_dim, dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
     k, v = (torch.zeros(1, 2048, heads_k, head_dim, dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
     options = dict(CALLS[kind])
     if "sinks" in options:
         options["sinks"] = torch.zeros(4)
-    if kind == "packed":
+    if "packed" in kind:
         cu_seqlens = torch.tensor([0, 700, 2048], dtype=torch.int32)
         options |= {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+    if "layout" in kind:
+        grid = torch.tensor([0, 1, 1] if kind == "layout" else [0, 1, 2], dtype=torch.int32).repeat(1, 1, 16, 6)
+        masks = None if kind == "layout" else torch.ones(1, 128, 128, dtype=torch.bool)
+        options["layout"] = BlockLayout(grid[..., :16].contiguous(), 128, masks)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     attention(*leaves, backend="triton", **options).backward(dout)
 

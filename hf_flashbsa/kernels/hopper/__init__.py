@@ -89,8 +89,10 @@ def refusal(
             return name
     if params.softcap > 0.0:
         return "softcap"
-    if extras.grid is not None and (kernel != "forward" or params.block_size % 128):
+    if extras.grid is not None and params.block_size % 128:
         return f"block layouts, blocks of {params.block_size}"
+    if extras.grid is not None and kernel == "dkdv" and extras.blocks_k.shape[1] > 1 and q.shape[1] != k.shape[1]:
+        return "block layouts of their own for query heads that share keys"
     if 0 in (q.numel(), k.numel()):
         return "no tokens"
     if _options(kernel, q, k, extras, params) is None:

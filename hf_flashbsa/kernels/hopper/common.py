@@ -34,6 +34,15 @@ class Call(NamedTuple):
 
 
 @gluon.jit
+def list_entries(tiles: gl.constexpr):
+    """The entries of a list of blocks, for `span_of`."""
+    if tiles.listed == 0:
+        return 0
+    else:
+        return gl.arange(0, tiles.width, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+
+
+@gluon.jit
 def visits(span, tiles: gl.constexpr):
     """In how many blocks a tile of queries visits keys."""
     return span.partial + (span.full_end - span.full_begin) // tiles.n
