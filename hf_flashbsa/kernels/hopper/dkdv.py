@@ -172,14 +172,16 @@ def _issue(i, k_tile, v_tile, ring, zero, tiles: gl.constexpr):
 
 
 @gluon.jit
-def _weights(i, head, first, s, job, rules, keys, ring, tiles: gl.constexpr):
-    """Weights of block `i`, of query head `head` from query `first` on, and the slope of the softcap.
+def _weights(i, begin, head, first, s, job, rules, ring, tiles: gl.constexpr):
+    """Weights of keys from `begin` on with block `i`, of query head `head` from query `first` on, and the slope of the
+    softcap.
 
     Weights that dropout drops have a minus sign: both gradients need to know, and a sign takes no registers.
     """
     COLUMNS: gl.constexpr = gl.SliceLayout(0, s.type.layout)
     item, span = job.item, job.span
     queries = first + gl.arange(0, tiles.m, layout=COLUMNS)
+    keys = begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout))
     inside = ((queries >= span.lo) & (queries < span.hi))[None, :] & (keys < item.end)[:, None]
     s, slope = logits(
         s, rules, item.other_row, head, queries[None, :], keys[:, None], inside, item.query_origin, item.key_origin
@@ -187,7 +189,7 @@ def _weights(i, head, first, s, job, rules, keys, ring, tiles: gl.constexpr):
     if i < job.partial:
         ok = visible(
             rules, item.other_row, item.row, head, queries[None, :], keys[:, None], inside, item.diagonal,
-            item.query_origin, item.key_origin, first, item.begin, tiles,
+            item.query_origin, item.key_origin, first, begin, tiles,
         )  # fmt: skip
         s = gl.where(ok, s, float("-inf"))
     lse = _row_word(i, 0, ring, COLUMNS)
@@ -227,25 +229,25 @@ def _finish(i, p, ds, dk, dv, ring, tiles: gl.constexpr):
 
 
 @gluon.jit
-def _begin(k_tile, v_tile, zero, job, keys, ring, call, tiles: gl.constexpr):
+def _begin(k_tile, v_tile, zero, job, begin, ring, call, tiles: gl.constexpr):
     """Weights of the first block, the slope of the softcap, and the product of the values with output gradients."""
     head, first = _masked_block(job, call, _look_ahead(job, call, 0, tiles), 0, tiles)
     clear_outside(ring.q_stream, ring.do_stream, 0, first, job.span, tiles.m, tiles.d)
     s, dp = _issue(0, k_tile, v_tile, ring, zero, tiles)
     s, dp = warpgroup_mma_wait(0, deps=(s, dp))
-    weights, slope = _weights(0, head, first, s, job, call.rules, keys, ring, tiles)
+    weights, slope = _weights(0, begin, head, first, s, job, call.rules, ring, tiles)
     return weights, slope, dp
 
 
 @gluon.jit
-def _rotated(dk, dv, k_tile, v_tile, zero, job, keys, ring, call, OPERAND: gl.constexpr, tiles: gl.constexpr):
+def _rotated(dk, dv, k_tile, v_tile, zero, job, begin, ring, call, OPERAND: gl.constexpr, tiles: gl.constexpr):
     """Adds all blocks to `dk` and `dv`. A round issues the last products of a block behind its weights, and with them
     the first ones of the next block; the second of those runs under that block's weights.
     """
     dtype: gl.constexpr = ring.held.first.dtype
     rules = call.rules
     ahead = _look_ahead(job, call, 1, tiles)
-    weights, slope, dp = _begin(k_tile, v_tile, zero, job, keys, ring, call, tiles)
+    weights, slope, dp = _begin(k_tile, v_tile, zero, job, begin, ring, call, tiles)
     for i in range(1, job.count):
         last = i - 1
         head_q, first_q = _masked_block(job, call, ahead, i, tiles)
@@ -259,7 +261,7 @@ def _rotated(dk, dv, k_tile, v_tile, zero, job, keys, ring, call, OPERAND: gl.co
         s, dv, dk, _, _ = warpgroup_mma_wait(1, deps=(s, dv_next, dk_next, p, ds))
         release(ring.do_stream, last)
         release(ring.q_stream, last)
-        weights, slope = _weights(i, head_q, first_q, s, job, rules, keys, ring, tiles)
+        weights, slope = _weights(i, begin, head_q, first_q, s, job, rules, ring, tiles)
         dp = warpgroup_mma_wait(0, deps=(dp_next,))
     p = gl.convert_layout(_kept(weights, rules.score).to(dtype), OPERAND)
     ds = gl.convert_layout(_gradient(job.count - 1, weights, dp, slope, ring, rules.score).to(dtype), OPERAND)
@@ -268,14 +270,14 @@ def _rotated(dk, dv, k_tile, v_tile, zero, job, keys, ring, call, OPERAND: gl.co
 
 
 @gluon.jit
-def _late(dk, dv, k_tile, v_tile, zero, job, keys, ring, call, OPERAND: gl.constexpr, tiles: gl.constexpr):
+def _late(dk, dv, k_tile, v_tile, zero, job, begin, ring, call, OPERAND: gl.constexpr, tiles: gl.constexpr):
     """Adds all blocks to `dk` and `dv`. The last products of a block are issued behind the first ones of the next
     block, and run under that block's weights.
     """
     dtype: gl.constexpr = ring.held.first.dtype
     rules = call.rules
     ahead = _look_ahead(job, call, 1, tiles)
-    weights, slope, dp = _begin(k_tile, v_tile, zero, job, keys, ring, call, tiles)
+    weights, slope, dp = _begin(k_tile, v_tile, zero, job, begin, ring, call, tiles)
     p = gl.convert_layout(_kept(weights, rules.score).to(dtype), OPERAND)
     ds = gl.convert_layout(_gradient(0, weights, dp, slope, ring, rules.score).to(dtype), OPERAND)
     for i in range(1, job.count):
@@ -286,7 +288,7 @@ def _late(dk, dv, k_tile, v_tile, zero, job, keys, ring, call, OPERAND: gl.const
         dk_next, dv_next = _finish(last, p, ds, dk, dv, ring, tiles)
         ahead = _look_ahead(job, call, i + 1, tiles)
         s = warpgroup_mma_wait(3, deps=(s,))
-        weights, slope = _weights(i, head_q, first_q, s, job, rules, keys, ring, tiles)
+        weights, slope = _weights(i, begin, head_q, first_q, s, job, rules, ring, tiles)
         p_next = _kept(weights, rules.score)
         dp = warpgroup_mma_wait(2, deps=(dp,))
         ds_next = _gradient(i, weights, dp, slope, ring, rules.score)
@@ -314,15 +316,14 @@ def _compute(part: gl.constexpr, dk_out, dv_out, ring, call, tiles: gl.constexpr
         dk = gl.zeros([ROWS, tiles.d], gl.float32, DK)
         dv = gl.zeros([ROWS, tiles.d], gl.float32, DK)
         if job.count > 0:
-            keys = begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
             zero = gl.zeros([ROWS, tiles.m], gl.float32, S)
             k_tile = ring.held.first.index(part).reshape([ROWS, tiles.d])
             v_tile = ring.held.second.index(part).reshape([ROWS, tiles.d])
             mbarrier.wait(ring.held.full.index(part), 0)
             if ROTATED:
-                dk, dv = _rotated(dk, dv, k_tile, v_tile, zero, job, keys, ring, call, OPERAND, tiles)
+                dk, dv = _rotated(dk, dv, k_tile, v_tile, zero, job, begin, ring, call, OPERAND, tiles)
             else:
-                dk, dv = _late(dk, dv, k_tile, v_tile, zero, job, keys, ring, call, OPERAND, tiles)
+                dk, dv = _late(dk, dv, k_tile, v_tile, zero, job, begin, ring, call, OPERAND, tiles)
         store_rows(dk_out, item.row, job.head_k, begin, item.end, dk * score.scale, tiles.d)
         if score.seed is not None:
             dv = dv * score.keep_scale

@@ -129,9 +129,10 @@ def _issue(i, first, q_tile, do_tile, ring, span, zero, tiles: gl.constexpr):
 
 
 @gluon.jit
-def _weights(i, first, s, job, rules, queries, rows, tiles: gl.constexpr):
-    """Weights of block `i`, before dropout, and the slope of the softcap."""
+def _weights(i, begin, first, s, job, rules, rows, tiles: gl.constexpr):
+    """Weights of queries from `begin` on with block `i`, before dropout, and the slope of the softcap."""
     item, span = job.item, job.span
+    queries = begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout))
     keys = first + gl.arange(0, tiles.n, layout=gl.SliceLayout(0, s.type.layout))
     inside = (queries < item.end)[:, None] & ((keys >= span.lo) & (keys < span.hi))[None, :]
     s, slope = logits(
@@ -140,7 +141,7 @@ def _weights(i, first, s, job, rules, queries, rows, tiles: gl.constexpr):
     if i < span.partial:
         ok = visible(
             rules, item.row, item.other_row, job.head, queries[:, None], keys[None, :], inside, item.diagonal,
-            item.query_origin, item.key_origin, item.begin, first, tiles,
+            item.query_origin, item.key_origin, begin, first, tiles,
         )  # fmt: skip
         s = gl.where(ok, s, float("-inf"))
     return gl.exp2(s * log2_factor(rules) - rows.lse[:, None]), slope
@@ -189,7 +190,7 @@ def _compute(part: gl.constexpr, dq_out, rowwise, plane, ring, call, tiles: gl.c
             s, dp = _issue(0, first, q_tile, do_tile, ring, span, zero, tiles)
             s, dp = warpgroup_mma_wait(0, deps=(s, dp))
             release(ring.v_stream, 0)
-            p, slope = _weights(0, first, s, job, rules, queries, rows, tiles)
+            p, slope = _weights(0, begin, first, s, job, rules, rows, tiles)
             ds = _gradient(first, p, dp, slope, item, rules.score, rows)
             ds = gl.convert_layout(ds.to(dtype), DS)
             for i in range(1, job.count):
@@ -198,7 +199,7 @@ def _compute(part: gl.constexpr, dq_out, rowwise, plane, ring, call, tiles: gl.c
                 ahead = _look_ahead(job, rules, i + 1, tiles)
                 dq_next = warpgroup_mma(ds, tile_of(ring.k_stream, i - 1, tiles.n, tiles.d), dq, is_async=True)
                 s = warpgroup_mma_wait(2, deps=(s,))
-                p, slope = _weights(i, begin_key, s, job, rules, queries, rows, tiles)
+                p, slope = _weights(i, begin, begin_key, s, job, rules, rows, tiles)
                 dp = warpgroup_mma_wait(1, deps=(dp,))
                 release(ring.v_stream, i)
                 ds_next = _gradient(begin_key, p, dp, slope, item, rules.score, rows)
