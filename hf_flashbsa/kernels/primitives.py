@@ -361,8 +361,8 @@ def visible(
             kind = tl.load(block_pointer(blocks, row_q, head, place_q, place_k, tiles))
             # One base for all, since no tile reaches over a block's edge.
             base = blocks.masks + tl.cast(tl.maximum(kind - 2, 0), tl.int64) * (SIZE * SIZE)
-            base += (place_q % SIZE) * SIZE + place_k % SIZE
-            within = (queries - first_q) * SIZE
+            base += place_k % SIZE
+            within = (queries - first_q + place_q % SIZE) * SIZE
             ok = ok & (tl.load(base + within + (keys - first_k), mask=kind >= 2, other=1) != 0)
     return ok
 
