@@ -23,8 +23,8 @@ from hf_flashbsa.kernels.hopper.common import (
     clear_outside,
     fill,
     hold,
-    list_entries,
     release,
+    span_met,
     store_rows,
     tile_of,
     wait_for,
@@ -37,7 +37,6 @@ from hf_flashbsa.kernels.primitives import (
     logits,
     partial_position,
     place_of,
-    span_of,
     visible,
     work_item,
 )
@@ -77,7 +76,7 @@ def _job(call, tiles: gl.constexpr):
     head_k = (place // call.num_tiles) % heads_k
     batch = place // (call.num_tiles * heads_k)
     item = work_item(call.work, place % call.num_tiles, batch, call.len_k, call.len_q, call.diagonal, tiles.n)
-    span = span_of(item, call.rules, head_k * call.group, list_entries(tiles), tiles, True)
+    span = span_met(item, call.rules, head_k * call.group, tiles, True)
     partial = span.partial * call.group
     return Job(item, head_k, span, partial, partial + (span.full_end - span.full_begin) // tiles.m * call.group)
 
@@ -342,8 +341,8 @@ def _consumer_1(dk, dv, ring, call, tiles: gl.constexpr, ROTATED: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles", "plane"])
 def dkdv_kernel(
-    dout, dk, dv, q, k, v, rowwise, plane, work, mask, dense, blocks, score, bias, diagonal, heads, group, len_q, len_k,
-    num_tiles, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, ROTATED: gl.constexpr,
+    dout, dk, dv, q, k, v, rowwise, plane, work, mask, dense, blocks, score, bias, diagonal, heads, group, len_q,
+    len_k, num_tiles, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, ROTATED: gl.constexpr,
     LISTED: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
     """Writes `dk` and `dv`, Operands. `dout`, `q`, `k` and `v` are descriptors of `(B, H, S, D)` with boxes of 64

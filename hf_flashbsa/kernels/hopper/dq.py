@@ -25,8 +25,8 @@ from hf_flashbsa.kernels.hopper.common import (
     fill,
     first_key,
     hold,
-    list_entries,
     release,
+    span_met,
     store_rows,
     tile_of,
     visits,
@@ -39,7 +39,6 @@ from hf_flashbsa.kernels.primitives import (
     dropout_keep,
     log2_factor,
     logits,
-    span_of,
     visible,
     work_item,
 )
@@ -72,7 +71,7 @@ def _job(call, tiles: gl.constexpr):
         tile = call.num_tiles - 1 - tile
     batch = place // (call.num_tiles * call.heads)
     item = work_item(call.work, tile, batch, call.len_q, call.len_k, call.diagonal, tiles.m)
-    span = span_of(item, call.rules, head, list_entries(tiles), tiles, False)
+    span = span_met(item, call.rules, head, tiles, False)
     return Job(item, head, span, visits(span, tiles))
 
 
