@@ -357,10 +357,13 @@ def visible(
     if tiles.listed > 0:
         if blocks.masks is not None:
             SIZE: tl.constexpr = tiles.listed
-            kind = tl.load(block_pointer(blocks, row_q, head, first_q - query_origin, first_k - key_origin, tiles))
-            within = ((queries - query_origin) % SIZE) * SIZE + (keys - key_origin) % SIZE
-            masks = blocks.masks + tl.cast(tl.maximum(kind - 2, 0), tl.int64) * (SIZE * SIZE)
-            ok = ok & (tl.load(masks + within, mask=inside & (kind >= 2), other=1) != 0)
+            place_q, place_k = first_q - query_origin, first_k - key_origin
+            kind = tl.load(block_pointer(blocks, row_q, head, place_q, place_k, tiles))
+            # One base for all, since no tile reaches over a block's edge.
+            base = blocks.masks + tl.cast(tl.maximum(kind - 2, 0), tl.int64) * (SIZE * SIZE)
+            base += place_k % SIZE
+            within = (queries - first_q + place_q % SIZE) * SIZE
+            ok = ok & (tl.load(base + within + (keys - first_k), mask=kind >= 2, other=1) != 0)
     return ok
 
 
