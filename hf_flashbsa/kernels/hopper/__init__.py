@@ -2,7 +2,7 @@
 
 One warp loads tiles by TMA, and two warpgroups compute. They take the calls that `configs/hopper.json` lists and leave
 the rest to the portable kernels: `refusal` says why. The list is of calls that they were faster on, timed beside the
-portable ones on an H200; ragged calls and block layouts of head dim 128 are taken because dense ones are, untimed.
+portable ones on an H200; block layouts, and ragged calls of head dim 128, are taken because dense ones are, untimed.
 """
 
 from __future__ import annotations

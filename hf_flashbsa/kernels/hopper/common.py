@@ -36,8 +36,9 @@ class Call(NamedTuple):
 @gluon.jit
 def _shared(x):
     """A number that all threads have, as one that the compiler knows to be so."""
+    # Not pure, or it may go where not all threads do.
     return gl.inline_asm_elementwise(
-        "shfl.sync.idx.b32 $0, $1, 0, 31, -1;", "=r,r", [x], dtype=gl.int32, is_pure=True, pack=1
+        "shfl.sync.idx.b32 $0, $1, 0, 31, -1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
     )
 
 
