@@ -15,16 +15,22 @@ import functools
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 from unittest import mock
 
 import cases
 import torch
+from hopper_calls import every_call_on_hopper
 
 from hf_flashbsa.bench.workers import JobError, run_jobs
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+#: Masks that the Hopper kernels know.
+HOPPER_MASKS = ("none", "cu_seqlens", "seqlens", "key_padding", "cu_seqlens", "starts")
+#: Programs that share the tiles of a forward call on the Hopper kernels: one has several, or each has one.
+PROGRAMS = (1, 2, 6, 132)
 DIMS = (8, 16, 32, 40, 59, 64, 80, 96, 100, 111, 128, 160, 192, 256)
 #: Cases whose outputs are compared bit by bit over many runs.
 REPEATED_CASES = 12
@@ -57,7 +63,21 @@ def poisoned_memory() -> Iterator[None]:
 
 def case_of(seed: int, options: argparse.Namespace) -> cases.Case:
     dtypes = tuple(DTYPES[name] for name in options.dtypes)
-    return cases.random_case(seed, dtypes=dtypes, max_len=options.max_len, dims=DIMS)
+    if not options.hopper:
+        return cases.random_case(seed, dtypes=dtypes, max_len=options.max_len, dims=DIMS)
+    dtypes = tuple(dtype for dtype in dtypes if dtype != torch.float32)
+    case = cases.random_case(seed, dtypes=dtypes, max_len=options.max_len, dims=(64, 128))
+    # What keeps a call from the Hopper kernels, or makes ever more variants to compile.
+    return dataclasses.replace(
+        case,
+        dim_v=case.dim,
+        masking=HOPPER_MASKS[seed % len(HOPPER_MASKS)],
+        bias=None,
+        softcap=None,
+        sinks=case.sinks and seed % 4 == 0,
+        strides="bhsd" if case.strides == "sliced" else case.strides,
+        blocks=case.blocks and 128,
+    )
 
 
 def with_integers(make_problem):
@@ -90,14 +110,16 @@ def run_job(job: Job, options: argparse.Namespace) -> dict:
     case = case_of(job.seed, options)
     make = with_integers(cases.make_problem) if options.integers else cases.make_problem
     begin = time.perf_counter()
-    with poisoned_memory(), mock.patch.object(cases, "make_problem", make):
+    forced = every_call_on_hopper(PROGRAMS[job.seed % len(PROGRAMS)]) if options.hopper else contextlib.nullcontext({})
+    with poisoned_memory(), mock.patch.object(cases, "make_problem", make), forced as launched:
         if job.kind == "case":
             ratios = cases.worst_ratio(case, options.device, options.backend)
             outcome = {"ok": all(ratio <= 1.0 for ratio in ratios.values()), "ratios": ratios}
         else:
             differing = repeat(case, options)
             outcome = {"ok": not differing, "differing": differing}
-    return {**outcome, "seconds": round(time.perf_counter() - begin, 3)}
+    on_hopper = sorted({kernel for (kernel, taken), _ in launched.items() if taken})
+    return {**outcome, "hopper": on_hopper, "seconds": round(time.perf_counter() - begin, 3)}
 
 
 def rows_of(jobs: list[Job], options: argparse.Namespace) -> Iterator[dict]:
@@ -126,6 +148,9 @@ def summarise(rows: list[dict], jobs: list[Job], options: argparse.Namespace) ->
     for row in judged:
         for name, ratio in row.get("ratios", {}).items():
             worst[name] = max(worst.get(name, (0.0, row["seed"])), (ratio, row["seed"]))
+    taken = Counter(kernel for row in judged for kernel in row.get("hopper", ()))
+    if taken:
+        print("on Hopper kernels: " + ", ".join(f"{kernel} {count}" for kernel, count in sorted(taken.items())))
     print("worst ratio (seed): " + ", ".join(f"{name} {ratio:.3f} ({seed})" for name, (ratio, seed) in worst.items()))
     print(
         f"{options.repeats} repeats bitwise equal in {sum(row['ok'] for row in repeated)} of {len(repeated)} cases; "
@@ -142,6 +167,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed0", type=int, default=0, help="seed of the first case; the others follow")
     parser.add_argument("--repeats", type=int, default=100, help="runs of each repeated case; 0 for no repeat check")
     parser.add_argument("--integers", action="store_true", help="round q, k, v and the output gradient to integers")
+    parser.add_argument(
+        "--hopper", action="store_true", help="cases for the Hopper kernels, which are made to take them"
+    )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--max-len", type=int, default=1024)
     parser.add_argument("--backend", default="auto")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from unittest import mock
-
 import pytest
 import torch
+from hopper_calls import every_call_on_hopper
 
 from hf_flashbsa import BlockLayout, attention
-from hf_flashbsa.kernels import hopper, launch, tuning
+from hf_flashbsa.kernels import tuning
 from hf_flashbsa.reference import reference_attention
 from hf_flashbsa.spec import AttentionSpec
 
@@ -24,23 +23,8 @@ LENGTH = 1536
 @pytest.fixture(params=[1, 3, 132])
 def programs(request):
     """How many programs share the tiles of a forward call; every call goes to the Hopper kernels that can."""
-    from hf_flashbsa.kernels.hopper import launchers
-
-    entries = {
-        kernel: [
-            entry | {"shortest": 1, "ragged": ragged, "dropout": True}
-            for entry in hopper._entries(kernel)
-            for ragged in (False, True)
-        ]
-        for kernel in ("forward", "dq", "dkdv")
-    }
-    launch._kept.cache_clear()
-    with (
-        mock.patch.object(launchers, "_multiprocessors", lambda device: request.param),
-        mock.patch.object(hopper, "_entries", entries.__getitem__),
-    ):
+    with every_call_on_hopper(request.param):
         yield request.param
-    launch._kept.cache_clear()
 
 
 def packed(device: str) -> torch.Tensor:

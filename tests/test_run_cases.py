@@ -55,3 +55,14 @@ def test_failed_jobs_become_rows(tmp_path, monkeypatch, capsys):
     assert [row["ok"] for row in rows] == [False, True] and "-11" in rows[0]["error"]
     printed = capsys.readouterr().out
     assert "exit code -11" in printed and "1 of 3 jobs did not run" in printed
+
+
+def test_hopper_cases_are_those_that_its_kernels_can_take(tmp_path):
+    options = run_cases.parse(f"--out {tmp_path / 'rows'} --device cpu --hopper".split())
+    drawn = [run_cases.case_of(seed, options) for seed in range(200)]
+    assert {case.dim for case in drawn} == {case.dim_v for case in drawn} == {64, 128}
+    assert {case.dtype for case in drawn} == {torch.float16, torch.bfloat16}
+    assert {case.blocks for case in drawn} == {None, 128}
+    assert all(case.bias is None and case.softcap is None for case in drawn)
+    assert {case.masking for case in drawn} == set(run_cases.HOPPER_MASKS)
+    assert {case.dropout_p > 0.0 for case in drawn} == {case.causal for case in drawn} == {True, False}

@@ -28,10 +28,10 @@ from hf_flashbsa.integration.packing import PackedMask
 from hf_flashbsa.layout import BlockLayout
 from hf_flashbsa.spec import AttentionSpec
 
+#: Short enough for an assertion on a GPU, whose message has 254 bytes at most.
 _SEVERAL_DOCUMENTS = (
-    "position_ids divide rows into documents, but a layout must know where each begins. Pass cu_seq_lens_q and "
-    "cu_seq_lens_k (DataCollatorWithFlattening(return_flash_attn_kwargs=True)) without padding_free, or give each "
-    "document a row of its own, without position_ids."
+    "position_ids divide rows into documents, but a layout must know where each begins: pass cu_seq_lens_q and "
+    "cu_seq_lens_k instead of padding (without padding_free), or a document per row without position_ids."
 )
 
 
