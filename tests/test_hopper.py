@@ -18,7 +18,7 @@ import torch
 from aot import SHARED_LIMIT, compile_only
 from sass import overwritten_operands
 
-from hf_flashbsa import attention
+from hf_flashbsa import BlockLayout, attention
 from hf_flashbsa.kernels import hopper, tuning
 from hf_flashbsa.kernels.state import Extras, Params
 
@@ -32,23 +32,34 @@ CALLS = {
     "dropout": {"causal": True, "dropout_p": 0.1},
     "packed": {"causal": True},
     "grouped": {"causal": True},
+    "layout": {},
+    "layout-partial": {"causal": True},
+    "layout-packed": {"causal": True, "dropout_p": 0.1},
 }
 #: Those that leave some of the kernels to the portable ones: configs/hopper.json.
-PORTABLE = {("dropout", 64, "forward"), ("dropout", 128, "forward"), ("packed", 64, "dq"), ("packed", 64, "dkdv")}
-PORTABLE |= {(kind, 64, "forward") for kind in CALLS if kind != "packed"}
+PORTABLE = {
+    ("dropout", 128, "forward"),
+    ("layout-packed", 128, "forward"),
+    ("packed", 64, "dq"),
+    ("packed", 64, "dkdv"),
+}
+PORTABLE |= {(kind, 64, "forward") for kind in ("plain", "window", "dropout", "grouped", "layout-packed")}
 
 
 def call(kind: str, head_dim: int) -> None:
     """Calls `attention` and its backward pass, with `kind` of `CALLS`."""
-    heads_k = 2 if kind == "grouped" else 4
+    heads_k = 2 if kind in ("grouped", "layout-packed") else 4
     q, dout = (torch.zeros(1, 2048, 4, head_dim, dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
     k, v = (torch.zeros(1, 2048, heads_k, head_dim, dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
     options = dict(CALLS[kind])
     if "sinks" in options:
         options["sinks"] = torch.zeros(4)
-    if kind == "packed":
+    if "packed" in kind:
         cu_seqlens = torch.tensor([0, 700, 2048], dtype=torch.int32)
         options |= {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+    if "layout" in kind:
+        masks = None if kind == "layout" else torch.ones(1, 128, 128, dtype=torch.bool)
+        options["layout"] = BlockLayout(torch.ones(1, 1, 16, 16, dtype=torch.int32), 128, masks)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     attention(*leaves, backend="triton", **options).backward(dout)
 
@@ -142,6 +153,29 @@ def on_hopper():
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_takes(on_hopper, kernel):
     assert hopper.refusal(kernel, *_arguments()) is None
+
+
+def _layout_arguments(heads: int, heads_k: int, layout_heads: int, head_dim: int = 128):
+    """What a call with a layout carries."""
+    layout = BlockLayout(torch.ones(1, layout_heads, 16, 16, dtype=torch.int32), 128)
+    lists = {f"blocks_{side}": layout.table(side) for side in "qk"}
+    q, _, _, *rest = _arguments(head_dim, extras={"grid": layout.grid, **lists}, block_size=128)
+    q, k = (q[:, :1].repeat(1, n, 1, 1) for n in (heads, heads_k))
+    return q, k, k, *rest
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("kernel", ["dq", "dkdv"])
+@pytest.mark.parametrize("heads", [(4, 4, 1), (4, 4, 4), (4, 2, 1)])
+def test_takes_block_layouts(on_hopper, kernel, heads, head_dim):
+    assert hopper.refusal(kernel, *_layout_arguments(*heads, head_dim)) is None
+
+
+def test_leaves_heads_that_share_keys_but_no_list(on_hopper):
+    """Hopper's `dkdv` walks over the same blocks for each head that shares keys; the others have one head each."""
+    reasons = {kernel: hopper.refusal(kernel, *_layout_arguments(4, 2, 4)) for kernel in KERNELS}
+    shared = "block layouts of their own for query heads that share keys"
+    assert reasons == {"forward": None, "dq": None, "dkdv": shared}
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hopper_calls import every_call_on_hopper
+from hopper_calls import KERNELS, every_call_on_hopper
 
 from hf_flashbsa import BlockLayout, attention
 from hf_flashbsa.kernels import tuning
@@ -21,14 +21,28 @@ LENGTH = 1536
 
 
 @pytest.fixture(params=[1, 3, 132])
-def programs(request):
-    """How many programs share the tiles of a forward call; every call goes to the Hopper kernels that can."""
-    with every_call_on_hopper(request.param):
-        yield request.param
+def launched(request):
+    """Which kernels a test launched. So many programs share the tiles of a forward call, and every call goes to the
+    Hopper kernels that can."""
+    with every_call_on_hopper(request.param) as counter:
+        yield counter
 
 
-def packed(device: str) -> torch.Tensor:
-    return torch.tensor([0, 1, 130, 130, 700, LENGTH], dtype=torch.int32, device=device)
+def packed() -> dict[str, torch.Tensor]:
+    cu_seqlens = torch.tensor([0, 1, 130, 130, 700, LENGTH], dtype=torch.int32, device="cuda")
+    return {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+
+
+def layout(kinds: tuple[int, ...], heads: int = 1) -> BlockLayout:
+    """Random blocks of `kinds`: 0 none, 1 full, 2 to 4 partial. Block row 5 and block column 2 have none."""
+    g = torch.Generator().manual_seed(0)
+    grid = torch.tensor(kinds, dtype=torch.int32)[torch.randint(len(kinds), (1, heads, 12, 12), generator=g)]
+    grid[:, :, 5] = 0
+    grid[..., 2] = 0
+    masks = torch.rand(3, 128, 128, generator=g) < 0.6
+    masks[1].tril_()
+    masks[2, :64] = False
+    return BlockLayout(grid, 128, masks if max(kinds) > 1 else None).to("cuda")
 
 
 SPECS = {
@@ -36,11 +50,18 @@ SPECS = {
     "causal": lambda: AttentionSpec(causal=True),
     "window": lambda: AttentionSpec(causal=True, window_size=(300, None)),
     "lengths": lambda: AttentionSpec(seqlens_k=torch.tensor([LENGTH, 77], device="cuda")),
-    "layout": lambda: AttentionSpec(
-        layout=BlockLayout.from_block_mask(
-            torch.rand(12, 12, device="cuda", generator=torch.Generator("cuda").manual_seed(0)) < 0.4, 128
-        )
+    "packed": lambda: AttentionSpec(causal=True, **packed()),
+    "layout": lambda: AttentionSpec(layout=layout((0, 0, 1))),
+    "layout of partial blocks": lambda: AttentionSpec(layout=layout((0, 2, 3, 4))),
+    "causal layout": lambda: AttentionSpec(causal=True, layout=layout((0, 1, 2, 3, 4))),
+    "layout per head": lambda: AttentionSpec(layout=layout((0, 0, 1, 2, 3, 4), heads=4)),
+    "layout, lengths and window": lambda: AttentionSpec(
+        causal=True,
+        window_size=(500, None),
+        seqlens_k=torch.tensor([LENGTH - 50, 777], device="cuda"),
+        layout=layout((0, 1, 1, 2, 3)),
     ),
+    "packed layout": lambda: AttentionSpec(causal=True, layout=layout((0, 1, 1, 2, 3, 4)), **packed()),
 }
 
 
@@ -51,17 +72,18 @@ def results(function, tensors, dout, spec) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("name", [*SPECS, "packed"])
-def test_results_are_those_of_eager_attention(programs, name, head_dim):
+@pytest.mark.parametrize("name", SPECS)
+def test_results_are_those_of_eager_attention(launched, name, head_dim):
     g = torch.Generator("cuda").manual_seed(1)
-    batch = 1 if name == "packed" else 2
+    spec = SPECS[name]()
+    batch = 1 if "packed" in name else 2
+    heads_k = 4 if "per head" in name else 2
     q, k, v, dout = (
         torch.randn(batch, LENGTH, heads, head_dim, device="cuda", generator=g).bfloat16().transpose(1, 2)
-        for heads in (4, 2, 2, 4)
+        for heads in (4, heads_k, heads_k, 4)
     )
-    cu = packed("cuda")
-    spec = AttentionSpec(cu_seqlens_q=cu, cu_seqlens_k=cu, causal=True) if name == "packed" else SPECS[name]()
     got = results(attention, (q, k, v), dout, spec)
+    assert set(launched) == {(kernel, True) for kernel in KERNELS}
     want = results(lambda *x: reference_attention(*x, dtype=torch.float32)[0], (q, k, v), dout, spec)
     native = results(lambda *x: reference_attention(*x, dtype=None)[0], (q, k, v), dout, spec)
     for mine, exact, eager, factor in zip(got, want, native, (2, 3, 3, 3), strict=True):

@@ -392,9 +392,9 @@ def shown(blocks, kind, place_q, place_k, rows, columns, tiles: tl.constexpr):
     WORDS: tl.constexpr = SIZE // 32
     # No tile reaches over a block's edge, so that few words of each row hold its entries.
     masks = blocks.masks + tl.cast(tl.maximum(kind - 2, 0), tl.int64) * (SIZE * WORDS)
-    words = masks + ((place_q % SIZE) * WORDS + (place_k % SIZE) // 32) + rows * WORDS
+    words = masks + (place_k % SIZE) // 32 + (rows + place_q % SIZE) * WORDS
     word = tl.load(words, mask=kind >= 2, other=-1)
-    for i in tl.static_range(1, tiles.n // 32):
+    for i in tl.static_range(1, columns.shape[0] * columns.shape[1] // 32):
         word = tl.where(columns // 32 == i, tl.load(words + i, mask=kind >= 2, other=-1), word)
     shift = columns % 32
     if tiles.n < 32:

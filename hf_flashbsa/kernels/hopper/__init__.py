@@ -2,7 +2,7 @@
 
 One warp loads tiles by TMA, and two warpgroups compute. They take the calls that `configs/hopper.json` lists and leave
 the rest to the portable kernels: `refusal` says why. The list is of calls that they were faster on, timed beside the
-portable ones on an H200; ragged calls of head dim 128 and block layouts are taken because others are, untimed.
+portable ones on an H200; block layouts, and ragged calls of head dim 128, are taken because others are, untimed.
 """
 
 from __future__ import annotations
@@ -89,8 +89,10 @@ def refusal(
             return name
     if params.softcap > 0.0:
         return "softcap"
-    if extras.grid is not None and (kernel != "forward" or params.block_size % 128):
+    if extras.grid is not None and params.block_size % 128:
         return f"block layouts, blocks of {params.block_size}"
+    if extras.grid is not None and kernel == "dkdv" and extras.blocks_k.shape[1] > 1 and q.shape[1] != k.shape[1]:
+        return "block layouts of their own for query heads that share keys"
     if 0 in (q.numel(), k.numel()):
         return "no tokens"
     if _options(kernel, q, k, extras, params) is None:

@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from hf_flashbsa.kernels.primitives import partial_position, place_of
+from hf_flashbsa.kernels.primitives import Span, partial_position, place_of, span_of
 
 #: Rows of a consumer, a warpgroup: those of a wgmma product. A tile has two of them.
 ROWS = gl.constexpr(64)
@@ -31,6 +31,34 @@ class Call(NamedTuple):
     len_k: object
     num_tiles: object
     total: object
+
+
+@gluon.jit
+def _shared(x):
+    """A number that all threads have, as one that the compiler knows to be so."""
+    # Not pure, or it may go where not all threads do.
+    return gl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, 0, 31, -1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def span_met(item, rules, head, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
+    """`span_of`, without lists of blocks or with.
+
+    What it counts in a list is a sum over threads. ptxas takes that for different in each, and keeps neither it nor
+    the descriptors of tiles in the registers that a warp has once, unless told.
+    """
+    if tiles.listed == 0:
+        return span_of(item, rules, head, 0, tiles, TRANSPOSED)
+    else:
+        entries = gl.arange(0, tiles.width, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+        span = span_of(item, rules, head, entries, tiles, TRANSPOSED)
+        return Span(
+            _shared(span.begin), _shared(span.left), _shared(span.right), _shared(span.partial),
+            _shared(span.full_begin), _shared(span.full_end), _shared(span.listed),
+            span.lo, span.hi, span.index, span.origin,
+        )  # fmt: skip
 
 
 @gluon.jit

@@ -24,6 +24,7 @@ from hf_flashbsa.kernels.hopper.common import (
     fill,
     hold,
     release,
+    span_met,
     store_rows,
     tile_of,
     wait_for,
@@ -36,7 +37,6 @@ from hf_flashbsa.kernels.primitives import (
     logits,
     partial_position,
     place_of,
-    span_of,
     visible,
     work_item,
 )
@@ -76,15 +76,15 @@ def _job(call, tiles: gl.constexpr):
     head_k = (place // call.num_tiles) % heads_k
     batch = place // (call.num_tiles * heads_k)
     item = work_item(call.work, place % call.num_tiles, batch, call.len_k, call.len_q, call.diagonal, tiles.n)
-    span = span_of(item, call.rules, head_k * call.group, 0, tiles, True)
+    span = span_met(item, call.rules, head_k * call.group, tiles, True)
     partial = span.partial * call.group
     return Job(item, head_k, span, partial, partial + (span.full_end - span.full_begin) // tiles.m * call.group)
 
 
 @gluon.jit
-def _block(job, group, i, tiles: gl.constexpr):
+def _block(job, call, i, tiles: gl.constexpr):
     """Head and first query of the `i`-th block that is visited: partial ones of all heads first."""
-    span = job.span
+    span, group = job.span, call.group
     is_partial = i < job.partial
     index = gl.where(is_partial, i, i - job.partial)
     head = job.head_k
@@ -96,7 +96,30 @@ def _block(job, group, i, tiles: gl.constexpr):
         index = index % blocks
     full_position = span.full_begin + index * tiles.m
     position = gl.where(is_partial, partial_position(span, index, tiles.m, tiles), full_position)
-    return head, place_of(span, None, position, tiles)
+    return head, place_of(span, call.rules.blocks, position, tiles)
+
+
+@gluon.jit
+def _look_ahead(job, call, i, tiles: gl.constexpr):
+    """What `_masked_block` needs for block `i`, asked for a round earlier: entries of a list take their time to come.
+
+    `span.lo` stands for a full block, with as many queries behind it.
+    """
+    head, first = gl.to_tensor(0), gl.to_tensor(0)
+    if tiles.listed > 0:
+        head, first = job.head_k, job.span.lo
+        if i < job.partial:
+            head, first = _block(job, call, i, tiles)
+    return head, first
+
+
+@gluon.jit
+def _masked_block(job, call, ahead, i, tiles: gl.constexpr):
+    """`_block` for consumers, to whom only partial ones matter."""
+    if tiles.listed > 0:
+        return ahead
+    else:
+        return _block(job, call, i, tiles)
 
 
 @gluon.jit
@@ -110,7 +133,7 @@ def _load(q, dout, k, v, rowwise, plane, ring, call, tiles: gl.constexpr):
         offsets = gl.arange(0, tiles.m, layout=LAYOUT)
         hold(ring.held, k, v, item.row, job.head_k, item.begin, tiles.d)
         for i in range(job.count):
-            head, first = _block(job, call.group, i, tiles)
+            head, first = _block(job, call, i, tiles)
             queries = first + offsets
             place = rowwise + (item.other_row.to(gl.int64) * call.heads + head) * call.len_q + queries
             live = (queries >= span.lo) & (queries < span.hi)
@@ -148,20 +171,22 @@ def _issue(i, k_tile, v_tile, ring, zero, tiles: gl.constexpr):
 
 
 @gluon.jit
-def _weights(i, head, first, s, job, rules, keys, ring, tiles: gl.constexpr):
-    """Weights of block `i`, of query head `head` from query `first` on, and the slope of the softcap.
+def _weights(i, begin, head, first, s, job, rules, ring, tiles: gl.constexpr):
+    """Weights of keys from `begin` on with block `i`, of query head `head` from query `first` on, and the slope of the
+    softcap.
 
     Weights that dropout drops have a minus sign: both gradients need to know, and a sign takes no registers.
     """
     COLUMNS: gl.constexpr = gl.SliceLayout(0, s.type.layout)
     item, span = job.item, job.span
     queries = first + gl.arange(0, tiles.m, layout=COLUMNS)
+    keys = begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout))
     inside = ((queries >= span.lo) & (queries < span.hi))[None, :] & (keys < item.end)[:, None]
     s, slope = logits(s, rules, 0.0)
     if i < job.partial:
         ok = visible(
             rules, item.other_row, item.row, head, queries[None, :], keys[:, None], inside, item.diagonal,
-            item.query_origin, item.key_origin, first, item.begin, tiles,
+            item.query_origin, item.key_origin, first, begin, tiles,
         )  # fmt: skip
         s = gl.where(ok, s, float("-inf"))
     lse = _row_word(i, 0, ring, COLUMNS)
@@ -201,37 +226,39 @@ def _finish(i, p, ds, dk, dv, ring, tiles: gl.constexpr):
 
 
 @gluon.jit
-def _begin(k_tile, v_tile, zero, job, keys, ring, call, tiles: gl.constexpr):
+def _begin(k_tile, v_tile, zero, job, begin, ring, call, tiles: gl.constexpr):
     """Weights of the first block, the slope of the softcap, and the product of the values with output gradients."""
-    head, first = _block(job, call.group, 0, tiles)
+    head, first = _masked_block(job, call, _look_ahead(job, call, 0, tiles), 0, tiles)
     clear_outside(ring.q_stream, ring.do_stream, 0, first, job.span, tiles.m, tiles.d)
     s, dp = _issue(0, k_tile, v_tile, ring, zero, tiles)
     s, dp = warpgroup_mma_wait(0, deps=(s, dp))
-    weights, slope = _weights(0, head, first, s, job, call.rules, keys, ring, tiles)
+    weights, slope = _weights(0, begin, head, first, s, job, call.rules, ring, tiles)
     return weights, slope, dp
 
 
 @gluon.jit
-def _rotated(dk, dv, k_tile, v_tile, zero, job, keys, ring, call, OPERAND: gl.constexpr, tiles: gl.constexpr):
+def _rotated(dk, dv, k_tile, v_tile, zero, job, begin, ring, call, OPERAND: gl.constexpr, tiles: gl.constexpr):
     """Adds all blocks to `dk` and `dv`. A round issues the last products of a block behind its weights, and with them
     the first ones of the next block; the second of those runs under that block's weights.
     """
     dtype: gl.constexpr = ring.held.first.dtype
     rules = call.rules
-    weights, slope, dp = _begin(k_tile, v_tile, zero, job, keys, ring, call, tiles)
+    ahead = _look_ahead(job, call, 1, tiles)
+    weights, slope, dp = _begin(k_tile, v_tile, zero, job, begin, ring, call, tiles)
     for i in range(1, job.count):
         last = i - 1
-        head_q, first_q = _block(job, call.group, i, tiles)
+        head_q, first_q = _masked_block(job, call, ahead, i, tiles)
         clear_outside(ring.q_stream, ring.do_stream, i, first_q, job.span, tiles.m, tiles.d)
         p = gl.convert_layout(_kept(weights, rules.score).to(dtype), OPERAND)
         dv_next = warpgroup_mma(p, tile_of(ring.do_stream, last, tiles.m, tiles.d), dv, is_async=True)
         ds = gl.convert_layout(_gradient(last, weights, dp, slope, ring, rules.score).to(dtype), OPERAND)
         dk_next = warpgroup_mma(ds, tile_of(ring.q_stream, last, tiles.m, tiles.d), dk, is_async=True)
         s, dp_next = _issue(i, k_tile, v_tile, ring, zero, tiles)
+        ahead = _look_ahead(job, call, i + 1, tiles)
         s, dv, dk, _, _ = warpgroup_mma_wait(1, deps=(s, dv_next, dk_next, p, ds))
         release(ring.do_stream, last)
         release(ring.q_stream, last)
-        weights, slope = _weights(i, head_q, first_q, s, job, rules, keys, ring, tiles)
+        weights, slope = _weights(i, begin, head_q, first_q, s, job, rules, ring, tiles)
         dp = warpgroup_mma_wait(0, deps=(dp_next,))
     p = gl.convert_layout(_kept(weights, rules.score).to(dtype), OPERAND)
     ds = gl.convert_layout(_gradient(job.count - 1, weights, dp, slope, ring, rules.score).to(dtype), OPERAND)
@@ -240,23 +267,25 @@ def _rotated(dk, dv, k_tile, v_tile, zero, job, keys, ring, call, OPERAND: gl.co
 
 
 @gluon.jit
-def _late(dk, dv, k_tile, v_tile, zero, job, keys, ring, call, OPERAND: gl.constexpr, tiles: gl.constexpr):
+def _late(dk, dv, k_tile, v_tile, zero, job, begin, ring, call, OPERAND: gl.constexpr, tiles: gl.constexpr):
     """Adds all blocks to `dk` and `dv`. The last products of a block are issued behind the first ones of the next
     block, and run under that block's weights.
     """
     dtype: gl.constexpr = ring.held.first.dtype
     rules = call.rules
-    weights, slope, dp = _begin(k_tile, v_tile, zero, job, keys, ring, call, tiles)
+    ahead = _look_ahead(job, call, 1, tiles)
+    weights, slope, dp = _begin(k_tile, v_tile, zero, job, begin, ring, call, tiles)
     p = gl.convert_layout(_kept(weights, rules.score).to(dtype), OPERAND)
     ds = gl.convert_layout(_gradient(0, weights, dp, slope, ring, rules.score).to(dtype), OPERAND)
     for i in range(1, job.count):
         last = i - 1
-        head_q, first_q = _block(job, call.group, i, tiles)
+        head_q, first_q = _masked_block(job, call, ahead, i, tiles)
         clear_outside(ring.q_stream, ring.do_stream, i, first_q, job.span, tiles.m, tiles.d)
         s, dp = _issue(i, k_tile, v_tile, ring, zero, tiles)
         dk_next, dv_next = _finish(last, p, ds, dk, dv, ring, tiles)
+        ahead = _look_ahead(job, call, i + 1, tiles)
         s = warpgroup_mma_wait(3, deps=(s,))
-        weights, slope = _weights(i, head_q, first_q, s, job, rules, keys, ring, tiles)
+        weights, slope = _weights(i, begin, head_q, first_q, s, job, rules, ring, tiles)
         p_next = _kept(weights, rules.score)
         dp = warpgroup_mma_wait(2, deps=(dp,))
         ds_next = _gradient(i, weights, dp, slope, ring, rules.score)
@@ -284,15 +313,14 @@ def _compute(part: gl.constexpr, dk_out, dv_out, ring, call, tiles: gl.constexpr
         dk = gl.zeros([ROWS, tiles.d], gl.float32, DK)
         dv = gl.zeros([ROWS, tiles.d], gl.float32, DK)
         if job.count > 0:
-            keys = begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
             zero = gl.zeros([ROWS, tiles.m], gl.float32, S)
             k_tile = ring.held.first.index(part).reshape([ROWS, tiles.d])
             v_tile = ring.held.second.index(part).reshape([ROWS, tiles.d])
             mbarrier.wait(ring.held.full.index(part), 0)
             if ROTATED:
-                dk, dv = _rotated(dk, dv, k_tile, v_tile, zero, job, keys, ring, call, OPERAND, tiles)
+                dk, dv = _rotated(dk, dv, k_tile, v_tile, zero, job, begin, ring, call, OPERAND, tiles)
             else:
-                dk, dv = _late(dk, dv, k_tile, v_tile, zero, job, keys, ring, call, OPERAND, tiles)
+                dk, dv = _late(dk, dv, k_tile, v_tile, zero, job, begin, ring, call, OPERAND, tiles)
         store_rows(dk_out, item.row, job.head_k, begin, item.end, dk * score.scale, tiles.d)
         if score.seed is not None:
             dv = dv * score.keep_scale
@@ -311,16 +339,17 @@ def _consumer_1(dk, dv, ring, call, tiles: gl.constexpr, ROTATED: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles", "plane"])
 def dkdv_kernel(
-    dout, dk, dv, q, k, v, rowwise, plane, work, mask, dense, score, bias, diagonal, heads, group, len_q, len_k,
-    num_tiles, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, ROTATED: gl.constexpr,
+    dout, dk, dv, q, k, v, rowwise, plane, work, mask, dense, blocks, score, bias, diagonal, heads, group, len_q,
+    len_k, num_tiles, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, ROTATED: gl.constexpr,
+    LISTED: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
     """Writes `dk` and `dv`, Operands. `dout`, `q`, `k` and `v` are descriptors of `(B, H, S, D)` with boxes of 64
     (k, v) or BLOCK_M rows. `rowwise` and its planes are those of rows.py.
 
     Grid: tiles of 128 keys x heads of keys x batch rows.
     """
-    tiles: gl.constexpr = Tiles(BLOCK_M, CONSUMERS * ROWS, HEAD_DIM, HEAD_DIM, HEAD_DIM, HEAD_DIM, 0, 0)
-    call = Call(work, Rules(mask, dense, None, score, bias), diagonal, heads, group, len_q, len_k, num_tiles, None)
+    tiles: gl.constexpr = Tiles(BLOCK_M, CONSUMERS * ROWS, HEAD_DIM, HEAD_DIM, HEAD_DIM, HEAD_DIM, LISTED, WIDTH)
+    call = Call(work, Rules(mask, dense, blocks, score, bias), diagonal, heads, group, len_q, len_k, num_tiles, None)
     WORDS: gl.constexpr = 4 if score.seed is not None else 2
     WORD: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     ring = Ring(

@@ -27,6 +27,7 @@ from hf_flashbsa.kernels.hopper.common import (
     hold,
     load_rows,
     release,
+    span_met,
     store_rows,
     tile_of,
     visits,
@@ -38,7 +39,6 @@ from hf_flashbsa.kernels.primitives import (
     dropout_keep,
     log2_factor,
     logits,
-    span_of,
     visible,
     work_item,
 )
@@ -82,7 +82,7 @@ def _job(call, tiles: gl.constexpr):
         tile = call.num_tiles - 1 - tile
     batch = place // (call.num_tiles * call.heads)
     item = work_item(call.work, tile, batch, call.len_q, call.len_k, call.diagonal, tiles.m)
-    span = span_of(item, call.rules, head, 0, tiles, False)
+    span = span_met(item, call.rules, head, tiles, False)
     return Job(item, head, span, visits(span, tiles))
 
 
@@ -96,7 +96,7 @@ def _load(q, dout, k, v, ring, call, tiles: gl.constexpr):
         hold(ring.held, q, dout, item.row, job.head, item.begin, tiles.d)
         head_k = job.head // call.group
         for i in range(job.count):
-            first = first_key(job.span, None, i, tiles)
+            first = first_key(job.span, call.rules.blocks, i, tiles)
             fill(ring.k_stream, i, k, item.other_row, head_k, first, tiles.n, tiles.d)
             fill(ring.v_stream, i, v, item.other_row, head_k, first, tiles.n, tiles.d)
 
@@ -115,6 +115,30 @@ def _rows(part: gl.constexpr, begin, queries, sources, job, ring, call, tiles: g
 
 
 @gluon.jit
+def _look_ahead(job, rules, i, tiles: gl.constexpr):
+    """What `_key_of` needs for block `i`, asked for a round earlier: entries of a list take their time to come.
+
+    Only dropout needs the place of a full block. Otherwise `span.lo` stands for it, with as many keys behind it.
+    """
+    ahead = gl.to_tensor(0)
+    if tiles.listed > 0:
+        ahead = job.span.lo
+        needed = job.span.partial if rules.score.seed is None else job.count
+        if i < needed:
+            ahead = first_key(job.span, rules.blocks, i, tiles)
+    return ahead
+
+
+@gluon.jit
+def _key_of(job, ahead, i, tiles: gl.constexpr):
+    """First key of block `i`."""
+    if tiles.listed > 0:
+        return ahead
+    else:
+        return first_key(job.span, None, i, tiles)
+
+
+@gluon.jit
 def _issue(i, first, q_tile, do_tile, ring, span, zero, tiles: gl.constexpr):
     """Starts the products of the queries with block `i` of the keys, and of their output gradients with its values."""
     clear_outside(ring.k_stream, ring.v_stream, i, first, span, tiles.n, tiles.d)
@@ -128,16 +152,17 @@ def _issue(i, first, q_tile, do_tile, ring, span, zero, tiles: gl.constexpr):
 
 
 @gluon.jit
-def _weights(i, first, s, job, rules, queries, rows, tiles: gl.constexpr):
-    """Weights of block `i`, before dropout, and the slope of the softcap."""
+def _weights(i, begin, first, s, job, rules, rows, tiles: gl.constexpr):
+    """Weights of queries from `begin` on with block `i`, before dropout, and the slope of the softcap."""
     item, span = job.item, job.span
+    queries = begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout))
     keys = first + gl.arange(0, tiles.n, layout=gl.SliceLayout(0, s.type.layout))
     inside = (queries < item.end)[:, None] & ((keys >= span.lo) & (keys < span.hi))[None, :]
     s, slope = logits(s, rules, 0.0)
     if i < span.partial:
         ok = visible(
             rules, item.row, item.other_row, job.head, queries[:, None], keys[None, :], inside, item.diagonal,
-            item.query_origin, item.key_origin, item.begin, first, tiles,
+            item.query_origin, item.key_origin, begin, first, tiles,
         )  # fmt: skip
         s = gl.where(ok, s, float("-inf"))
     return gl.exp2(s * log2_factor(rules) - rows.lse[:, None]), slope
@@ -172,19 +197,21 @@ def _compute(part: gl.constexpr, dq_out, sources, ring, call, tiles: gl.constexp
             zero = gl.zeros([ROWS, tiles.n], gl.float32, S)
             q_tile = ring.held.first.index(part).reshape([ROWS, tiles.d])
             do_tile = ring.held.second.index(part).reshape([ROWS, tiles.d])
-            first = first_key(span, None, 0, tiles)
+            first = _key_of(job, _look_ahead(job, rules, 0, tiles), 0, tiles)
+            ahead = _look_ahead(job, rules, 1, tiles)
             s, dp = _issue(0, first, q_tile, do_tile, ring, span, zero, tiles)
             s, dp = warpgroup_mma_wait(0, deps=(s, dp))
             release(ring.v_stream, 0)
-            p, slope = _weights(0, first, s, job, rules, queries, rows, tiles)
+            p, slope = _weights(0, begin, first, s, job, rules, rows, tiles)
             ds = _gradient(first, p, dp, slope, item, rules.score, rows)
             ds = gl.convert_layout(ds.to(dtype), DS)
             for i in range(1, job.count):
-                begin_key = first_key(span, None, i, tiles)
+                begin_key = _key_of(job, ahead, i, tiles)
                 s, dp = _issue(i, begin_key, q_tile, do_tile, ring, span, zero, tiles)
+                ahead = _look_ahead(job, rules, i + 1, tiles)
                 dq_next = warpgroup_mma(ds, tile_of(ring.k_stream, i - 1, tiles.n, tiles.d), dq, is_async=True)
                 s = warpgroup_mma_wait(2, deps=(s,))
-                p, slope = _weights(i, begin_key, s, job, rules, queries, rows, tiles)
+                p, slope = _weights(i, begin, begin_key, s, job, rules, rows, tiles)
                 dp = warpgroup_mma_wait(1, deps=(dp,))
                 release(ring.v_stream, i)
                 ds_next = _gradient(begin_key, p, dp, slope, item, rules.score, rows)
@@ -209,9 +236,9 @@ def _consumer_1(dq, sources, ring, call, tiles: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles", "plane"])
 def dq_kernel(
-    dout, dq, q, k, v, out, lse, dlse, rowwise, plane, work, mask, dense, score, bias, diagonal, heads, group,
+    dout, dq, q, k, v, out, lse, dlse, rowwise, plane, work, mask, dense, blocks, score, bias, diagonal, heads, group,
     len_q, len_k, num_tiles, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, K_STAGES: gl.constexpr,
-    V_STAGES: gl.constexpr,
+    V_STAGES: gl.constexpr, LISTED: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
     """Writes `dq`, an Operand, and `rowwise`. `dout`, `q`, `k` and `v` are descriptors of `(B, H, S, D)` with boxes of
     64 (dout, q) or BLOCK_N rows, `out` is an Operand.
@@ -219,8 +246,8 @@ def dq_kernel(
     Keys are needed one block longer than values: from K_STAGES = 3 on both load ahead. Grid: tiles of 128 queries x
     heads x batch rows.
     """
-    tiles: gl.constexpr = Tiles(CONSUMERS * ROWS, BLOCK_N, HEAD_DIM, HEAD_DIM, HEAD_DIM, HEAD_DIM, 0, 0)
-    call = Call(work, Rules(mask, dense, None, score, bias), diagonal, heads, group, len_q, len_k, num_tiles, None)
+    tiles: gl.constexpr = Tiles(CONSUMERS * ROWS, BLOCK_N, HEAD_DIM, HEAD_DIM, HEAD_DIM, HEAD_DIM, LISTED, WIDTH)
+    call = Call(work, Rules(mask, dense, blocks, score, bias), diagonal, heads, group, len_q, len_k, num_tiles, None)
     ring = Ring(
         allocate_held(q, dout, HEAD_DIM),
         allocate_stream(k, BLOCK_N, HEAD_DIM, K_STAGES, 1),

@@ -64,12 +64,13 @@ def launch_dq(
 ) -> None:
     (batch, heads, len_q, dim), (_, heads_k, len_k, _) = q.shape, k.shape
     tiles, batch = tiles_of(extras.work_q, len_q, batch, TILE)
-    keys, rules = options["BLOCK_N"], rules_of(None, extras, params)
+    keys, lists = options["BLOCK_N"], extras.blocks_q
     launch(
         dq_kernel, (tiles * heads * batch,),
         _descriptor(dout, ROWS.value), operand_of(dq), _descriptor(q, ROWS.value), _descriptor(k, keys),
-        _descriptor(v, keys), operand_of(out), lse, dlse, rowwise, plane, extras.work_q, rules.mask, rules.dense,
-        rules.score, rules.bias, params.diagonal, heads, heads // heads_k, len_q, len_k, tiles, HEAD_DIM=dim,
+        _descriptor(v, keys), operand_of(out), lse, dlse, rowwise, plane, extras.work_q,
+        *rules_of(lists, extras, params), params.diagonal, heads, heads // heads_k, len_q, len_k, tiles, HEAD_DIM=dim,
+        LISTED=params.block_size, WIDTH=width_of(lists),
         **options, **OPTIONS,
     )  # fmt: skip
 
@@ -79,11 +80,11 @@ def launch_dkdv(
 ) -> None:
     (_, heads, len_q, dim), (batch, heads_k, len_k, _) = q.shape, k.shape
     tiles, batch = tiles_of(extras.work_k, len_k, batch, TILE)
-    queries, rules = options["BLOCK_M"], rules_of(None, extras, params)
+    queries, lists = options["BLOCK_M"], extras.blocks_k
     launch(
         dkdv_kernel, (tiles * heads_k * batch,),
         _descriptor(dout, queries), operand_of(dk), operand_of(dv), _descriptor(q, queries),
         _descriptor(k, ROWS.value), _descriptor(v, ROWS.value), rowwise, plane, extras.work_k,
-        rules.mask, rules.dense, rules.score, rules.bias, params.diagonal, heads, heads // heads_k, len_q, len_k,
-        tiles, HEAD_DIM=dim, **options, **OPTIONS,
+        *rules_of(lists, extras, params), params.diagonal, heads, heads // heads_k, len_q, len_k, tiles,
+        HEAD_DIM=dim, LISTED=params.block_size, WIDTH=width_of(lists), **options, **OPTIONS,
     )  # fmt: skip
