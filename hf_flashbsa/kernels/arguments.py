@@ -7,7 +7,8 @@ import functools
 import torch
 
 from hf_flashbsa.kernels.dropout import keep_scale
-from hf_flashbsa.kernels.primitives import WORK_TILE, Blocks, Mask, Matrix, Operand, Rules, Score
+from hf_flashbsa.kernels.primitives import WORK_TILE
+from hf_flashbsa.kernels.records import Blocks, Mask, Matrix, Operand, Rules, Score
 from hf_flashbsa.kernels.state import Extras, Params
 
 #: Stands in for a scale of 0, whose product with a hidden score's -inf would be NaN.

@@ -11,8 +11,6 @@ import triton
 import triton.language as tl
 
 from hf_flashbsa.kernels.primitives import (
-    Rules,
-    Tiles,
     bias_tile,
     block_pointer,
     dot,
@@ -30,6 +28,7 @@ from hf_flashbsa.kernels.primitives import (
     visible,
     work_item,
 )
+from hf_flashbsa.kernels.records import Rules, Tiles
 from hf_flashbsa.kernels.rows import begin_rows, finish_rows, read_rows
 
 

@@ -8,8 +8,6 @@ import triton.language as tl
 from hf_flashbsa.kernels.primitives import (
     LN2,
     LOG2E,
-    Rules,
-    Tiles,
     bias_tile,
     dot,
     dropout_keep,
@@ -27,6 +25,7 @@ from hf_flashbsa.kernels.primitives import (
     visible,
     work_item,
 )
+from hf_flashbsa.kernels.records import Rules, Tiles
 
 
 @triton.jit

@@ -30,8 +30,6 @@ from hf_flashbsa.kernels.hopper.common import (
     wait_for,
 )
 from hf_flashbsa.kernels.primitives import (
-    Rules,
-    Tiles,
     dropout_keep,
     log2_factor,
     logits,
@@ -40,6 +38,7 @@ from hf_flashbsa.kernels.primitives import (
     visible,
     work_item,
 )
+from hf_flashbsa.kernels.records import Rules, Tiles
 
 
 class Ring(NamedTuple):

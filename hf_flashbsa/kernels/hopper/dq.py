@@ -33,15 +33,8 @@ from hf_flashbsa.kernels.hopper.common import (
     visits,
     wait_for,
 )
-from hf_flashbsa.kernels.primitives import (
-    Rules,
-    Tiles,
-    dropout_keep,
-    log2_factor,
-    logits,
-    visible,
-    work_item,
-)
+from hf_flashbsa.kernels.primitives import dropout_keep, log2_factor, logits, visible, work_item
+from hf_flashbsa.kernels.records import Rules, Tiles
 from hf_flashbsa.kernels.rows import begin_rows, finish_rows
 
 

@@ -22,9 +22,6 @@ from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS, Call, clear, firs
 from hf_flashbsa.kernels.primitives import (
     LN2,
     LOG2E,
-    Item,
-    Rules,
-    Tiles,
     allowed,
     block_pointer,
     dropout_keep,
@@ -34,6 +31,7 @@ from hf_flashbsa.kernels.primitives import (
     span_of,
     work_item,
 )
+from hf_flashbsa.kernels.records import Item, Rules, Tiles
 
 
 class Ring(NamedTuple):
