@@ -25,6 +25,7 @@ WORK_COLUMNS: tl.constexpr = tl.constexpr(11)
 PHILOX_ROUNDS: tl.constexpr = tl.constexpr(dropout.ROUNDS)
 KEY_FACTOR: tl.constexpr = tl.constexpr(dropout.KEY_FACTOR)
 LAST_FACTOR: tl.constexpr = tl.constexpr(dropout.LAST_FACTOR)
+PAIR: tl.constexpr = tl.constexpr(dropout.PAIR)
 
 
 @triton.jit
@@ -85,13 +86,15 @@ def span_of(item, rules, head, entries, tiles: tl.constexpr, TRANSPOSED: tl.cons
     has_full = rules.dense.ptr is None  # a dense mask leaves no block without masking
     first_block = lo
     if rules.bias.ptr is not None:
-        # Full blocks are those that the bias reaches as well, and they lie as `bias_tile` expects.
+        # Full blocks are those that the bias reaches as well.
         if TRANSPOSED:
             own_reach, reach = rules.score.bias_len_k, rules.score.bias_len_q
         else:
             own_reach, reach = rules.score.bias_len_q, rules.score.bias_len_k
         has_full = has_full & (item.end - item.begin == OWN) & (item.end - own_origin <= own_reach)
         full_hi = tl.minimum(full_hi, other_origin + reach)
+    if (rules.bias.ptr is not None) or (rules.score.seed is not None):
+        # Where `bias_tile` and `dropout_keep` expect blocks to begin.
         first_block = tl.where(lo < hi, other_origin + (lo - other_origin) // BLOCK * BLOCK, lo)
     if tiles.listed == 0:
         begin, end = first_block, hi
@@ -351,11 +354,15 @@ def dropout_words(score, batch_head, queries):
 
 
 @triton.jit
-def dropout_keep(score, pad, factor, places):
-    """Weights that dropout keeps, given broadcastable words of the queries and places of the keys."""
-    x = places.to(tl.uint32) * KEY_FACTOR
+def dropout_keep(score, pad, factor, first, offsets):
+    """Weights that dropout keeps, given broadcastable words of the queries, and of the keys the place of the first, a
+    multiple of 16 (`span_of`), and the offsets from there."""
+    # From offsets alone, so that the compiler sees which keys share a draw.
+    half = offsets & PAIR
+    x = (first + (offsets - half)).to(tl.uint32) * KEY_FACTOR
     x = ((x ^ (x >> 16)) ^ pad) * factor
     x = (x ^ (x >> 15)) * LAST_FACTOR
+    x = x << (16 - 2 * half).to(tl.uint32)
     return x >= tl.cast(score.drop_threshold, tl.uint32)
 
 

@@ -86,7 +86,8 @@ class Score(NamedTuple):
     """How a score is made of a product of query and key, and which weights are dropped (None: not at all).
 
     Bias values up to `bias_hidden` hide the key, and so do places beyond `bias_len_*`. `drop_threshold` is that of
-    dropout.py, its 32 bits read as a signed number; `keep_scale` is what kept weights are multiplied with.
+    dropout.py in the upper half of 32 bits, read as a signed number; `keep_scale` is what kept weights are multiplied
+    with.
     """
 
     scale: object

@@ -193,7 +193,8 @@ def _weights(i, begin, head, first, s, job, rules, ring, tiles: gl.constexpr):
     if rules.score.seed is not None:
         pad = _row_word(i, 2, ring, COLUMNS).to(gl.uint32, bitcast=True)
         factor = _row_word(i, 3, ring, COLUMNS).to(gl.uint32, bitcast=True)
-        keep = dropout_keep(rules.score, pad[None, :], factor[None, :], (keys - item.key_origin)[:, None])
+        offsets = gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout))[:, None]
+        keep = dropout_keep(rules.score, pad[None, :], factor[None, :], begin - item.key_origin, offsets)
         p = gl.where(keep, p, -p)
     return p, slope
 

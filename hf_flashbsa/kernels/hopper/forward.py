@@ -329,11 +329,12 @@ def _compute(part: gl.constexpr, out, lse, sinks, ring, call, tiles: gl.constexp
             row_sum = row_sum * shrink + gl.sum(s, 1)
             row_max = new_max
             if score.seed is not None:
-                places = first + gl.arange(0, tiles.n, layout=gl.SliceLayout(0, S))
+                place = first
                 if call.work is not None:
                     _, item = _noted_tile(ring.tile_notes, q_slot, call)
-                    places -= item.key_origin
-                keep = dropout_keep(score, pad[:, None], factor[:, None], places[None, :])
+                    place -= item.key_origin
+                offsets = gl.arange(0, tiles.n, layout=gl.SliceLayout(0, S))[None, :]
+                keep = dropout_keep(score, pad[:, None], factor[:, None], place, offsets)
                 s = gl.where(keep, s, 0.0)
         o = warpgroup_mma_wait(0, deps=(product,))
         if fresh:
