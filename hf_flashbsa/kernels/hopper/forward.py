@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS, Call, clear, first_key, store_rows, visits
+from hf_flashbsa.kernels.hopper.common import ROWS, Call, clear, first_key, store_rows, visits
 from hf_flashbsa.kernels.primitives import (
     LN2,
     LOG2E,
@@ -172,6 +172,7 @@ def _block(call, span, grid_row, index, tiles: gl.constexpr):
 @gluon.jit
 def _load(q, k, v, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
     """The producer, which also finds out what to load, and notes it for the consumers."""
+    CONSUMERS: gl.constexpr = tiles.m // ROWS
     step, done = gl.to_tensor(0), gl.to_tensor(0)
     turn, turns = _next_turn(call, 0, tiles), _turns(call)
     while turn < turns:
@@ -269,6 +270,7 @@ def _compute(part: gl.constexpr, out, lse, sinks, ring, call, tiles: gl.constexp
     body for all of them: a tile is stored in the first round of the next one, and there is a last round without block.
     No product is left running at the end of a round: ptxas gives away registers of those.
     """
+    CONSUMERS: gl.constexpr = tiles.m // ROWS
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tiles.n, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tiles.d, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
@@ -364,10 +366,15 @@ def _consumer_1(out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.con
     _compute(1, out, lse, sinks, ring, call, tiles, STAGES)
 
 
+@gluon.jit
+def _consumer_2(out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
+    _compute(2, out, lse, sinks, ring, call, tiles, STAGES)
+
+
 @gluon.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles", "total"])
 def forward_kernel(
     q, k, v, out, lse, sinks, work, mask, dense, blocks, score, bias, diagonal, heads, group, len_q, len_k, num_tiles,
-    total, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+    total, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
     LISTED: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
     """Writes `out` and `lse`. `q`, `k` and `v` are descriptors of `(B, H, S, D)` with boxes of 64 or BLOCK_N rows.
@@ -398,12 +405,17 @@ def forward_kernel(
         mbarrier.init(ring.v_full.index(stage), count=1)
         mbarrier.init(ring.k_empty.index(stage), count=CONSUMERS)
         mbarrier.init(ring.v_empty.index(stage), count=CONSUMERS)
-    gl.warp_specialize(
-        [
-            (_consumer_0, (out, lse, sinks, ring, call, tiles, STAGES)),
-            (_consumer_1, (out, lse, sinks, ring, call, tiles, STAGES)),
-            (_load, (q, k, v, ring, call, tiles, STAGES)),
-        ],
-        [4, 1],
-        [232, 40],
-    )
+    computing = (out, lse, sinks, ring, call, tiles, STAGES)
+    loading = (q, k, v, ring, call, tiles, STAGES)
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [(_consumer_0, computing), (_consumer_1, computing), (_load, loading)],
+            [4, 1],
+            [232, 40],
+        )
+    else:
+        gl.warp_specialize(
+            [(_consumer_0, computing), (_consumer_1, computing), (_consumer_2, computing), (_load, loading)],
+            [4, 4, 1],
+            [160, 160, 32],
+        )

@@ -46,7 +46,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 def launch_forward(options: dict, launch, q, k, v, out, lse, extras: Extras, params: Params) -> None:
     (batch, heads, len_q, dim), (_, heads_k, len_k, _) = q.shape, k.shape
-    tiles, batch = tiles_of(extras.work_q, len_q, batch, TILE)
+    tiles, batch = tiles_of(extras.work_q, len_q, batch, ROWS.value * options["CONSUMERS"])
     total = tiles * heads * batch
     resident = extras.work_q is not None or tiles <= RESIDENT_TILES
     lists = extras.blocks_q
@@ -55,7 +55,7 @@ def launch_forward(options: dict, launch, q, k, v, out, lse, extras: Extras, par
         _descriptor(q, ROWS.value), _descriptor(k, options["BLOCK_N"]), _descriptor(v, options["BLOCK_N"]),
         operand_of(out), lse, extras.sinks, extras.work_q, *rules_of(lists, extras, params), params.diagonal, heads,
         heads // heads_k, len_q, len_k, tiles, total, HEAD_DIM=dim, LISTED=params.block_size,
-        WIDTH=width_of(lists), **options, **OPTIONS,
+        WIDTH=width_of(lists), **options, num_warps=4, maxnreg={2: 168, 3: 128}[options["CONSUMERS"]],
     )  # fmt: skip
 
 
