@@ -219,27 +219,24 @@ def _load(q, k, v, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _store(o, row_max, row_sum, out, lse, sinks, row, head, begin, end, call, S: gl.constexpr, tiles: gl.constexpr):
-    """Divides the weighted values by the sum of the weights, and writes them and its logarithm."""
-    O: gl.constexpr = o.type.layout
+def _finish(row_max, row_sum, lse, sinks, row, head, begin, end, call, S: gl.constexpr):
+    """Writes the logarithm of a tile's sum of weights. Returns what its weighted values are to be multiplied by."""
     score = call.rules.score
+    shrink = gl.full([ROWS], 1.0, gl.float32, gl.SliceLayout(1, S))
     if sinks is not None:
         # A row that sees no key stays without weights.
         sink = gl.where(row_max == float("-inf"), float("-inf"), gl.load(sinks + head) * LOG2E)
         top = gl.maximum(row_max, sink)
         top = gl.where(top == float("-inf"), 0.0, top)
         shrink = gl.exp2(row_max - top)
-        o = o * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
         row_sum = row_sum * shrink + gl.exp2(sink - top)
         row_max = top
-    inverse = gl.where(row_sum > 0.0, 1.0 / row_sum, 0.0)
-    if score.seed is not None:
-        inverse = inverse * score.keep_scale
     rows = begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
     place = (row.to(gl.int64) * call.heads + head) * call.len_q + rows
     gl.store(lse + place, (row_max + gl.log2(row_sum)) * LN2, mask=rows < end)
-    o = o * gl.convert_layout(inverse, gl.SliceLayout(1, O))[:, None]
-    store_rows(out, row, head, begin, end, o, tiles.d)
+    if score.seed is not None:
+        shrink = shrink * score.keep_scale
+    return gl.where(row_sum > 0.0, shrink / row_sum, 0.0)
 
 
 @gluon.jit
@@ -247,9 +244,21 @@ def _hide(s, rules, head, item, first, kind, S: gl.constexpr, tiles: gl.constexp
     """The scores of a block, -inf where they do not exist."""
     rows = item.begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
     keys = first + gl.arange(0, tiles.n, layout=gl.SliceLayout(0, S))
-    inside = (rows < item.end)[:, None] & ((keys >= item.lo) & (keys < item.hi))[None, :]
-    ok = allowed(rules, item.row, item.other_row, head, rows[:, None], keys[None, :], inside, item.diagonal)
-    s = gl.where(ok & (kind > 0), s, float("-inf"))
+    mask = rules.mask
+    if mask.segment_ids_k is None:
+        # What `allowed` says, in two comparisons with bounds that differ from row to row: comparisons that rows share
+        # would all be made ahead of time, and held in registers that are short.
+        here = (rows < item.end) & (kind > 0)
+        lo, hi = gl.where(here, item.lo, item.hi), gl.where(here, item.hi, item.lo)
+        if mask.window_left is not None:
+            lo = gl.maximum(lo, rows + item.diagonal - mask.window_left)
+        if mask.window_right is not None:
+            hi = gl.minimum(hi, rows + item.diagonal + mask.window_right + 1)
+        s = gl.where((keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None]), s, float("-inf"))
+    else:
+        inside = (rows < item.end)[:, None] & ((keys >= item.lo) & (keys < item.hi))[None, :]
+        ok = allowed(rules, item.row, item.other_row, head, rows[:, None], keys[None, :], inside, item.diagonal)
+        s = gl.where(ok & (kind > 0), s, float("-inf"))
     if tiles.listed > 0:
         if rules.blocks.masks is not None:
             if kind > 1:
@@ -307,15 +316,18 @@ def _compute(part: gl.constexpr, out, lse, sinks, ring, call, tiles: gl.constexp
         todo = _read(ring.block_notes, stage * BLOCK_NOTES + 1)
         kind = _read(ring.block_notes, stage * BLOCK_NOTES + 2)
         mbarrier.arrive(ring.k_empty.index(stage), count=1, pred=live)
-        old_max, old_sum = row_max, row_sum
+        old_slot = ((done + 1) & 1) * CONSUMERS + part
         if fresh:
+            if step > 0:
+                head, item = _noted_tile(ring.tile_notes, old_slot, call)
+                # The sum of the tile before makes place for what its values are multiplied by below.
+                row_sum = _finish(row_max, row_sum, lse, sinks, item.row, head, item.begin, item.end, call, S)
             row_max = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
-            row_sum = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S))
             if score.seed is not None:
                 head, item = _noted_tile(ring.tile_notes, q_slot, call)
                 rows = item.begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
                 pad, factor = dropout_words(score, item.row * call.heads + head, rows)
-        shrink = gl.full([ROWS], 1.0, gl.float32, gl.SliceLayout(1, S))
+        factor_o = row_sum
         # Not for the sake of the last round: ptxas would move the wait behind it before the exponentials.
         if live:
             if (todo & MASKED) != 0:
@@ -330,7 +342,8 @@ def _compute(part: gl.constexpr, out, lse, sinks, ring, call, tiles: gl.constexp
             pivot = gl.where(new_max == float("-inf"), 0.0, new_max)
             s = gl.exp2(s * to_log2 - pivot[:, None])
             shrink = gl.exp2(row_max - pivot)
-            row_sum = row_sum * shrink + gl.sum(s, 1)
+            factor_o = gl.where(fresh, row_sum, shrink)
+            row_sum = gl.where(fresh, 0.0, row_sum * shrink) + gl.sum(s, 1)
             row_max = new_max
             if score.seed is not None:
                 places = first + gl.arange(0, tiles.n, layout=gl.SliceLayout(0, S))
@@ -340,14 +353,13 @@ def _compute(part: gl.constexpr, out, lse, sinks, ring, call, tiles: gl.constexp
                 keep = dropout_keep(score, pad[:, None], factor[:, None], places[None, :])
                 s = gl.where(keep, s, 0.0)
         o = warpgroup_mma_wait(0, deps=(product,))
+        o = o * gl.convert_layout(factor_o, gl.SliceLayout(1, O))[:, None]
         if fresh:
             if step > 0:
-                old_slot = ((done + 1) & 1) * CONSUMERS + part
                 head, item = _noted_tile(ring.tile_notes, old_slot, call)
                 # The scores of the tile before were complete a round ago.
                 mbarrier.arrive(ring.q_empty.index(old_slot), count=1)
-                _store(o, old_max, old_sum, out, lse, sinks, item.row, head, item.begin, item.end, call, S, tiles)
-        o = o * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
+                store_rows(out, item.row, head, item.begin, item.end, o, tiles.d)
         mbarrier.arrive(ring.v_empty.index(before), count=1, pred=step > 0)
         p = gl.convert_layout(s.to(ring.q_tiles.dtype), P)
         step += 1
