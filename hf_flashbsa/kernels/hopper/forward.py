@@ -1,4 +1,4 @@
-"""The forward kernel for Hopper, in Gluon: one warp loads by TMA, two warpgroups of 64 queries each compute.
+"""The forward kernel for Hopper, in Gluon: one warp loads by TMA, two or three warpgroups of 64 queries compute.
 
 Within a warpgroup the product with the values of a block runs while the softmax of the next block is computed (the
 scheme of FlashAttention-3, Shah et al., arXiv 2407.08608). Only the loading warp finds out which tiles and blocks
@@ -219,24 +219,27 @@ def _load(q, k, v, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _finish(row_max, row_sum, lse, sinks, row, head, begin, end, call, S: gl.constexpr):
-    """Writes the logarithm of a tile's sum of weights. Returns what its weighted values are to be multiplied by."""
+def _store(o, row_max, row_sum, out, lse, sinks, row, head, begin, end, call, S: gl.constexpr, tiles: gl.constexpr):
+    """Divides the weighted values by the sum of the weights, and writes them and its logarithm."""
+    O: gl.constexpr = o.type.layout
     score = call.rules.score
-    shrink = gl.full([ROWS], 1.0, gl.float32, gl.SliceLayout(1, S))
     if sinks is not None:
         # A row that sees no key stays without weights.
         sink = gl.where(row_max == float("-inf"), float("-inf"), gl.load(sinks + head) * LOG2E)
         top = gl.maximum(row_max, sink)
         top = gl.where(top == float("-inf"), 0.0, top)
         shrink = gl.exp2(row_max - top)
+        o = o * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
         row_sum = row_sum * shrink + gl.exp2(sink - top)
         row_max = top
+    inverse = gl.where(row_sum > 0.0, 1.0 / row_sum, 0.0)
+    if score.seed is not None:
+        inverse = inverse * score.keep_scale
     rows = begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
     place = (row.to(gl.int64) * call.heads + head) * call.len_q + rows
     gl.store(lse + place, (row_max + gl.log2(row_sum)) * LN2, mask=rows < end)
-    if score.seed is not None:
-        shrink = shrink * score.keep_scale
-    return gl.where(row_sum > 0.0, shrink / row_sum, 0.0)
+    o = o * gl.convert_layout(inverse, gl.SliceLayout(1, O))[:, None]
+    store_rows(out, row, head, begin, end, o, tiles.d)
 
 
 @gluon.jit
@@ -316,18 +319,15 @@ def _compute(part: gl.constexpr, out, lse, sinks, ring, call, tiles: gl.constexp
         todo = _read(ring.block_notes, stage * BLOCK_NOTES + 1)
         kind = _read(ring.block_notes, stage * BLOCK_NOTES + 2)
         mbarrier.arrive(ring.k_empty.index(stage), count=1, pred=live)
-        old_slot = ((done + 1) & 1) * CONSUMERS + part
+        old_max, old_sum = row_max, row_sum
         if fresh:
-            if step > 0:
-                head, item = _noted_tile(ring.tile_notes, old_slot, call)
-                # The sum of the tile before makes place for what its values are multiplied by below.
-                row_sum = _finish(row_max, row_sum, lse, sinks, item.row, head, item.begin, item.end, call, S)
             row_max = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
+            row_sum = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S))
             if score.seed is not None:
                 head, item = _noted_tile(ring.tile_notes, q_slot, call)
                 rows = item.begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
                 pad, factor = dropout_words(score, item.row * call.heads + head, rows)
-        factor_o = row_sum
+        shrink = gl.full([ROWS], 1.0, gl.float32, gl.SliceLayout(1, S))
         # Not for the sake of the last round: ptxas would move the wait behind it before the exponentials.
         if live:
             if (todo & MASKED) != 0:
@@ -342,8 +342,7 @@ def _compute(part: gl.constexpr, out, lse, sinks, ring, call, tiles: gl.constexp
             pivot = gl.where(new_max == float("-inf"), 0.0, new_max)
             s = gl.exp2(s * to_log2 - pivot[:, None])
             shrink = gl.exp2(row_max - pivot)
-            factor_o = gl.where(fresh, row_sum, shrink)
-            row_sum = gl.where(fresh, 0.0, row_sum * shrink) + gl.sum(s, 1)
+            row_sum = row_sum * shrink + gl.sum(s, 1)
             row_max = new_max
             if score.seed is not None:
                 places = first + gl.arange(0, tiles.n, layout=gl.SliceLayout(0, S))
@@ -353,13 +352,14 @@ def _compute(part: gl.constexpr, out, lse, sinks, ring, call, tiles: gl.constexp
                 keep = dropout_keep(score, pad[:, None], factor[:, None], places[None, :])
                 s = gl.where(keep, s, 0.0)
         o = warpgroup_mma_wait(0, deps=(product,))
-        o = o * gl.convert_layout(factor_o, gl.SliceLayout(1, O))[:, None]
         if fresh:
             if step > 0:
+                old_slot = ((done + 1) & 1) * CONSUMERS + part
                 head, item = _noted_tile(ring.tile_notes, old_slot, call)
                 # The scores of the tile before were complete a round ago.
                 mbarrier.arrive(ring.q_empty.index(old_slot), count=1)
-                store_rows(out, item.row, head, item.begin, item.end, o, tiles.d)
+                _store(o, old_max, old_sum, out, lse, sinks, item.row, head, item.begin, item.end, call, S, tiles)
+        o = o * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
         mbarrier.arrive(ring.v_empty.index(before), count=1, pred=step > 0)
         p = gl.convert_layout(s.to(ring.q_tiles.dtype), P)
         step += 1
@@ -391,8 +391,11 @@ def forward_kernel(
 ):  # fmt: skip
     """Writes `out` and `lse`. `q`, `k` and `v` are descriptors of `(B, H, S, D)` with boxes of 64 or BLOCK_N rows.
 
-    Grid: programs that share the `total` tiles of all heads and batch rows.
+    Grid: programs that share the `total` tiles of all heads and batch rows. A tile has 64 rows for each consumer; three
+    of them are for head dim 64 only, whose tensors leave them enough registers.
     """
+    # Entries of a work table and blocks of a layout have rows for two.
+    gl.static_assert((CONSUMERS == 2) or (work is None and LISTED == 0), "tiles of 128 rows")
     gl.static_assert((score.softcap is None) and (bias.ptr is None), "scores are only scaled")
     tiles: gl.constexpr = Tiles(CONSUMERS * ROWS, BLOCK_N, HEAD_DIM, HEAD_DIM, HEAD_DIM, HEAD_DIM, LISTED, WIDTH)
     call = Call(work, Rules(mask, dense, blocks, score, bias), diagonal, heads, group, len_q, len_k, num_tiles, total)
@@ -419,12 +422,9 @@ def forward_kernel(
         mbarrier.init(ring.v_empty.index(stage), count=CONSUMERS)
     computing = (out, lse, sinks, ring, call, tiles, STAGES)
     loading = (q, k, v, ring, call, tiles, STAGES)
+    # Registers of a thread, where `maxnreg` is what they have on average.
     if CONSUMERS == 2:
-        gl.warp_specialize(
-            [(_consumer_0, computing), (_consumer_1, computing), (_load, loading)],
-            [4, 1],
-            [232, 40],
-        )
+        gl.warp_specialize([(_consumer_0, computing), (_consumer_1, computing), (_load, loading)], [4, 1], [232, 40])
     else:
         gl.warp_specialize(
             [(_consumer_0, computing), (_consumer_1, computing), (_consumer_2, computing), (_load, loading)],
