@@ -248,9 +248,9 @@ def _hide(s, rules, head, item, first, kind, S: gl.constexpr, tiles: gl.constexp
     rows = item.begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
     keys = first + gl.arange(0, tiles.n, layout=gl.SliceLayout(0, S))
     mask = rules.mask
-    if mask.segment_ids_k is None:
+    if (tiles.m > 2 * ROWS) and (mask.segment_ids_k is None):
         # What `allowed` says, in two comparisons with bounds that differ from row to row: comparisons that rows share
-        # would all be made ahead of time, and held in registers that are short.
+        # would all be made ahead of time, and held in registers that three consumers lack.
         here = (rows < item.end) & (kind > 0)
         lo, hi = gl.where(here, item.lo, item.hi), gl.where(here, item.hi, item.lo)
         if mask.window_left is not None:
@@ -391,8 +391,8 @@ def forward_kernel(
 ):  # fmt: skip
     """Writes `out` and `lse`. `q`, `k` and `v` are descriptors of `(B, H, S, D)` with boxes of 64 or BLOCK_N rows.
 
-    Grid: programs that share the `total` tiles of all heads and batch rows. A tile has 64 rows for each consumer; three
-    of them are for head dim 64 only, whose tensors leave them enough registers.
+    Grid: programs that share the `total` tiles of all heads and batch rows. A tile has 64 rows for each consumer;
+    three of them are for head dim 64 only, whose tensors leave them enough registers.
     """
     # Entries of a work table and blocks of a layout have rows for two.
     gl.static_assert((CONSUMERS == 2) or (work is None and LISTED == 0), "tiles of 128 rows")
