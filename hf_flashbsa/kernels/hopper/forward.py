@@ -1,4 +1,4 @@
-"""The forward kernel for Hopper, in Gluon: one warp loads by TMA, two warpgroups of 64 queries each compute.
+"""The forward kernel for Hopper, in Gluon: one warp loads by TMA, two or three warpgroups of 64 queries compute.
 
 Within a warpgroup the product with the values of a block runs while the softmax of the next block is computed (the
 scheme of FlashAttention-3, Shah et al., arXiv 2407.08608). Only the loading warp finds out which tiles and blocks
@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS, Call, clear, first_key, store_rows, visits
+from hf_flashbsa.kernels.hopper.common import ROWS, Call, clear, first_key, store_rows, visits
 from hf_flashbsa.kernels.primitives import (
     LN2,
     LOG2E,
@@ -170,6 +170,7 @@ def _block(call, span, grid_row, index, tiles: gl.constexpr):
 @gluon.jit
 def _load(q, k, v, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
     """The producer, which also finds out what to load, and notes it for the consumers."""
+    CONSUMERS: gl.constexpr = tiles.m // ROWS
     step, done = gl.to_tensor(0), gl.to_tensor(0)
     turn, turns = _next_turn(call, 0, tiles), _turns(call)
     while turn < turns:
@@ -244,9 +245,21 @@ def _hide(s, rules, head, item, first, kind, S: gl.constexpr, tiles: gl.constexp
     """The scores of a block, -inf where they do not exist."""
     rows = item.begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
     keys = first + gl.arange(0, tiles.n, layout=gl.SliceLayout(0, S))
-    inside = (rows < item.end)[:, None] & ((keys >= item.lo) & (keys < item.hi))[None, :]
-    ok = allowed(rules, item.row, item.other_row, head, rows[:, None], keys[None, :], inside, item.diagonal)
-    s = gl.where(ok & (kind > 0), s, float("-inf"))
+    mask = rules.mask
+    if (tiles.m > 2 * ROWS) and (mask.segment_ids_k is None):
+        # What `allowed` says, in two comparisons with bounds that differ from row to row: comparisons that rows share
+        # would all be made ahead of time, and held in registers that three consumers lack.
+        here = (rows < item.end) & (kind > 0)
+        lo, hi = gl.where(here, item.lo, item.hi), gl.where(here, item.hi, item.lo)
+        if mask.window_left is not None:
+            lo = gl.maximum(lo, rows + item.diagonal - mask.window_left)
+        if mask.window_right is not None:
+            hi = gl.minimum(hi, rows + item.diagonal + mask.window_right + 1)
+        s = gl.where((keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None]), s, float("-inf"))
+    else:
+        inside = (rows < item.end)[:, None] & ((keys >= item.lo) & (keys < item.hi))[None, :]
+        ok = allowed(rules, item.row, item.other_row, head, rows[:, None], keys[None, :], inside, item.diagonal)
+        s = gl.where(ok & (kind > 0), s, float("-inf"))
     if tiles.listed > 0:
         if rules.blocks.masks is not None:
             if kind > 1:
@@ -267,6 +280,7 @@ def _compute(part: gl.constexpr, out, lse, sinks, ring, call, tiles: gl.constexp
     body for all of them: a tile is stored in the first round of the next one, and there is a last round without block.
     No product is left running at the end of a round: ptxas gives away registers of those.
     """
+    CONSUMERS: gl.constexpr = tiles.m // ROWS
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tiles.n, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tiles.d, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
@@ -363,16 +377,24 @@ def _consumer_1(out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.con
     _compute(1, out, lse, sinks, ring, call, tiles, STAGES)
 
 
+@gluon.jit
+def _consumer_2(out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
+    _compute(2, out, lse, sinks, ring, call, tiles, STAGES)
+
+
 @gluon.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles", "total"])
 def forward_kernel(
     q, k, v, out, lse, sinks, work, mask, dense, blocks, score, bias, diagonal, heads, group, len_q, len_k, num_tiles,
-    total, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+    total, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
     LISTED: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
     """Writes `out` and `lse`. `q`, `k` and `v` are descriptors of `(B, H, S, D)` with boxes of 64 or BLOCK_N rows.
 
-    Grid: programs that share the `total` tiles of all heads and batch rows.
+    Grid: programs that share the `total` tiles of all heads and batch rows. A tile has 64 rows for each consumer;
+    three of them are for head dim 64 only, whose tensors leave them enough registers.
     """
+    # Entries of a work table and blocks of a layout have rows for two.
+    gl.static_assert((CONSUMERS == 2) or (work is None and LISTED == 0), "tiles of 128 rows")
     gl.static_assert((score.softcap is None) and (bias.ptr is None), "scores are only scaled")
     tiles: gl.constexpr = Tiles(CONSUMERS * ROWS, BLOCK_N, HEAD_DIM, HEAD_DIM, HEAD_DIM, HEAD_DIM, LISTED, WIDTH)
     call = Call(work, Rules(mask, dense, blocks, score, bias), diagonal, heads, group, len_q, len_k, num_tiles, total)
@@ -397,12 +419,14 @@ def forward_kernel(
         mbarrier.init(ring.v_full.index(stage), count=1)
         mbarrier.init(ring.k_empty.index(stage), count=CONSUMERS)
         mbarrier.init(ring.v_empty.index(stage), count=CONSUMERS)
-    gl.warp_specialize(
-        [
-            (_consumer_0, (out, lse, sinks, ring, call, tiles, STAGES)),
-            (_consumer_1, (out, lse, sinks, ring, call, tiles, STAGES)),
-            (_load, (q, k, v, ring, call, tiles, STAGES)),
-        ],
-        [4, 1],
-        [232, 40],
-    )
+    computing = (out, lse, sinks, ring, call, tiles, STAGES)
+    loading = (q, k, v, ring, call, tiles, STAGES)
+    # Registers of a thread, where `maxnreg` is what they have on average.
+    if CONSUMERS == 2:
+        gl.warp_specialize([(_consumer_0, computing), (_consumer_1, computing), (_load, loading)], [4, 1], [232, 40])
+    else:
+        gl.warp_specialize(
+            [(_consumer_0, computing), (_consumer_1, computing), (_consumer_2, computing), (_load, loading)],
+            [4, 4, 1],
+            [160, 160, 32],
+        )
