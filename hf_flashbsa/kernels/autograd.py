@@ -50,7 +50,7 @@ def _empty_outputs(q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torc
     dim = v.shape[-1]
     strides = (length * heads * dim, dim, heads * dim, 1)
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = torch.empty_strided((batch, heads, length, dim), strides, dtype=q.dtype, device=q.device)
+    out = q.new_empty_strided((batch, heads, length, dim), strides)
     return out, torch.empty(batch, heads, length, dtype=lse_dtype, device=q.device)
 
 
@@ -113,7 +113,10 @@ def _is_plain(*tensors: torch.Tensor | None) -> bool:
     if has_torch_function_variadic(*tensors):
         return False
     plain = _plain_keys(tensors[0].device)
-    return all([x is None or torch._C._dispatch_keys(x).raw_repr() in plain for x in tensors])
+    for x in tensors:
+        if x is not None and torch._C._dispatch_keys(x).raw_repr() not in plain:
+            return False
+    return True
 
 
 @functools.cache
@@ -177,8 +180,7 @@ class _Attention(torch.autograd.Function):
     """The same for eager calls. With a `setup_context` of its own, torch would bind the arguments anew each time."""
 
     @staticmethod
-    def forward(ctx, q, k, v, bias, sinks, extras, params):
-        plain = _is_plain(q, k, v, bias, sinks)
+    def forward(ctx, q, k, v, bias, sinks, extras, params, plain):
         out, lse = _forward_eager(q, k, v, extras, params, plain)
         _keep(ctx, q, k, v, out, lse, extras, params, plain)
         return out, lse
@@ -187,7 +189,11 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, dout, dlse):
         need_bias, need_sinks = ctx.needs_input_grad[3:5]
         dq, dk, dv, dbias, dsinks = _gradients(ctx, dout, dlse, need_bias)
-        return dq, dk, dv, dbias if need_bias else None, dsinks if need_sinks else None, None, None
+        return dq, dk, dv, dbias if need_bias else None, dsinks if need_sinks else None, None, None, None
+
+
+#: `_Attention.apply` for plain tensors: without the part in Python, which looks for functorch's.
+_apply_plain = super(torch.autograd.Function, _Attention).apply
 
 
 def resolve(
@@ -241,6 +247,8 @@ def attend(
     # Dynamo refuses to trace a Function that gets one tensor twice; it pays no host cost for the op's own formula.
     if torch.compiler.is_compiling():
         return torch.ops.hf_flashbsa.attention_forward.default(q, k, v, *extras, *params)
+    plain = _is_plain(q, k, v, extras.bias, extras.sinks)
     if needs_grad:
-        return _Attention.apply(q, k, v, extras.bias, extras.sinks, extras, params)
-    return _forward_eager(q, k, v, extras, params, _is_plain(q, k, v, extras.bias, extras.sinks))
+        apply = _apply_plain if plain else _Attention.apply
+        return apply(q, k, v, extras.bias, extras.sinks, extras, params, plain)
+    return _forward_eager(q, k, v, extras, params, plain)
