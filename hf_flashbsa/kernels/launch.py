@@ -13,7 +13,6 @@ import functools
 import logging
 from collections.abc import Callable
 from operator import itemgetter
-from typing import NamedTuple
 
 import torch
 import triton
@@ -30,8 +29,8 @@ logger = logging.getLogger(__name__)
 
 #: Plans kept. A training step needs about ten for each shape of its batches.
 MAX_PLANS = 256
-#: Releases of Triton whose `JITFunction.run` launches a compiled kernel as `Plan.run` does, and whose Gluon the Hopper
-#: kernels are written in.
+#: Releases of Triton whose `JITFunction.run` launches a compiled kernel as `Plan.run` does, whose `CudaLauncher` does
+#: no more than `_call_of` says, and whose Gluon the Hopper kernels are written in.
 KNOWN_TRITON = ("3.6", "3.7")
 
 
@@ -155,13 +154,11 @@ def _picker(places: tuple[int, ...]) -> Callable:
     return lambda values: tuple(values[place] for place in places)
 
 
-class _Address(NamedTuple):
+class _Address(int):
     """What stands for a tensor in a descriptor."""
 
-    value: int
-
     def data_ptr(self) -> int:
-        return self.value
+        return self
 
 
 class _Redescribed:
@@ -173,7 +170,7 @@ class _Redescribed:
 
     def __call__(self, values: list):
         made = object.__new__(self._class)  # the checks of its constructor hold for the address too
-        vars(made).update(self._fields, base=_Address(values[self._place]))
+        made.__dict__ = {**self._fields, "base": _Address(values[self._place])}
         return made
 
 
