@@ -113,7 +113,7 @@ def attention(
         or (sinks is not None and sinks.requires_grad)
     )
     numbers = (softmax_scale, softcap, dropout_p, backend, needs_grad)
-    # All that `_resolve` reads, so that the layers of a model are checked and resolved once.
+    # All that `_resolve` depends on: the calls of a model's layers are alike and are validated once.
     arguments = (
         q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
         q.stride(), k.stride(), v.stride(), numbers,
@@ -123,9 +123,7 @@ def attention(
         bias = _broadcast_bias(bias, q, k, spec)
         if bias.dtype == torch.float64 and q.dtype != torch.float64:
             bias = bias.clamp(min=torch.finfo(torch.float32).min).to(torch.float32)
-        sequences = None
-        if bias.requires_grad:
-            sequences = spec.sequence_table(_shape(q, k), q.device)
+        sequences = spec.sequence_table(_shape(q, k), q.device) if bias.requires_grad else None
         extras = extras._replace(bias=bias, sequences=sequences)
     if sinks is not None:
         if sinks.shape != (q.shape[1],) or not sinks.is_floating_point() or sinks.device != q.device:

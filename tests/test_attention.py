@@ -90,6 +90,42 @@ def test_keywords_and_spec_say_the_same():
     assert torch.equal(attention(q, k, v, **options), attention(q, k, v, AttentionSpec(**options)))
 
 
+def test_calls_that_share_a_spec():
+    """Each is what it is with a spec of its own, whatever came before."""
+
+    def results(spec: AttentionSpec, sizes: dict, options: dict) -> list[torch.Tensor]:
+        q, k, v = inputs(**sizes)
+        torch.manual_seed(0)
+        out = attention(q, k, v, spec, **options)
+        return [out.detach(), *(torch.autograd.grad(out.sum(), (q, k, v)) if q.requires_grad else ())]
+
+    def new_spec() -> AttentionSpec:
+        return AttentionSpec(causal=True, seqlens_k=torch.tensor([2, 5]))
+
+    sizes = [{}, {"grad": True}, {"len_q": 6}, {"len_k": 9}, {"heads": 2}, {"dim": 6}, {"dtype": torch.bfloat16}]
+    options = [{}, {"softmax_scale": 0.3}, {"softcap": 2.0}, {"dropout_p": 0.4}, {"dropout_p": 0.6}]
+    calls = [*((x, {}) for x in sizes), *(({}, x) for x in options)]
+    shared = new_spec()
+    for call in [*calls, *reversed(calls)]:
+        got, want = results(shared, *call), results(new_spec(), *call)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), call
+    q, k, v = inputs()
+    attention(q, k, v, shared)
+    with pytest.raises(ValueError, match="seqlens_k: shape"):
+        attention(q[:1], k[:1], v[:1], shared)
+    with pytest.raises(ValueError, match="stride"):
+        attention(q, k, v.mT.contiguous().mT, shared)
+
+
+def test_alike_calls_are_validated_once(monkeypatch):
+    validate, validated = AttentionSpec.validate, []
+    monkeypatch.setattr(AttentionSpec, "validate", lambda *args: validated.append(args) or validate(*args))
+    spec = AttentionSpec(causal=True)
+    for _ in range(3):
+        attention(*inputs(), spec)
+    assert len(validated) == 1
+
+
 @pytest.mark.parametrize("bias_dtype", [torch.float64, torch.float32, torch.float16])
 def test_bias_of_another_dtype(bias_dtype):
     q, k, v = inputs()

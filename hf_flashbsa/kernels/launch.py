@@ -131,10 +131,10 @@ class Plan:
 
 
 def _call_of(kernel: CompiledKernel, grid: tuple[int, ...], arguments: tuple) -> tuple[Callable, tuple]:
-    """A function that launches `kernel` without hooks, and its arguments.
+    """A function that launches `kernel` without hooks, and its arguments, with `_STREAM` for the stream.
 
-    `CudaLauncher` adds to the arguments what is always the same, unless the kernel wants scratch memory, and calls
-    `launch`. A copy tells what it would call that with.
+    Unless the kernel wants scratch memory, `CudaLauncher` only adds to its arguments what is the same each time and
+    passes them to its `launch`. A copy with another `launch` tells what they are.
     """
     arguments = (*grid, _STREAM, kernel.function, kernel.packed_metadata, None, None, None, *arguments)
     run = kernel.run
