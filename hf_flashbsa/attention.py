@@ -100,7 +100,7 @@ def attention(
         cu_seqlens_q, cu_seqlens_k, segment_ids_q, segment_ids_k, mask, layout,
     )  # fmt: skip
     if spec is None:
-        spec = AttentionSpec(*masking)
+        spec = _spec_of(masking)
     elif masking != _NO_MASKING:
         raise ValueError(
             "spec and masking keywords (causal, window_size, ..., layout) exclude each other; put all in spec."
@@ -112,7 +112,7 @@ def attention(
         or (bias is not None and bias.requires_grad)
         or (sinks is not None and sinks.requires_grad)
     )
-    numbers = (softmax_scale, softcap, dropout_p, backend, needs_grad)
+    numbers = (softmax_scale, softcap, dropout_p, _resolve_backend(backend, q), needs_grad)
     # All that `_resolve` depends on: the calls of a model's layers are alike and are validated once.
     arguments = (
         q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
@@ -142,6 +142,26 @@ def attention(
 _NO_MASKING = (False, (None, None)) + (None,) * 11
 
 
+def _spec_of(masking: tuple) -> AttentionSpec:
+    """The spec of the masking keywords: one without tensors is kept, and with it what calls found out of it."""
+    causal, window_size, query_offset = masking[:3]
+    if (
+        masking[3:] == _NO_MASKING[3:]
+        and (query_offset is None or type(query_offset) is int)
+        and type(window_size) is tuple
+        and len(window_size) == 2
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()  # sizes may be symbols of something that traces
+    ):
+        return _bounds_spec(causal, *window_size, query_offset)
+    return AttentionSpec(*masking)
+
+
+@functools.lru_cache(64, typed=True)
+def _bounds_spec(causal: bool, left: int | None, right: int | None, query_offset: int | None) -> AttentionSpec:
+    return AttentionSpec(causal, (left, right), query_offset)
+
+
 def choose_backend(device: torch.device, dtype: torch.dtype) -> Backend:
     """What `backend="auto"` runs for tensors of this device and dtype, and why."""
     if device.type == "cuda":
@@ -154,7 +174,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype) -> Backend:
 def _resolve_backend(backend: str, q: torch.Tensor) -> str:
     if backend == "auto":
         chosen = choose_backend(q.device, q.dtype)
-        if not torch.compiler.is_compiling():
+        if chosen.reason is not None and not torch.compiler.is_compiling():
             _log_choice(chosen)
         return chosen.name
     if backend not in BACKENDS:
@@ -170,8 +190,7 @@ def _resolve_backend(backend: str, q: torch.Tensor) -> str:
 
 @functools.cache
 def _log_choice(backend: Backend) -> None:
-    if backend.reason is not None:
-        logger.info("attention runs on the %s back end: %s", backend.name, backend.reason)
+    logger.info("attention runs on the %s back end: %s", backend.name, backend.reason)
 
 
 def _shape(q: torch.Tensor, k: torch.Tensor) -> Shape:
@@ -179,7 +198,7 @@ def _shape(q: torch.Tensor, k: torch.Tensor) -> Shape:
 
 
 def _resolve(q, k, v, spec, softmax_scale, softcap, dropout_p, backend, needs_grad: bool) -> tuple[Extras, Params]:
-    """Validates all arguments of `attention` but `bias` and `sinks`, and gives them the back ends' form."""
+    """Validates all arguments of `attention` but `bias`, `sinks` and `backend`, and gives them the back ends' form."""
     _validate(q, k, v, spec)
     scale = 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
     if not 0.0 <= scale < math.inf:
@@ -188,8 +207,7 @@ def _resolve(q, k, v, spec, softmax_scale, softcap, dropout_p, backend, needs_gr
         raise ValueError(f"softcap: {softcap} is not a finite number > 0; leave it out for no cap.")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: {dropout_p} is not in [0, 1).")
-    name = _resolve_backend(backend, q)
-    return resolve(spec, _shape(q, k), q.shape[1], q.device, scale, softcap, dropout_p, name, needs_grad)
+    return resolve(spec, _shape(q, k), q.shape[1], q.device, scale, softcap, dropout_p, backend, needs_grad)
 
 
 def _validate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec) -> None:

@@ -10,6 +10,7 @@ import torch
 from cases import random_case, worst_ratio
 
 from hf_flashbsa import AttentionSpec, attention, choose_backend
+from hf_flashbsa.attention import _bounds_spec
 from hf_flashbsa.kernels import torch_backend
 from hf_flashbsa.reference import reference_attention
 
@@ -117,13 +118,22 @@ def test_calls_that_share_a_spec():
         attention(q, k, v.mT.contiguous().mT, shared)
 
 
-def test_alike_calls_are_validated_once(monkeypatch):
+@pytest.mark.parametrize("masking", [{"spec": AttentionSpec(causal=True)}, {"causal": True}], ids=" ".join)
+def test_alike_calls_are_validated_once(masking, monkeypatch):
     validate, validated = AttentionSpec.validate, []
     monkeypatch.setattr(AttentionSpec, "validate", lambda *args: validated.append(args) or validate(*args))
-    spec = AttentionSpec(causal=True)
+    _bounds_spec.cache_clear()
     for _ in range(3):
-        attention(*inputs(), spec)
+        attention(*inputs(), **masking)
     assert len(validated) == 1
+
+
+def test_keywords_are_refused_after_equal_ones_that_were_not():
+    attention(*inputs(), window_size=(3, 1), query_offset=2)
+    with pytest.raises(ValueError, match="window_size"):
+        attention(*inputs(), window_size=(3.0, 1), query_offset=2)
+    with pytest.raises(ValueError, match="query_offset"):
+        attention(*inputs(), window_size=(3, 1), query_offset=2.0)
 
 
 @pytest.mark.parametrize("bias_dtype", [torch.float64, torch.float32, torch.float16])
