@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from hf_flashbsa.kernels.autograd import attend
+from hf_flashbsa.kernels.autograd import attend, resolve
+from hf_flashbsa.kernels.state import Extras, Params
 from hf_flashbsa.layout import BlockLayout
 from hf_flashbsa.spec import AttentionSpec, Shape
 
@@ -99,39 +100,66 @@ def attention(
         cu_seqlens_q, cu_seqlens_k, segment_ids_q, segment_ids_k, mask, layout,
     )  # fmt: skip
     if spec is None:
-        spec = AttentionSpec(*masking)
+        spec = _spec_of(masking)
     elif masking != _NO_MASKING:
         raise ValueError(
             "spec and masking keywords (causal, window_size, ..., layout) exclude each other; put all in spec."
         )
-    shape = _validate(q, k, v, spec)
-    scale = 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
-    if not 0.0 <= scale < math.inf:
-        raise ValueError(f"softmax_scale: {scale} is not a finite number >= 0; negate q for a negative scale.")
-    if softcap is not None and not 0.0 < softcap < math.inf:
-        raise ValueError(f"softcap: {softcap} is not a finite number > 0; leave it out for no cap.")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p: {dropout_p} is not in [0, 1).")
+    needs_grad = torch.is_grad_enabled() and (
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (sinks is not None and sinks.requires_grad)
+    )
+    numbers = (softmax_scale, softcap, dropout_p, _resolve_backend(backend, q), needs_grad)
+    # All that `_resolve` depends on: the calls of a model's layers are alike and are validated once.
+    arguments = (
+        q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
+        q.stride(), k.stride(), v.stride(), numbers,
+    )  # fmt: skip
+    extras, params = spec.kept("call", arguments, lambda: _resolve(q, k, v, spec, *numbers))
     if bias is not None:
         bias = _broadcast_bias(bias, q, k, spec)
         if bias.dtype == torch.float64 and q.dtype != torch.float64:
             bias = bias.clamp(min=torch.finfo(torch.float32).min).to(torch.float32)
+        sequences = spec.sequence_table(_shape(q, k), q.device) if bias.requires_grad else None
+        extras = extras._replace(bias=bias, sequences=sequences)
     if sinks is not None:
         if sinks.shape != (q.shape[1],) or not sinks.is_floating_point() or sinks.device != q.device:
             raise ValueError(
                 f"sinks: {tuple(sinks.shape)} {sinks.dtype} on {sinks.device}; "
                 f"give ({q.shape[1]},) floats on {q.device}."
             )
-        sinks = sinks.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
-    name = _resolve_backend(backend, q)
-    seed = None
+        extras = extras._replace(sinks=sinks.to(torch.float64 if q.dtype == torch.float64 else torch.float32))
     if dropout_p > 0.0:
         seed = torch.randint(torch.iinfo(torch.int64).max, (1,), dtype=torch.int64, device=q.device)
-    out, lse = attend(q, k, v, bias, sinks, spec, shape, scale, softcap, dropout_p, seed, name)
+        extras = extras._replace(seed=seed)
+    out, lse = attend(q, k, v, extras, params, needs_grad)
     return (out, lse) if return_lse else out
 
 
 _NO_MASKING = (False, (None, None)) + (None,) * 11
+
+
+def _spec_of(masking: tuple) -> AttentionSpec:
+    """The spec of the masking keywords: one without tensors is kept, and with it what calls found out of it."""
+    causal, window_size, query_offset = masking[:3]
+    if (
+        masking[3:] == _NO_MASKING[3:]
+        and (query_offset is None or type(query_offset) is int)
+        and type(window_size) is tuple
+        and len(window_size) == 2
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()  # sizes may be symbols of something that traces
+    ):
+        return _bounds_spec(causal, *window_size, query_offset)
+    return AttentionSpec(*masking)
+
+
+@functools.lru_cache(64, typed=True)
+def _bounds_spec(causal: bool, left: int | None, right: int | None, query_offset: int | None) -> AttentionSpec:
+    return AttentionSpec(causal, (left, right), query_offset)
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype) -> Backend:
@@ -146,7 +174,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype) -> Backend:
 def _resolve_backend(backend: str, q: torch.Tensor) -> str:
     if backend == "auto":
         chosen = choose_backend(q.device, q.dtype)
-        if not torch.compiler.is_compiling():
+        if chosen.reason is not None and not torch.compiler.is_compiling():
             _log_choice(chosen)
         return chosen.name
     if backend not in BACKENDS:
@@ -162,17 +190,33 @@ def _resolve_backend(backend: str, q: torch.Tensor) -> str:
 
 @functools.cache
 def _log_choice(backend: Backend) -> None:
-    if backend.reason is not None:
-        logger.info("attention runs on the %s back end: %s", backend.name, backend.reason)
+    logger.info("attention runs on the %s back end: %s", backend.name, backend.reason)
 
 
-def _validate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec) -> Shape:
+def _shape(q: torch.Tensor, k: torch.Tensor) -> Shape:
+    return Shape(q.shape[0], k.shape[0], q.shape[2], k.shape[2])
+
+
+def _resolve(q, k, v, spec, softmax_scale, softcap, dropout_p, backend, needs_grad: bool) -> tuple[Extras, Params]:
+    """Validates all arguments of `attention` but `bias`, `sinks` and `backend`, and gives them the back ends' form."""
+    _validate(q, k, v, spec)
+    scale = 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
+    if not 0.0 <= scale < math.inf:
+        raise ValueError(f"softmax_scale: {scale} is not a finite number >= 0; negate q for a negative scale.")
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(f"softcap: {softcap} is not a finite number > 0; leave it out for no cap.")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p: {dropout_p} is not in [0, 1).")
+    return resolve(spec, _shape(q, k), q.shape[1], q.device, scale, softcap, dropout_p, backend, needs_grad)
+
+
+def _validate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec) -> None:
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         raise ValueError(
             f"q, k, v: shapes are {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; "
             "give (batch, heads, length, head dim) each."
         )
-    (batch, heads, len_q, dim), (batch_k, heads_k, len_k, dim_k), dim_v = q.shape, k.shape, v.shape[-1]
+    (_, heads, _, dim), (_, heads_k, _, dim_k), dim_v = q.shape, k.shape, v.shape[-1]
     if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
         raise ValueError(f"q, k, v: dtypes are {q.dtype}, {k.dtype}, {v.dtype}; give one floating dtype.")
     if not (q.device == k.device == v.device):
@@ -191,9 +235,7 @@ def _validate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Attention
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise ValueError(f"{name}: its last dimension has stride {tensor.stride(-1)}; call .contiguous() on it.")
-    shape = Shape(batch, batch_k, len_q, len_k)
-    spec.kept("valid", (shape, heads, q.device), lambda: spec.validate(shape, heads, q.device))
-    return shape
+    spec.validate(_shape(q, k), heads, q.device)
 
 
 def _broadcast_bias(bias: torch.Tensor, q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:

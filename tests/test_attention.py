@@ -10,6 +10,7 @@ import torch
 from cases import random_case, worst_ratio
 
 from hf_flashbsa import AttentionSpec, attention, choose_backend
+from hf_flashbsa.attention import _bounds_spec
 from hf_flashbsa.kernels import torch_backend
 from hf_flashbsa.reference import reference_attention
 
@@ -88,6 +89,51 @@ def test_keywords_and_spec_say_the_same():
     q, k, v = inputs()
     options = {"causal": True, "window_size": (3, None), "seqlens_k": torch.tensor([7, 4])}
     assert torch.equal(attention(q, k, v, **options), attention(q, k, v, AttentionSpec(**options)))
+
+
+def test_calls_that_share_a_spec():
+    """Each is what it is with a spec of its own, whatever came before."""
+
+    def results(spec: AttentionSpec, sizes: dict, options: dict) -> list[torch.Tensor]:
+        q, k, v = inputs(**sizes)
+        torch.manual_seed(0)
+        out = attention(q, k, v, spec, **options)
+        return [out.detach(), *(torch.autograd.grad(out.sum(), (q, k, v)) if q.requires_grad else ())]
+
+    def new_spec() -> AttentionSpec:
+        return AttentionSpec(causal=True, seqlens_k=torch.tensor([2, 5]))
+
+    sizes = [{}, {"grad": True}, {"len_q": 6}, {"len_k": 9}, {"heads": 2}, {"dim": 6}, {"dtype": torch.bfloat16}]
+    options = [{}, {"softmax_scale": 0.3}, {"softcap": 2.0}, {"dropout_p": 0.4}, {"dropout_p": 0.6}]
+    calls = [*((x, {}) for x in sizes), *(({}, x) for x in options)]
+    shared = new_spec()
+    for call in [*calls, *reversed(calls)]:
+        got, want = results(shared, *call), results(new_spec(), *call)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), call
+    q, k, v = inputs()
+    attention(q, k, v, shared)
+    with pytest.raises(ValueError, match="seqlens_k: shape"):
+        attention(q[:1], k[:1], v[:1], shared)
+    with pytest.raises(ValueError, match="stride"):
+        attention(q, k, v.mT.contiguous().mT, shared)
+
+
+@pytest.mark.parametrize("masking", [{"spec": AttentionSpec(causal=True)}, {"causal": True}], ids=" ".join)
+def test_alike_calls_are_validated_once(masking, monkeypatch):
+    validate, validated = AttentionSpec.validate, []
+    monkeypatch.setattr(AttentionSpec, "validate", lambda *args: validated.append(args) or validate(*args))
+    _bounds_spec.cache_clear()
+    for _ in range(3):
+        attention(*inputs(), **masking)
+    assert len(validated) == 1
+
+
+def test_keywords_are_refused_after_equal_ones_that_were_not():
+    attention(*inputs(), window_size=(3, 1), query_offset=2)
+    with pytest.raises(ValueError, match="window_size"):
+        attention(*inputs(), window_size=(3.0, 1), query_offset=2)
+    with pytest.raises(ValueError, match="query_offset"):
+        attention(*inputs(), window_size=(3, 1), query_offset=2.0)
 
 
 @pytest.mark.parametrize("bias_dtype", [torch.float64, torch.float32, torch.float16])

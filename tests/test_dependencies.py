@@ -41,7 +41,9 @@ ALLOWED = {
         "hf_flashbsa.kernels.primitives", "hf_flashbsa.kernels.state", "hf_flashbsa.kernels.tuning",
     },
     "hf_flashbsa.kernels.triton_backend": {"torch", "triton", "hf_flashbsa.kernels"},
-    "hf_flashbsa.attention": {"torch", "hf_flashbsa.kernels.autograd", "hf_flashbsa.spec", "hf_flashbsa.layout"},
+    "hf_flashbsa.attention": {
+        "torch", "hf_flashbsa.kernels.autograd", "hf_flashbsa.kernels.state", "hf_flashbsa.spec", "hf_flashbsa.layout",
+    },
     "hf_flashbsa.integration": {
         "torch", "transformers", "packaging", "hf_flashbsa.attention", "hf_flashbsa.spec", "hf_flashbsa.integration",
         "hf_flashbsa.layout", "hf_flashbsa.config",

@@ -24,7 +24,9 @@ import numpy as np
 import pytest
 import torch
 from triton import knobs
+from triton.backends.nvidia.driver import CudaLauncher
 from triton.compiler import CompiledKernel
+from triton.runtime import _allocation
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hf_flashbsa import BlockLayout, attention
@@ -68,13 +70,14 @@ class Kernel:
 
     arg_names = ("first", "pair", "number", "SIZE")
 
-    def __init__(self):
-        self.asked, self.launches = 0, []
+    def __init__(self, launcher=None):
+        self.asked, self.launches, self.launcher = 0, [], launcher
 
     def __getitem__(self, grid: tuple[int, ...]):
         def run(*arguments, SIZE: int, num_warps: int):
             self.asked += 1
             kernel = Compiled("kernel", self.launches)
+            kernel._run = self.launcher or kernel._run
             kernel.run(*(*grid, 1, 1)[:3], 7, kernel.function, (), None, None, None, *arguments, SIZE)
             return kernel
 
@@ -147,6 +150,53 @@ def test_descriptors_are_made_anew(kernel):
     assert [arguments[:2] for *_, arguments in kernel.launches] == [
         (("descriptor", x.data_ptr(), (4, 8), (8, 1), (2, 8)), (y.data_ptr(),)) for x, y in (tensors[:2], tensors[2:])
     ]
+
+
+@pytest.mark.parametrize("scratch", [0, 32], ids=["", "scratch memory"])
+def test_what_is_launched_without_triton_s_launcher(scratch, monkeypatch):
+    """The function in C gets what `CudaLauncher` would pass on; kernels that need scratch memory keep that."""
+    passed, allocated = [], []
+    launcher = object.__new__(CudaLauncher)  # its constructor wants a compiled kernel and a driver
+    vars(launcher).update(
+        launch=lambda *arguments: passed.append(arguments),
+        num_ctas=1, global_scratch_size=scratch, global_scratch_align=16, profile_scratch_size=0,
+        profile_scratch_align=1, launch_cooperative_grid=False, launch_pdl=True, arg_annotations=["some"],
+        kernel_signature=b"signature",
+    )  # fmt: skip
+    through_triton = []
+    monkeypatch.setattr(CudaLauncher, "__call__", _noting(CudaLauncher.__call__, through_triton))
+
+    def allocate(*arguments):
+        allocated.append(arguments)
+        return SPACE
+
+    monkeypatch.setattr(_allocation, "_allocator", SimpleNamespace(get=lambda: allocate))
+    kernel, tensors = Kernel(launcher), [torch.zeros(3, 8) for _ in range(4)]
+    body = caller(kernel)
+    for x, y in (tensors[:2], tensors[:2], tensors[2:]):
+        replay(body, (x,), (y,), (0.5,))
+    assert kernel.asked == 1
+    first, again, other = map(addressed, passed)
+    assert first == again
+    address = {a.data_ptr(): b.data_ptr() for a, b in zip(tensors[:2], tensors[2:], strict=True)}
+    assert other == replaced(first, address) != first
+    assert allocated == [(32 * 6, 16, 7)] * (3 if scratch else 0)
+    # Without scratch memory: the first launch, and the one that shows what to pass.
+    assert len(through_triton) == (3 if scratch else 2)
+
+
+def _noting(function, calls: list):
+    def noted(*arguments):
+        calls.append(arguments)
+        return function(*arguments)
+
+    return noted
+
+
+def replaced(argument, values: dict):
+    if isinstance(argument, (tuple, list)):
+        return type(argument)(replaced(x, values) for x in argument)
+    return values.get(argument, argument)
 
 
 @contextmanager

@@ -50,17 +50,17 @@ def _empty_outputs(q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torc
     dim = v.shape[-1]
     strides = (length * heads * dim, dim, heads * dim, 1)
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = torch.empty_strided((batch, heads, length, dim), strides, dtype=q.dtype, device=q.device)
+    out = q.new_empty_strided((batch, heads, length, dim), strides)
     return out, torch.empty(batch, heads, length, dtype=lse_dtype, device=q.device)
 
 
-def _empty_gradients(q, k, v, lse, extras: Extras, need_dbias: bool) -> tuple[torch.Tensor, ...]:
-    """Uninitialised `dq, dk, dv, dbias, dsinks`; the last two are empty where there is nothing to return."""
+def _empty_gradients(q, k, v, extras: Extras, need_dbias: bool) -> tuple[torch.Tensor | None, ...]:
+    """Uninitialised `dq, dk, dv, dbias, dsinks`; None where there is nothing to return."""
+    dbias = dsinks = None
     if need_dbias:
         dbias = torch.empty(extras.bias.shape, dtype=extras.bias.dtype, device=q.device)
-    else:
-        dbias = lse.new_empty(0)
-    dsinks = lse.new_empty(0) if extras.sinks is None else torch.empty_like(extras.sinks)
+    if extras.sinks is not None:
+        dsinks = torch.empty_like(extras.sinks)
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dbias, dsinks
 
 
@@ -71,7 +71,7 @@ def _forward(q, k, v, extras: Extras, params: Params) -> tuple[torch.Tensor, tor
 
 
 def _backward(dout, dlse, q, k, v, out, lse, extras: Extras, params: Params, need_dbias: bool):
-    gradients = _empty_gradients(q, k, v, lse, extras, need_dbias)
+    gradients = _empty_gradients(q, k, v, extras, need_dbias)
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
     _backend(params.backend).backward(dout, dlse, q, k, v, out, lse, gradients, extras, params)
@@ -83,7 +83,7 @@ def _forward_op(q, k, v, *rest):
 
 
 def _backward_op(dout, dlse, q, k, v, out, lse, *rest):
-    return _backward(dout, dlse, q, k, v, out, lse, *_split(rest), rest[-1])
+    return _all_tensors(_backward(dout, dlse, q, k, v, out, lse, *_split(rest), rest[-1]), lse)
 
 
 def _forward_fake(q, k, v, *rest):
@@ -91,7 +91,12 @@ def _forward_fake(q, k, v, *rest):
 
 
 def _backward_fake(dout, dlse, q, k, v, out, lse, *rest):
-    return _empty_gradients(q, k, v, lse, _split(rest)[0], rest[-1])
+    return _all_tensors(_empty_gradients(q, k, v, _split(rest)[0], rest[-1]), lse)
+
+
+def _all_tensors(gradients: tuple[torch.Tensor | None, ...], lse: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Empty tensors for None, which an op cannot return."""
+    return tuple(lse.new_empty(0) if x is None else x for x in gradients)
 
 
 _library.impl("attention_forward", _forward_op, "CompositeExplicitAutograd")
@@ -108,7 +113,10 @@ def _is_plain(*tensors: torch.Tensor | None) -> bool:
     if has_torch_function_variadic(*tensors):
         return False
     plain = _plain_keys(tensors[0].device)
-    return all([x is None or torch._C._dispatch_keys(x).raw_repr() in plain for x in tensors])
+    for x in tensors:
+        if x is not None and torch._C._dispatch_keys(x).raw_repr() not in plain:
+            return False
+    return True
 
 
 @functools.cache
@@ -131,8 +139,8 @@ def _forward_eager(q, k, v, extras: Extras, params: Params, plain: bool) -> tupl
         return torch.ops.hf_flashbsa.attention_forward.default(q, k, v, *extras, *params)
 
 
-def _gradients(ctx, dout, dlse, need_dbias: bool) -> tuple[torch.Tensor, ...]:
-    """`dq, dk, dv, dbias, dsinks`, from what `_keep` kept."""
+def _gradients(ctx, dout, dlse, need_dbias: bool) -> tuple[torch.Tensor | None, ...]:
+    """`dq, dk, dv, dbias, dsinks`, from what `_keep` kept. The last two are None or empty where not needed."""
     if torch.is_grad_enabled():  # create_graph=True
         raise RuntimeError("hf_flashbsa: attention has no second derivative; use attn_implementation='eager'.")
     q, k, v, out, lse, *extras = ctx.saved_tensors
@@ -172,8 +180,7 @@ class _Attention(torch.autograd.Function):
     """The same for eager calls. With a `setup_context` of its own, torch would bind the arguments anew each time."""
 
     @staticmethod
-    def forward(ctx, q, k, v, bias, sinks, extras, params):
-        plain = _is_plain(q, k, v, bias, sinks)
+    def forward(ctx, q, k, v, bias, sinks, extras, params, plain):
         out, lse = _forward_eager(q, k, v, extras, params, plain)
         _keep(ctx, q, k, v, out, lse, extras, params, plain)
         return out, lse
@@ -182,49 +189,39 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, dout, dlse):
         need_bias, need_sinks = ctx.needs_input_grad[3:5]
         dq, dk, dv, dbias, dsinks = _gradients(ctx, dout, dlse, need_bias)
-        return dq, dk, dv, dbias if need_bias else None, dsinks if need_sinks else None, None, None
+        return dq, dk, dv, dbias if need_bias else None, dsinks if need_sinks else None, None, None, None
 
 
-def attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    bias: torch.Tensor | None,
-    sinks: torch.Tensor | None,
+#: `_Attention.apply` for plain tensors: without the part in Python, which looks for functorch's.
+_apply_plain = super(torch.autograd.Function, _Attention).apply
+
+
+def resolve(
     spec: AttentionSpec,
     shape: Shape,
+    heads: int,
+    device: torch.device,
     scale: float,
     softcap: float | None,
     dropout_p: float,
-    seed: torch.Tensor | None,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`attention` after validation: resolves the spec and calls the op. Returns `out` and `lse`."""
+    needs_grad: bool,
+) -> tuple[Extras, Params]:
+    """What the ops take of a valid spec and of numbers. `Extras` without the caller's own tensors."""
     # The torch back end computes a whole sequence at once.
     tile = TILE if backend == "triton" else max(shape.len_q, shape.len_k, 1)
-    needs_grad = torch.is_grad_enabled() and (
-        q.requires_grad
-        or k.requires_grad
-        or v.requires_grad
-        or (bias is not None and bias.requires_grad)
-        or (sinks is not None and sinks.requires_grad)
-    )
     mask = spec.mask
     if mask is not None:
-        mask = mask.expand(shape.batch_q, q.shape[1], shape.len_q, shape.len_k)
+        mask = mask.expand(shape.batch_q, heads, shape.len_q, shape.len_k)
     left, right = spec.window
     layout = spec.layout
     segment_ids_q, segment_ids_k = spec.segment_ids(shape)
     extras = Extras(
-        bias=bias,
         mask=mask,
-        sinks=sinks,
         segment_ids_q=segment_ids_q,
         segment_ids_k=segment_ids_k,
-        work_q=spec.work("q", shape, q.device, tile),
-        work_k=spec.work("k", shape, q.device, tile) if needs_grad else None,
-        sequences=spec.sequence_table(shape, q.device) if bias is not None and bias.requires_grad else None,
-        seed=seed,
+        work_q=spec.work("q", shape, device, tile),
+        work_k=spec.work("k", shape, device, tile) if needs_grad else None,
         grid=None if layout is None else layout.grid,
         mask_words=None if layout is None else layout.mask_words(),
         blocks_q=None if layout is None else layout.table("q"),
@@ -240,9 +237,18 @@ def attend(
         block_size=0 if layout is None else layout.block_size,
         backend=backend,
     )
+    return extras, params
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: Extras, params: Params, needs_grad: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attention` of what is valid and resolved. Returns `out` and `lse`."""
     # Dynamo refuses to trace a Function that gets one tensor twice; it pays no host cost for the op's own formula.
     if torch.compiler.is_compiling():
         return torch.ops.hf_flashbsa.attention_forward.default(q, k, v, *extras, *params)
+    plain = _is_plain(q, k, v, extras.bias, extras.sinks)
     if needs_grad:
-        return _Attention.apply(q, k, v, bias, sinks, extras, params)
-    return _forward_eager(q, k, v, extras, params, _is_plain(q, k, v, bias, sinks))
+        apply = _apply_plain if plain else _Attention.apply
+        return apply(q, k, v, extras.bias, extras.sinks, extras, params, plain)
+    return _forward_eager(q, k, v, extras, params, plain)

@@ -8,15 +8,16 @@ signature and repeated.
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 from collections.abc import Callable
 from operator import itemgetter
-from typing import NamedTuple
 
 import torch
 import triton
 from triton import knobs
+from triton.backends.nvidia.driver import CudaLauncher
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
@@ -28,8 +29,8 @@ logger = logging.getLogger(__name__)
 
 #: Plans kept. A training step needs about ten for each shape of its batches.
 MAX_PLANS = 256
-#: Releases of Triton whose `JITFunction.run` launches a compiled kernel as `Plan.run` does, and whose Gluon the Hopper
-#: kernels are written in.
+#: Releases of Triton whose `JITFunction.run` launches a compiled kernel as `Plan.run` does, whose `CudaLauncher` does
+#: no more than `_call_of` says, and whose Gluon the Hopper kernels are written in.
 KNOWN_TRITON = ("3.6", "3.7")
 
 
@@ -66,15 +67,21 @@ class Launcher:
         self.launched.append((compiled, (*grid, 1, 1)[:3], arguments))
 
 
+#: What stands for the stream until it is known.
+_STREAM = object()
+
+
 class Plan:
     """What a `Launcher` launched, without the tensors.
 
-    Arguments are picked from one list of values: the tensors' addresses, then the constants. Tuples and descriptors
-    that hold addresses have their places among the constants and are made anew for each run.
+    Arguments are picked from one list of values: the tensors' addresses, the stream, then the constants. Tuples and
+    descriptors that hold addresses have their places among the constants and are made anew for each run.
     """
 
     def __init__(self, launcher: Launcher):
         places = {id(x): place for place, x in enumerate(launcher.tensors) if x is not None}
+        places[id(_STREAM)] = len(launcher.tensors)
+        first_constant = len(launcher.tensors) + 1
         changing = set(places.values())
         self._constants: list = []
         self._made: list[tuple[int, Callable]] = []
@@ -84,7 +91,7 @@ class Plan:
                 return places[id(argument)]
             if isinstance(argument, torch.Tensor):
                 raise LookupError("a kernel got a tensor that `replay` was not given; give it, or the view of it.")
-            place = places[id(argument)] = len(launcher.tensors) + len(self._constants)
+            place = places[id(argument)] = first_constant + len(self._constants)
             self._constants.append(argument)
             if hasattr(argument, "base"):  # a TMA descriptor, which Triton's launcher encodes anew from its address
                 changing.add(place)
@@ -94,10 +101,13 @@ class Plan:
                 parts = tuple(map(place_of, argument))
                 if not changing.isdisjoint(parts):
                     changing.add(place)
-                    self._constants[place - len(launcher.tensors)] = None
+                    self._constants[place - first_constant] = None
                     self._made.append((place, _picker(parts)))
             return place
 
+        # All calls are alive until each has its places, which go by identity.
+        calls = [_call_of(*launched) for launched in launcher.launched]
+        self._calls = [(function, _picker(tuple(map(place_of, arguments)))) for function, arguments in calls]
         self._launches = [
             (compiled, grid, _picker(tuple(map(place_of, arguments))))
             for compiled, grid, arguments in launcher.launched
@@ -107,14 +117,34 @@ class Plan:
         """Launches on the current stream of `device`, which must be the current device."""
         stream = driver.active.get_current_stream(device)
         enter, leave = _hook(knobs.runtime.launch_enter_hook), _hook(knobs.runtime.launch_exit_hook)
-        values = addresses + self._constants
+        values = [*addresses, stream, *self._constants]
         for place, make in self._made:
             values[place] = make(values)
+        if enter is None and leave is None:
+            for function, pick in self._calls:
+                function(*pick(values))
+            return
         for kernel, grid, pick in self._launches:
             arguments = pick(values)
-            hooked = enter is not None or leave is not None
-            metadata = kernel.launch_metadata(grid, stream, *arguments) if hooked else None
+            metadata = kernel.launch_metadata(grid, stream, *arguments)
             kernel.run(*grid, stream, kernel.function, kernel.packed_metadata, metadata, enter, leave, *arguments)
+
+
+def _call_of(kernel: CompiledKernel, grid: tuple[int, ...], arguments: tuple) -> tuple[Callable, tuple]:
+    """A function that launches `kernel` without hooks, and its arguments, with `_STREAM` for the stream.
+
+    Unless the kernel wants scratch memory, `CudaLauncher` only adds to its arguments what is the same each time and
+    passes them to its `launch`. A copy with another `launch` tells what they are.
+    """
+    arguments = (*grid, _STREAM, kernel.function, kernel.packed_metadata, None, None, None, *arguments)
+    run = kernel.run
+    if not isinstance(run, CudaLauncher) or run.global_scratch_size or run.profile_scratch_size:
+        return run, arguments
+    called: list[tuple] = []
+    probe = copy.copy(run)
+    probe.launch = lambda *passed: called.append(passed)
+    probe(*arguments)
+    return run.launch, called[0]
 
 
 def _picker(places: tuple[int, ...]) -> Callable:
@@ -124,13 +154,11 @@ def _picker(places: tuple[int, ...]) -> Callable:
     return lambda values: tuple(values[place] for place in places)
 
 
-class _Address(NamedTuple):
+class _Address(int):
     """What stands for a tensor in a descriptor."""
 
-    value: int
-
     def data_ptr(self) -> int:
-        return self.value
+        return self
 
 
 class _Redescribed:
@@ -142,7 +170,7 @@ class _Redescribed:
 
     def __call__(self, values: list):
         made = object.__new__(self._class)  # the checks of its constructor hold for the address too
-        vars(made).update(self._fields, base=_Address(values[self._place]))
+        made.__dict__ = {**self._fields, "base": _Address(values[self._place])}
         return made
 
 
@@ -159,7 +187,7 @@ def replay(body: Callable, inputs: Tensors, outputs: Tensors, params: tuple) -> 
             Arguments are numbers, None, tensors, tuples of those, and TMA descriptors of whole tensors. All it does
             follows from `tuning`, `params`, and the tensors' shapes, strides, dtypes, device and addresses modulo 16.
             It gets the tensors as aliases, those of bool as uint8, and hands no others to kernels.
-        inputs: the first is on the device to run on. None stands for no tensor.
+        inputs: all on the device to run on. None stands for no tensor.
         outputs: what the caller made for the kernels to fill. Their shapes, strides, dtypes and device must be the
             same whenever inputs and `params` are alike.
         params: hashable numbers and strings, each always of the same type.
@@ -173,7 +201,7 @@ def replay(body: Callable, inputs: Tensors, outputs: Tensors, params: tuple) -> 
     addresses = [None if x is None else x.data_ptr() for x in (*inputs, *outputs)]
     hook = knobs.runtime.add_stages_inspection_hook
     settings = tuning.overrides(), knobs.runtime.debug, knobs.compilation.instrumentation_mode, hook
-    kept = _kept((body, params, settings, *_signature(inputs, addresses)))
+    kept = _kept((body, params, settings, device, *_signature(inputs, addresses)))
     if kept:
         return kept[0].run(addresses, device)
     launcher = Launcher()
@@ -187,7 +215,7 @@ def _signature(inputs: Tensors, addresses: list[int | None]) -> list:
     features = [None if address is None else address % 16 for address in addresses]
     for x in inputs:
         if x is not None:
-            features += x.dtype, x.shape, x.stride(), x.get_device()
+            features += x.dtype, x.shape, x.stride()
     return features
 
 

@@ -15,19 +15,19 @@ class Extras(NamedTuple):
     `table` for each side.
     """
 
-    bias: torch.Tensor | None
-    mask: torch.Tensor | None
-    sinks: torch.Tensor | None
-    segment_ids_q: torch.Tensor | None
-    segment_ids_k: torch.Tensor | None
-    work_q: torch.Tensor | None
-    work_k: torch.Tensor | None
-    sequences: torch.Tensor | None
-    seed: torch.Tensor | None
-    grid: torch.Tensor | None
-    mask_words: torch.Tensor | None
-    blocks_q: torch.Tensor | None
-    blocks_k: torch.Tensor | None
+    bias: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
+    segment_ids_q: torch.Tensor | None = None
+    segment_ids_k: torch.Tensor | None = None
+    work_q: torch.Tensor | None = None
+    work_k: torch.Tensor | None = None
+    sequences: torch.Tensor | None = None
+    seed: torch.Tensor | None = None
+    grid: torch.Tensor | None = None
+    mask_words: torch.Tensor | None = None
+    blocks_q: torch.Tensor | None = None
+    blocks_k: torch.Tensor | None = None
 
 
 class Params(NamedTuple):

@@ -172,13 +172,13 @@ def forward(q, k, v, out, lse, extras: Extras, params: Params) -> None:
 
 
 def backward(dout, dlse, q, k, v, out, lse, gradients, extras: Extras, params: Params) -> None:
-    """Fills `gradients`: dq, dk, dv, dbias, dsinks."""
+    """Fills `gradients`: dq, dk, dv, dbias, dsinks; dbias may be None."""
     dtype = _compute_dtype(q)
     dq, dk, dv, dbias, dsinks = gradients
     heads_k = k.shape[1]
     dk_sum = torch.zeros(k.shape, dtype=dtype, device=k.device)
     dv_sum = torch.zeros(v.shape, dtype=dtype, device=k.device)
-    dbias_sum = torch.zeros(dbias.shape, dtype=dtype, device=k.device)
+    dbias_sum = None if dbias is None else torch.zeros(dbias.shape, dtype=dtype, device=k.device)
     delta = (dout.to(dtype) * out.to(dtype)).sum(-1)
     if dlse is not None:
         delta = delta - dlse
@@ -199,7 +199,7 @@ def backward(dout, dlse, q, k, v, out, lse, gradients, extras: Extras, params: P
             p_kept, dp = p * keep, dp * keep
         dv_sum[piece.rows_k, :, piece.k] += (_grouped(p_kept, heads_k).mT @ _grouped(do, heads_k)).sum(2)
         ds = p * (dp - delta[piece.rows_q, :, piece.q, None])
-        if dbias.numel() > 0:
+        if dbias is not None:
             part = _bias_piece(dbias_sum, piece)
             reached = ds[:, :, : part.shape[2], : part.shape[3]]
             part += reached.sum_to_size(part.shape)
@@ -210,6 +210,7 @@ def backward(dout, dlse, q, k, v, out, lse, gradients, extras: Extras, params: P
         dk_sum[piece.rows_k, :, piece.k] += (_grouped(ds, heads_k).mT @ _grouped(q_, heads_k)).sum(2)
     dk.copy_(dk_sum)
     dv.copy_(dv_sum)
-    dbias.copy_(dbias_sum)
+    if dbias is not None:
+        dbias.copy_(dbias_sum)
     if extras.sinks is not None:
         dsinks.copy_(sinks_gradient(extras.sinks, lse, delta))

@@ -132,11 +132,11 @@ def forward(q, k, v, out, lse, extras: Extras, params: Params) -> None:
 
 
 def backward(dout, dlse, q, k, v, out, lse, gradients, extras: Extras, params: Params) -> None:
-    """Fills `gradients`: dq, dk, dv, dbias, dsinks, as `autograd` makes them for the other arguments."""
+    """Fills `gradients`: dq, dk, dv, dbias, dsinks, as `autograd` makes them for the other arguments, or None."""
     dq, dk, dv, dbias, dsinks = gradients
     rowwise = lse.new_empty((4 if params.drop_threshold > 0 else 2, *lse.shape))
     dlse = None if dlse is None else dlse.contiguous()
-    filled = (rowwise, dq, dk, dv, dbias if dbias.numel() > 0 else None)
+    filled = (rowwise, dq, dk, dv, None if dbias is None or dbias.numel() == 0 else dbias)
     replay(_backward, (dout, dlse, q, k, v, out, lse, *extras), filled, params)
     if extras.sinks is not None:
         dsinks.copy_(sinks_gradient(extras.sinks, lse, rowwise[1]))
