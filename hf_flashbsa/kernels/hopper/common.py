@@ -121,6 +121,14 @@ def store_rows(x, row, head, begin, end, values, DIM: gl.constexpr):
     gl.store(pointers, values, mask=live)
 
 
+@gluon.jit
+def store_tile(x, row, head, begin, end, tile, DIM: gl.constexpr):
+    """`store_rows` of what is in shared memory."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // DIM, DIM // 8], [4, 1], [1, 0])
+    pointers, live = _places(x, row, head, begin, end, LAYOUT, DIM)
+    gl.store(pointers, tile.load(LAYOUT), mask=live)
+
+
 # ---- the backward kernels ----
 
 

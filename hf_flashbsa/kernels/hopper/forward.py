@@ -12,13 +12,14 @@ from typing import NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS, Call, clear, first_key, store_rows, visits
+from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS, Call, clear, first_key, store_tile, visits
 from hf_flashbsa.kernels.primitives import (
     LN2,
     LOG2E,
@@ -170,7 +171,25 @@ def _block(call, span, grid_row, index, tiles: gl.constexpr):
 
 
 @gluon.jit
-def _load(q, k, v, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
+def _empty_slots(out, ring, done, call, tiles: gl.constexpr):
+    """Waits for the slots of the `done`-th tile: until the results of the last but one before it, which consumers
+    leave there, are on their way and the slots may be written.
+    """
+    for part in gl.static_range(CONSUMERS):
+        slot = (done & 1) * CONSUMERS + part
+        mbarrier.wait(ring.q_empty.index(slot), ((done >> 1) & 1) ^ 1)
+        if done > 1:
+            head, item = _noted_tile(ring.tile_notes, slot, call)
+            begin = item.begin
+            if call.work is not None:
+                # Nothing is written beyond the tensor. Consumers write parts that end early (`_store`).
+                begin = gl.where(begin + ROWS > item.end, call.len_q, begin)
+            tma.async_copy_shared_to_global(out, [item.row, head, begin, 0], ring.q_tiles.index(slot))
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _load(q, k, v, out, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
     """The producer, which also finds out what to load, and notes it for the consumers."""
     step, done = gl.to_tensor(0), gl.to_tensor(0)
     turn, turns = _next_turn(call, 0, tiles), _turns(call)
@@ -186,9 +205,9 @@ def _load(q, k, v, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
                 place = gl.where(visits(span, tiles) > 0, item.begin - item.query_origin, 0)
                 grid_row = block_pointer(call.rules.blocks, item.row, head, place, 0, tiles)
         first, kind = _block(call, span, grid_row, 0, tiles)
+        _empty_slots(out, ring, done, call, tiles)
         for part in gl.static_range(CONSUMERS):
             slot, begin = (done & 1) * CONSUMERS + part, item.begin + part * ROWS
-            mbarrier.wait(ring.q_empty.index(slot), ((done >> 1) & 1) ^ 1)
             _note_tile(ring.tile_notes, slot, call, head, begin, item, span)
             mbarrier.expect(ring.q_full.index(slot), ROWS * tiles.d * 2)
             tma.async_copy_global_to_shared(
@@ -215,11 +234,14 @@ def _load(q, k, v, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
             first, kind = _block(call, span, grid_row, gl.minimum(i + 1, count - 1), tiles)
             step += 1
         done += 1
+    _empty_slots(out, ring, done, call, tiles)
+    _empty_slots(out, ring, done + 1, call, tiles)
 
 
 @gluon.jit
-def _store(o, row_max, row_sum, out, lse, sinks, row, head, begin, end, call, S: gl.constexpr, tiles: gl.constexpr):
-    """Divides the weighted values by the sum of the weights, and writes them and its logarithm."""
+def _store(o, row_max, row_sum, tile, rows_out, lse, sinks, head, item, call, S: gl.constexpr, tiles: gl.constexpr):
+    """Divides the weighted values by the sum of the weights, and writes its logarithm. The values go to `tile`, from
+    where the producer sends them on."""
     O: gl.constexpr = o.type.layout
     score = call.rules.score
     if sinks is not None:
@@ -234,11 +256,16 @@ def _store(o, row_max, row_sum, out, lse, sinks, row, head, begin, end, call, S:
     inverse = gl.where(row_sum > 0.0, 1.0 / row_sum, 0.0)
     if score.seed is not None:
         inverse = inverse * score.keep_scale
-    rows = begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
-    place = (row.to(gl.int64) * call.heads + head) * call.len_q + rows
-    gl.store(lse + place, (row_max + gl.log2(row_sum)) * LN2, mask=rows < end)
     o = o * gl.convert_layout(inverse, gl.SliceLayout(1, O))[:, None]
-    store_rows(out, row, head, begin, end, o, tiles.d)
+    tile.store(o.to(tile.dtype))
+    if call.work is not None:
+        if item.begin + ROWS > item.end:
+            # Rows of another sequence follow, which the producer would overwrite.
+            store_tile(rows_out, item.row, head, item.begin, item.end, tile, tiles.d)
+    fence_async_shared()
+    rows = item.begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
+    place = (item.row.to(gl.int64) * call.heads + head) * call.len_q + rows
+    gl.store(lse + place, (row_max + gl.log2(row_sum)) * LN2, mask=rows < item.end)
 
 
 @gluon.jit
@@ -261,7 +288,7 @@ def _hide(s, rules, head, item, first, kind, S: gl.constexpr, tiles: gl.constexp
 
 
 @gluon.jit
-def _compute(part: gl.constexpr, out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
+def _compute(part: gl.constexpr, rows_out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
     """A consumer: the `part`-th 64 queries of each tile.
 
     A round of the loop issues the product of a block with the keys, and the product of the block before with the
@@ -342,9 +369,10 @@ def _compute(part: gl.constexpr, out, lse, sinks, ring, call, tiles: gl.constexp
             if step > 0:
                 old_slot = ((done + 1) & 1) * CONSUMERS + part
                 head, item = _noted_tile(ring.tile_notes, old_slot, call)
-                # The scores of the tile before were complete a round ago.
+                # The scores of the tile before were complete a round ago: nothing reads its queries any more.
+                old_tile = ring.q_tiles.index(old_slot).reshape([ROWS, tiles.d])
+                _store(o, old_max, old_sum, old_tile, rows_out, lse, sinks, head, item, call, S, tiles)
                 mbarrier.arrive(ring.q_empty.index(old_slot), count=1)
-                _store(o, old_max, old_sum, out, lse, sinks, item.row, head, item.begin, item.end, call, S, tiles)
         o = o * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
         mbarrier.arrive(ring.v_empty.index(before), count=1, pred=step > 0)
         p = gl.convert_layout(s.to(ring.q_tiles.dtype), P)
@@ -355,22 +383,23 @@ def _compute(part: gl.constexpr, out, lse, sinks, ring, call, tiles: gl.constexp
 
 
 @gluon.jit
-def _consumer_0(out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
-    _compute(0, out, lse, sinks, ring, call, tiles, STAGES)
+def _consumer_0(rows_out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
+    _compute(0, rows_out, lse, sinks, ring, call, tiles, STAGES)
 
 
 @gluon.jit
-def _consumer_1(out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
-    _compute(1, out, lse, sinks, ring, call, tiles, STAGES)
+def _consumer_1(rows_out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
+    _compute(1, rows_out, lse, sinks, ring, call, tiles, STAGES)
 
 
 @gluon.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles", "total"])
 def forward_kernel(
-    q, k, v, out, lse, sinks, work, mask, dense, blocks, score, bias, diagonal, heads, group, len_q, len_k, num_tiles,
-    total, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+    q, k, v, out, rows_out, lse, sinks, work, mask, dense, blocks, score, bias, diagonal, heads, group, len_q, len_k,
+    num_tiles, total, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
     LISTED: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
-    """Writes `out` and `lse`. `q`, `k` and `v` are descriptors of `(B, H, S, D)` with boxes of 64 or BLOCK_N rows.
+    """Writes `out` and `lse`. `q`, `k`, `v` and `out` are descriptors of `(B, H, S, D)` with boxes of 64 or BLOCK_N
+    rows; `rows_out`, an Operand, is `out` once more, for parts of tiles whose box has rows of another sequence.
 
     Grid: programs that share the `total` tiles of all heads and batch rows.
     """
@@ -400,9 +429,9 @@ def forward_kernel(
         mbarrier.init(ring.v_empty.index(stage), count=CONSUMERS)
     gl.warp_specialize(
         [
-            (_consumer_0, (out, lse, sinks, ring, call, tiles, STAGES)),
-            (_consumer_1, (out, lse, sinks, ring, call, tiles, STAGES)),
-            (_load, (q, k, v, ring, call, tiles, STAGES)),
+            (_consumer_0, (rows_out, lse, sinks, ring, call, tiles, STAGES)),
+            (_consumer_1, (rows_out, lse, sinks, ring, call, tiles, STAGES)),
+            (_load, (q, k, v, out, ring, call, tiles, STAGES)),
         ],
         [4, 1],
         [232, 40],
