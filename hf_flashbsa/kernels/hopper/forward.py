@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS, Call, clear, first_key, store_tile, visits
+from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS, Call, clear, first_key, span_met, store_tile, visits
 from hf_flashbsa.kernels.primitives import (
     LN2,
     LOG2E,
@@ -32,7 +32,6 @@ from hf_flashbsa.kernels.primitives import (
     dropout_words,
     log2_factor,
     shown,
-    span_of,
     work_item,
 )
 
@@ -151,10 +150,7 @@ def _turns(call):
 @gluon.jit
 def _span(call, item, head, tiles: gl.constexpr):
     """What a tile visits, and in how many blocks: one at least, in which nothing may be visible."""
-    entries = 0
-    if tiles.listed > 0:
-        entries = gl.arange(0, tiles.width, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-    span = span_of(item, call.rules, head, entries, tiles, False)
+    span = span_met(item, call.rules, head, tiles, False)
     return span, gl.maximum(visits(span, tiles), 1)
 
 
@@ -189,9 +185,48 @@ def _empty_slots(out, ring, done, call, tiles: gl.constexpr):
 
 
 @gluon.jit
+def _load_queries(q, out, done, head, item, span, ring, call, tiles: gl.constexpr):
+    """Loads and notes the `done`-th tile."""
+    _empty_slots(out, ring, done, call, tiles)
+    for part in gl.static_range(CONSUMERS):
+        slot, begin = (done & 1) * CONSUMERS + part, item.begin + part * ROWS
+        _note_tile(ring.tile_notes, slot, call, head, begin, item, span)
+        mbarrier.expect(ring.q_full.index(slot), ROWS * tiles.d * 2)
+        tma.async_copy_global_to_shared(
+            q, [item.row, head, begin, 0], ring.q_full.index(slot), ring.q_tiles.index(slot)
+        )
+
+
+@gluon.jit
+def _load_keys(k, row, head, first, todo, kind, step, ring, tiles: gl.constexpr, STAGES: gl.constexpr):
+    """Loads the keys of the `step`-th block, and notes what to do with it."""
+    stage, phase = step % STAGES, (step // STAGES) & 1
+    mbarrier.wait(ring.k_empty.index(stage), phase ^ 1)
+    _write(ring.block_notes, stage * BLOCK_NOTES, first)
+    _write(ring.block_notes, stage * BLOCK_NOTES + 1, todo)
+    _write(ring.block_notes, stage * BLOCK_NOTES + 2, kind)
+    mbarrier.expect(ring.k_full.index(stage), tiles.n * tiles.d * 2)
+    tma.async_copy_global_to_shared(k, [row, head, first, 0], ring.k_full.index(stage), ring.k_tiles.index(stage))
+
+
+@gluon.jit
+def _load_values(v, row, head, first, step, ring, tiles: gl.constexpr, STAGES: gl.constexpr):
+    """Loads the values of the `step`-th block."""
+    stage, phase = step % STAGES, (step // STAGES) & 1
+    mbarrier.wait(ring.v_empty.index(stage), phase ^ 1)
+    mbarrier.expect(ring.v_full.index(stage), tiles.n * tiles.d * 2)
+    tma.async_copy_global_to_shared(v, [row, head, first, 0], ring.v_full.index(stage), ring.v_tiles.index(stage))
+
+
+@gluon.jit
 def _load(q, k, v, out, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
-    """The producer, which also finds out what to load, and notes it for the consumers."""
+    """The producer, which also finds out what to load, and notes it for the consumers.
+
+    Values follow the keys of the next block: consumers need the two at once, and what to load for the next tile is
+    found out while they still compute with what they have.
+    """
     step, done = gl.to_tensor(0), gl.to_tensor(0)
+    v_row, v_head, v_first = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
     turn, turns = _next_turn(call, 0, tiles), _turns(call)
     while turn < turns:
         head, item = _item(call, turn, tiles)
@@ -205,35 +240,27 @@ def _load(q, k, v, out, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
                 place = gl.where(visits(span, tiles) > 0, item.begin - item.query_origin, 0)
                 grid_row = block_pointer(call.rules.blocks, item.row, head, place, 0, tiles)
         first, kind = _block(call, span, grid_row, 0, tiles)
-        _empty_slots(out, ring, done, call, tiles)
-        for part in gl.static_range(CONSUMERS):
-            slot, begin = (done & 1) * CONSUMERS + part, item.begin + part * ROWS
-            _note_tile(ring.tile_notes, slot, call, head, begin, item, span)
-            mbarrier.expect(ring.q_full.index(slot), ROWS * tiles.d * 2)
-            tma.async_copy_global_to_shared(
-                q, [item.row, head, begin, 0], ring.q_full.index(slot), ring.q_tiles.index(slot)
-            )
         at_end = gl.where(turn < turns, LAST, LAST | FINAL)
-        for i in range(count):
+        todo = gl.where((span.partial > 0) | (kind == 0), MASKED, 0) | gl.where(count == 1, at_end, 0)
+        _load_keys(k, item.other_row, head_k, first, todo, kind, step, ring, tiles, STAGES)
+        if done > 0:
+            _load_values(v, v_row, v_head, v_first, step - 1, ring, tiles, STAGES)
+        # Last, since consumers may wait for those values before they leave the slots.
+        _load_queries(q, out, done, head, item, span, ring, call, tiles)
+        v_row, v_head, v_first = gl.to_tensor(item.other_row), head_k, first
+        step += 1
+        first, kind = _block(call, span, grid_row, gl.minimum(1, count - 1), tiles)
+        for i in range(1, count):
             todo = gl.where((i < span.partial) | (kind == 0), MASKED, 0) | gl.where(i == count - 1, at_end, 0)
-            stage, phase = step % STAGES, (step // STAGES) & 1
-            mbarrier.wait(ring.k_empty.index(stage), phase ^ 1)
-            _write(ring.block_notes, stage * BLOCK_NOTES, first)
-            _write(ring.block_notes, stage * BLOCK_NOTES + 1, todo)
-            _write(ring.block_notes, stage * BLOCK_NOTES + 2, kind)
-            mbarrier.expect(ring.k_full.index(stage), tiles.n * tiles.d * 2)
-            tma.async_copy_global_to_shared(
-                k, [item.other_row, head_k, first, 0], ring.k_full.index(stage), ring.k_tiles.index(stage)
-            )
-            mbarrier.wait(ring.v_empty.index(stage), phase ^ 1)
-            mbarrier.expect(ring.v_full.index(stage), tiles.n * tiles.d * 2)
-            tma.async_copy_global_to_shared(
-                v, [item.other_row, head_k, first, 0], ring.v_full.index(stage), ring.v_tiles.index(stage)
-            )
+            _load_keys(k, item.other_row, head_k, first, todo, kind, step, ring, tiles, STAGES)
+            _load_values(v, item.other_row, head_k, v_first, step - 1, ring, tiles, STAGES)
+            v_first = first
+            step += 1
             # On its way while the next round waits.
             first, kind = _block(call, span, grid_row, gl.minimum(i + 1, count - 1), tiles)
-            step += 1
         done += 1
+    if done > 0:
+        _load_values(v, v_row, v_head, v_first, step - 1, ring, tiles, STAGES)
     _empty_slots(out, ring, done, call, tiles)
     _empty_slots(out, ring, done + 1, call, tiles)
 

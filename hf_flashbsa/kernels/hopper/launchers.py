@@ -54,8 +54,8 @@ def launch_forward(options: dict, launch, q, k, v, out, lse, extras: Extras, par
         forward_kernel, (min(total, _multiprocessors(q.device)) if resident else total,),
         _descriptor(q, ROWS.value), _descriptor(k, options["BLOCK_N"]), _descriptor(v, options["BLOCK_N"]),
         _descriptor(out, ROWS.value), operand_of(out), lse, extras.sinks, extras.work_q,
-        *rules_of(lists, extras, params), params.diagonal, heads, heads // heads_k, len_q, len_k, tiles, total, HEAD_DIM=dim, LISTED=params.block_size,
-        WIDTH=width_of(lists), **options, **OPTIONS,
+        *rules_of(lists, extras, params), params.diagonal, heads, heads // heads_k, len_q, len_k, tiles, total,
+        HEAD_DIM=dim, LISTED=params.block_size, WIDTH=width_of(lists), **options, **OPTIONS,
     )  # fmt: skip
 
 
