@@ -26,11 +26,11 @@ from hf_flashbsa.kernels.primitives import (
     Item,
     Rules,
     Tiles,
-    allowed,
     block_pointer,
     dropout_keep,
     dropout_words,
     log2_factor,
+    related,
     shown,
     work_item,
 )
@@ -300,9 +300,16 @@ def _hide(s, rules, head, item, first, kind, S: gl.constexpr, tiles: gl.constexp
     """The scores of a block, -inf where they do not exist."""
     rows = item.begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
     keys = first + gl.arange(0, tiles.n, layout=gl.SliceLayout(0, S))
-    inside = (rows < item.end)[:, None] & ((keys >= item.lo) & (keys < item.hi))[None, :]
-    ok = allowed(rules, item.row, item.other_row, head, rows[:, None], keys[None, :], inside, item.diagonal)
-    s = gl.where(ok & (kind > 0), s, float("-inf"))
+    # Of each row the first key and that behind the last: two comparisons per score.
+    low, high = gl.full([ROWS], item.lo, gl.int32, rows.type.layout), item.hi
+    if rules.mask.window_left is not None:
+        low = gl.maximum(low, rows + (item.diagonal - rules.mask.window_left))
+    if rules.mask.window_right is not None:
+        high = gl.minimum(high, rows + (item.diagonal + rules.mask.window_right + 1))
+    high = gl.where((rows < item.end) & (kind > 0), high, low)
+    inside = (keys[None, :] >= low[:, None]) & (keys[None, :] < high[:, None])
+    ok = related(rules, item.row, item.other_row, head, rows[:, None], keys[None, :], inside)
+    s = gl.where(ok, s, float("-inf"))
     if tiles.listed > 0:
         if rules.blocks.masks is not None:
             if kind > 1:
