@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS, Call, clear, first_key, span_met, store_tile, visits
+from hf_flashbsa.kernels.hopper.turns import next_turn, tile_at, turns_of
 from hf_flashbsa.kernels.primitives import (
     LN2,
     LOG2E,
@@ -32,7 +33,6 @@ from hf_flashbsa.kernels.primitives import (
     log2_factor,
     related,
     shown,
-    work_item,
 )
 
 
@@ -102,49 +102,6 @@ def _noted_tile(notes, slot, call):
         other_row, diagonal = _read(notes, place + 6), _read(notes, place + 7)
         query_origin, key_origin = _read(notes, place + 8), _read(notes, place + 9)
     return head, Item(row, begin, end, other_row, lo, lo, hi, hi, diagonal, query_origin, key_origin)
-
-
-@gluon.jit
-def _item(call, turn, tiles: gl.constexpr):
-    """The head and tile of this program's `turn`-th turn. Every other round of programs runs backwards, which evens
-    out long and short tiles."""
-    programs = gl.num_programs(0)
-    place = gl.program_id(0)
-    place = turn * programs + gl.where(turn % 2 == 1, programs - 1 - place, place)
-    place = gl.minimum(place, call.total - 1)
-    head = (place // call.num_tiles) % call.heads
-    tile = place % call.num_tiles
-    if call.work is None:
-        tile = call.num_tiles - 1 - tile
-    batch = place // (call.num_tiles * call.heads)
-    return head, work_item(call.work, tile, batch, call.len_q, call.len_k, call.diagonal, tiles.m)
-
-
-@gluon.jit
-def _next_turn(call, turn, tiles: gl.constexpr):
-    """The first turn from `turn` on whose tile has rows, or that behind the last one."""
-    turn = gl.to_tensor(turn)
-    if call.work is not None:
-        turns = _turns(call)
-        while (turn < turns) & _is_empty(call, turn, tiles):
-            turn += 1
-    return turn
-
-
-@gluon.jit
-def _is_empty(call, turn, tiles: gl.constexpr):
-    _, item = _item(call, turn, tiles)
-    return item.begin >= item.end
-
-
-@gluon.jit
-def _turns(call):
-    """How many tiles this program has."""
-    programs = gl.num_programs(0)
-    rest = call.total % programs
-    turns = call.total // programs
-    place = gl.program_id(0)
-    return turns + (gl.where(turns % 2 == 1, programs - 1 - place, place) < rest).to(gl.int32)
 
 
 @gluon.jit
@@ -227,10 +184,10 @@ def _load(q, k, v, out, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
     """
     step, done = gl.to_tensor(0), gl.to_tensor(0)
     v_row, v_head, v_first = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
-    turn, turns = _next_turn(call, 0, tiles), _turns(call)
+    turn, turns = next_turn(call, 0, tiles), turns_of(call)
     while turn < turns:
-        head, item = _item(call, turn, tiles)
-        turn = _next_turn(call, turn + 1, tiles)
+        head, item = tile_at(call, turn, tiles)
+        turn = next_turn(call, turn + 1, tiles)
         span, count = _span(call, item, head, tiles)
         head_k = head // call.group
         grid_row = 0
@@ -346,7 +303,7 @@ def _compute(part: gl.constexpr, rows_out, lse, sinks, ring, call, tiles: gl.con
     # Triton loses changes of a variable that enters a loop as the value of another one.
     step, done, todo = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(LAST)
     begun = gl.to_tensor(0)
-    running = _next_turn(call, 0, tiles) < _turns(call)
+    running = next_turn(call, 0, tiles) < turns_of(call)
     while running:
         live = (todo & FINAL) == 0
         fresh = (todo & LAST) != 0
