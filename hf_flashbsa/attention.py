@@ -80,7 +80,7 @@ def attention(
             (gpt-oss). Part of `lse`.
         softmax_scale: factor >= 0; default `1 / sqrt(D)`.
         softcap: `s -> softcap * tanh(s / softcap)` on the scaled scores (Gemma 2), > 0.
-        dropout_p: probability in [0, 1) to drop a weight, in steps of 2**-31; kept weights are divided by the
+        dropout_p: probability in [0, 1) to drop a weight, in steps of 2**-16; kept weights are divided by the
             keep probability. The mask is a function of torch's generator
             state, of batch row, head and query row, and of the key's place in its sequence: the same on every
             back end.

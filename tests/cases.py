@@ -284,7 +284,7 @@ def expected(problem: Problem, case: Case, dtype: torch.dtype | None, seed: int 
     if case.dropout_p > 0.0:
         torch.manual_seed(seed)
         drawn = torch.randint(torch.iinfo(torch.int64).max, (1,), dtype=torch.int64, device=problem.q.device)
-        keep, dropout_p = dropout_keep(problem, case, drawn), drop_threshold(case.dropout_p) / 2**32
+        keep, dropout_p = dropout_keep(problem, case, drawn), drop_threshold(case.dropout_p) / 2**16
     out, lse = reference_attention(
         problem.q, problem.k, problem.v, problem.spec, **problem.options, dropout_p=dropout_p, keep=keep, dtype=dtype
     )

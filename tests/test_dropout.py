@@ -10,7 +10,8 @@ import triton.language as tl
 from hf_flashbsa.kernels import dropout
 from hf_flashbsa.kernels.arguments import _as_int32
 from hf_flashbsa.kernels.dropout import drop_threshold, keep_mask, keep_scale
-from hf_flashbsa.kernels.primitives import Score, dropout_keep, dropout_words
+from hf_flashbsa.kernels.primitives import dropout_keep, dropout_words
+from hf_flashbsa.kernels.records import Score
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEEDS = (0, 1, 0x9E3779B97F4A7C15 >> 1, 2**63 - 1)
@@ -32,9 +33,10 @@ def drawn(seed: int, batch_head: int, query: int, begin: int, end: int, rounds: 
     pad, factor, _, _ = philox4x32((query, batch_head, 0, 0), (seed % 2**32, seed >> 32), rounds)
     values = []
     for place in range(begin, end):
-        x = place * 0x9E3779B9 % 2**32
+        x = (place - 8 if place // 8 % 2 else place) * 0x9E3779B9 % 2**32
         x = ((x ^ x >> 16) ^ pad) * (factor | 1) % 2**32
-        values.append((x ^ x >> 15) * 0x846CA68B % 2**32)
+        x = (x ^ x >> 15) * 0x846CA68B % 2**32
+        values.append(x >> 16 if place // 8 % 2 else x % 2**16)
     return values
 
 
@@ -75,14 +77,16 @@ def test_triton_keeps_the_same(seed):
     def kernel(seed, out, batch_head, query, begin, threshold, N: tl.constexpr):
         score = Score(1.0, None, None, None, None, seed, threshold, 1.0)
         pad, factor = dropout_words(score, batch_head, query + tl.arange(0, 2))
-        keep = dropout_keep(score, pad[:, None], factor[:, None], (begin + tl.arange(0, N))[None, :])
+        keep = dropout_keep(score, pad[:, None], factor[:, None], begin, tl.arange(0, N)[None, :])
         tl.store(out + tl.arange(0, 2)[:, None] * N + tl.arange(0, N)[None, :], keep.to(tl.int8))
 
     for batch_head, query, begin, _ in POSITIONS:
-        query, begin = min(query, 2**31 - 2), min(begin, 2**31 - 128)
+        query, begin = min(query, 2**31 - 2), min(begin, 2**31 - 128) // 16 * 16
         for threshold in (drop_threshold(0.1), drop_threshold(0.5), drop_threshold(0.9)):
             out = torch.zeros(2, 128, dtype=torch.int8, device=DEVICE)
-            kernel[(1,)](torch.tensor([seed], device=DEVICE), out, batch_head, query, begin, _as_int32(threshold), 128)
+            kernel[(1,)](
+                torch.tensor([seed], device=DEVICE), out, batch_head, query, begin, _as_int32(threshold << 16), 128
+            )
             at = torch.tensor([batch_head]), torch.arange(query, query + 2)
             want = keep_mask(torch.tensor([seed]), threshold, *at, (begin, begin + 128))[0]
             assert torch.equal(out.cpu() != 0, want)
@@ -138,9 +142,10 @@ class TestLooksLikeChance:
         assert abs((z**2).mean().item() - 1) < 0.01 and z.abs().max().item() < 7
 
 
-def test_patterns_of_eight_keys_are_equally_likely():
+@pytest.mark.parametrize("keys", [range(8), range(8, 16), (0, 8, 1, 9, 2, 10, 3, 11)], ids=["low", "high", "pairs"])
+def test_patterns_of_eight_keys_are_equally_likely(keys):
     kept = keep_mask(torch.tensor([5]), drop_threshold(0.5), torch.arange(4), torch.arange(512), (0, 1024))
-    bits = (kept.unflatten(-1, (-1, 8)) * 2 ** torch.arange(8)).sum(-1)
+    bits = (kept.unflatten(-1, (-1, 16))[..., list(keys)] * 2 ** torch.arange(8)).sum(-1)
     counts = torch.bincount(bits.flatten(), minlength=256)
     expected = counts.sum().item() / 256
     # 255 degrees of freedom: mean 255, standard deviation 22.6.
@@ -150,7 +155,7 @@ def test_patterns_of_eight_keys_are_equally_likely():
 @pytest.mark.parametrize("p", [1e-12, 1e-6, 0.1, 0.17, 0.5, 0.9999, 1 - 1e-12])
 def test_threshold(p):
     threshold = drop_threshold(p)
-    assert 0 < threshold < 2**32 and threshold % 2 == 1
-    assert abs(threshold / 2**32 - p) <= 2**-31
-    assert keep_scale(threshold) == pytest.approx(1 / (1 - threshold / 2**32))
+    assert 0 < threshold < 2**16
+    assert abs(threshold / 2**16 - p) <= 2**-16
+    assert keep_scale(threshold) == pytest.approx(1 / (1 - threshold / 2**16))
     assert drop_threshold(0.0) == 0

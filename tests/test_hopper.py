@@ -43,7 +43,7 @@ PORTABLE = {
     ("packed", 64, "dq"),
     ("packed", 64, "dkdv"),
 }
-PORTABLE |= {(kind, 64, "forward") for kind in ("plain", "window", "dropout", "grouped", "layout-packed")}
+PORTABLE |= {(kind, 64, "forward") for kind in ("dropout", "layout-packed")}
 
 
 def call(kind: str, head_dim: int) -> None:

@@ -7,7 +7,8 @@ import functools
 import torch
 
 from hf_flashbsa.kernels.dropout import keep_scale
-from hf_flashbsa.kernels.primitives import WORK_TILE, Blocks, Mask, Matrix, Operand, Rules, Score
+from hf_flashbsa.kernels.primitives import WORK_TILE
+from hf_flashbsa.kernels.records import Blocks, Mask, Matrix, Operand, Rules, Score
 from hf_flashbsa.kernels.state import Extras, Params
 
 #: Stands in for a scale of 0, whose product with a hidden score's -inf would be NaN.
@@ -74,7 +75,7 @@ def score_of(extras: Extras, params: Params) -> Score:
         bias_len_q=None if extras.bias is None else extras.bias.shape[2],
         bias_len_k=None if extras.bias is None else extras.bias.shape[3],
         seed=extras.seed if dropout else None,
-        drop_threshold=_as_int32(params.drop_threshold) if dropout else None,
+        drop_threshold=_as_int32(params.drop_threshold << 16) if dropout else None,
         keep_scale=keep_scale(params.drop_threshold) if dropout else None,
     )
 

@@ -11,8 +11,6 @@ import triton
 import triton.language as tl
 
 from hf_flashbsa.kernels.primitives import (
-    Rules,
-    Tiles,
     bias_tile,
     block_pointer,
     dot,
@@ -30,6 +28,7 @@ from hf_flashbsa.kernels.primitives import (
     visible,
     work_item,
 )
+from hf_flashbsa.kernels.records import Rules, Tiles
 from hf_flashbsa.kernels.rows import begin_rows, finish_rows, read_rows
 
 
@@ -66,7 +65,8 @@ def _dkdv_block(
     dp = dot(v_tile, tl.trans(do_block))
     p_kept = p
     if rules.score.seed is not None:
-        keep = dropout_keep(rules.score, rows.pad[None, :], rows.factor[None, :], (keys - item.key_origin)[:, None])
+        first, offsets = item.begin - item.key_origin, tl.arange(0, tiles.n)[:, None]
+        keep = dropout_keep(rules.score, rows.pad[None, :], rows.factor[None, :], first, offsets)
         p_kept = tl.where(keep, p * rules.score.keep_scale, 0.0)
         dp = tl.where(keep, dp * rules.score.keep_scale, 0.0)
     dv = dot(p_kept.to(do_block.dtype), do_block, dv)
@@ -139,7 +139,8 @@ def _score_gradient(
     p = tl.math.exp2(s * log2_factor(rules) - rows.lse[:, None])
     dp = dot(do_tile, tl.trans(v_block))
     if rules.score.seed is not None:
-        keep = dropout_keep(rules.score, rows.pad[:, None], rows.factor[:, None], (keys - key_origin)[None, :])
+        offsets = tl.arange(0, tiles.n)[None, :]
+        keep = dropout_keep(rules.score, rows.pad[:, None], rows.factor[:, None], n0 - key_origin, offsets)
         dp = tl.where(keep, dp * rules.score.keep_scale, 0.0)
     return p * (dp - rows.delta[:, None]), slope
 

@@ -2,13 +2,15 @@
 
 Each query has two 32-bit words of its own: the first two that Philox4x32 with 7 rounds (Salmon et al., "Parallel
 random numbers: as easy as 1, 2, 3", SC 2011), keyed by the 64-bit seed, gives for the counter
-`(query, batch * heads + head, 0, 0)`. A multiplicative hash under these two, a pad and a factor, then draws a 32-bit
-number for each key of the query (`_draw`), and the weight is dropped when it is below the threshold.
+`(query, batch * heads + head, 0, 0)`. A multiplicative hash under these two, a pad and a factor, then draws 32 bits
+for every two keys of the query, 16 for each (`_draw`). A weight is dropped when its number is below the threshold.
 
 Philox for every weight is many times as many instructions, and several weights to a Philox counter would tie the mask
-to a layout of threads. The hash is a handful of instructions on a weight's own indices, wherever it is held; tests
-hold its rates and correlations against what chance gives. Query, batch row and head are absolute, the key counts from
-the first of its sequence. The Triton kernels draw the same numbers (`primitives.dropout_keep`).
+to a layout of threads. The hash is a handful of instructions on a weight's own indices, wherever it is held. The two
+keys of a draw are 8 apart, because matrix instructions give a thread such pairs, whether keys run along rows or along
+columns: there the draw is made once. Tests hold rates and correlations against what chance gives. Query, batch row and
+head are absolute, the key counts from the first of its sequence. The Triton kernels draw the same numbers
+(`primitives.dropout_keep`).
 """
 
 from __future__ import annotations
@@ -19,16 +21,17 @@ ROUNDS = 7
 #: Multipliers of the hash of keys: odd, with bits spread out. The first is 2**32 divided by the golden ratio.
 KEY_FACTOR = 0x9E3779B9
 LAST_FACTOR = 0x846CA68B
-_RANGE = 1 << 32
-_LOW = _RANGE - 1
+#: Keys that differ in this bit alone share a draw.
+PAIR = 8
+_RANGE = 1 << 16
+_LOW = (1 << 32) - 1
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 
 def drop_threshold(dropout_p: float) -> int:
-    """The number of 32-bit values that drop a weight. A positive probability never rounds to 0 or 1."""
-    # Odd, so that Triton compiles one kernel for all probabilities (it has a variant for multiples of 16).
-    return 0 if dropout_p == 0.0 else min(int(dropout_p * _RANGE), _RANGE - 1) | 1
+    """The number of 16-bit values that drop a weight. A positive probability never rounds to 0 or 1."""
+    return 0 if dropout_p == 0.0 else min(max(round(dropout_p * _RANGE), 1), _RANGE - 1)
 
 
 def keep_scale(threshold: int) -> float:
@@ -70,10 +73,11 @@ def _row_words(
 
 
 def _draw(pad: torch.Tensor, factor: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """The number `(..., Sq, keys)` below 2**32 of each weight."""
-    x = (keys * KEY_FACTOR) & _LOW
+    """The number `(..., Sq, keys)` below 2**16 of each weight."""
+    x = ((keys & ~PAIR) * KEY_FACTOR) & _LOW
     x = ((x ^ (x >> 16)) ^ pad[..., None]) * factor[..., None] & _LOW
-    return (x ^ (x >> 15)) * LAST_FACTOR & _LOW
+    x = (x ^ (x >> 15)) * LAST_FACTOR
+    return torch.where((keys & PAIR) == 0, x, x >> 16) & (_RANGE - 1)
 
 
 def _multiply(a: torch.Tensor, b: int) -> tuple[torch.Tensor, torch.Tensor]:

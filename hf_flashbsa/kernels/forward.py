@@ -8,8 +8,6 @@ import triton.language as tl
 from hf_flashbsa.kernels.primitives import (
     LN2,
     LOG2E,
-    Rules,
-    Tiles,
     bias_tile,
     dot,
     dropout_keep,
@@ -27,6 +25,7 @@ from hf_flashbsa.kernels.primitives import (
     visible,
     work_item,
 )
+from hf_flashbsa.kernels.records import Rules, Tiles
 
 
 @triton.jit
@@ -62,7 +61,8 @@ def _attend(
     p = tl.math.exp2(s * to_log2 - pivot[:, None])
     total = tl.sum(p, 1)
     if rules.score.seed is not None:
-        keep = dropout_keep(rules.score, pad[:, None], factor[:, None], (keys - item.key_origin)[None, :])
+        offsets = tl.arange(0, tiles.n)[None, :]
+        keep = dropout_keep(rules.score, pad[:, None], factor[:, None], n0 - item.key_origin, offsets)
         p = tl.where(keep, p, 0.0)
     shrink = tl.math.exp2(row_max - pivot)
     row_sum = row_sum * shrink + total

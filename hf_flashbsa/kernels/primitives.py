@@ -10,12 +10,11 @@ Scores are held in the layout of the loop that uses them: queries by keys, or wi
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 
 from hf_flashbsa.kernels import dropout
+from hf_flashbsa.kernels.records import Head, Item, Span
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -26,144 +25,7 @@ WORK_COLUMNS: tl.constexpr = tl.constexpr(11)
 PHILOX_ROUNDS: tl.constexpr = tl.constexpr(dropout.ROUNDS)
 KEY_FACTOR: tl.constexpr = tl.constexpr(dropout.KEY_FACTOR)
 LAST_FACTOR: tl.constexpr = tl.constexpr(dropout.LAST_FACTOR)
-
-
-class Operand(NamedTuple):
-    """A `(batch, heads, length, dim)` tensor whose last dimension is contiguous."""
-
-    ptr: object
-    stride_b: object
-    stride_h: object
-    stride_s: object
-
-
-class Head(NamedTuple):
-    """One head of an Operand: pointer to its row 0, and the distance between rows."""
-
-    base: object
-    stride: object
-
-
-class Tiles(NamedTuple):
-    """Compile-time sizes of a kernel: blocks of queries and keys, head dims, and the powers of 2 that hold them;
-    then, where `Blocks` are given, their size, and the power of 2 that holds the longest list.
-    """
-
-    m: object
-    n: object
-    head_dim: object
-    head_dim_v: object
-    d: object
-    dv: object
-    listed: object
-    width: object
-
-
-class Matrix(NamedTuple):
-    """A `(batch, heads, queries, keys)` tensor with any strides, 0 where it is broadcast. None stands for no tensor.
-
-    Kernels take it as an argument of its own: within another tuple, Triton 3.6 loses strides of 1.
-    """
-
-    ptr: object
-    stride_b: object
-    stride_h: object
-    stride_q: object
-    stride_k: object
-
-
-class Blocks(NamedTuple):
-    """The blocks of a BlockLayout that one side visits, in place of ranges.
-
-    `lists` is `(batch, heads, rows, width)`: the number of full blocks of a row, that of all listed blocks, and their
-    indices, full ones first, both groups ascending. `grid` is that of the layout, `masks` its `mask_words`, None where
-    no block is partial. Strides of batch and head are 0 where they are shared.
-    """
-
-    lists: object
-    stride_b: object
-    stride_h: object
-    stride_row: object
-    grid: object
-    grid_stride_b: object
-    grid_stride_h: object
-    grid_stride_q: object
-    masks: object
-
-
-class Mask(NamedTuple):
-    """What hides scores. Every field may be None; segment ids are `(batch, length)`, the strides their batch's."""
-
-    window_left: object
-    window_right: object
-    segment_ids_q: object
-    segment_ids_k: object
-    ids_stride_q: object
-    ids_stride_k: object
-
-
-class Score(NamedTuple):
-    """How a score is made of a product of query and key, and which weights are dropped (None: not at all).
-
-    Bias values up to `bias_hidden` hide the key, and so do places beyond `bias_len_*`. `drop_threshold` is that of
-    dropout.py, its 32 bits read as a signed number; `keep_scale` is what kept weights are multiplied with.
-    """
-
-    scale: object
-    softcap: object
-    bias_hidden: object
-    bias_len_q: object
-    bias_len_k: object
-    seed: object
-    drop_threshold: object
-    keep_scale: object
-
-
-class Rules(NamedTuple):
-    """Everything that says which scores exist and what they are; `blocks` are None where `Tiles.listed` is 0."""
-
-    mask: object
-    dense: object
-    blocks: object
-    score: object
-    bias: object
-
-
-class Item(NamedTuple):
-    """A tile of work: own rows `[begin, end)` of batch row `row` against `[lo, hi)` of `other_row`."""
-
-    row: object
-    begin: object
-    end: object
-    other_row: object
-    lo: object
-    full_lo: object
-    full_hi: object
-    hi: object
-    diagonal: object
-    query_origin: object
-    key_origin: object
-
-
-class Span(NamedTuple):
-    """What a tile visits, in steps of a kernel's block: `partial` blocks that need masking, then the full ones.
-
-    Positions count along the rows themselves, or along the listed blocks laid end to end (`place_of` tells the row).
-    Those of the full blocks are `[full_begin, full_end)`. Of the partial ones, `left` lie before them from `begin`
-    on, `right - left` behind them, and the rest from `listed` on. No row outside `[lo, hi)` is met.
-    """
-
-    begin: object
-    left: object
-    right: object
-    partial: object
-    full_begin: object
-    full_end: object
-    listed: object
-    lo: object
-    hi: object
-    index: object
-    origin: object
+PAIR: tl.constexpr = tl.constexpr(dropout.PAIR)
 
 
 @triton.jit
@@ -224,13 +86,15 @@ def span_of(item, rules, head, entries, tiles: tl.constexpr, TRANSPOSED: tl.cons
     has_full = rules.dense.ptr is None  # a dense mask leaves no block without masking
     first_block = lo
     if rules.bias.ptr is not None:
-        # Full blocks are those that the bias reaches as well, and they lie as `bias_tile` expects.
+        # Full blocks are those that the bias reaches as well.
         if TRANSPOSED:
             own_reach, reach = rules.score.bias_len_k, rules.score.bias_len_q
         else:
             own_reach, reach = rules.score.bias_len_q, rules.score.bias_len_k
         has_full = has_full & (item.end - item.begin == OWN) & (item.end - own_origin <= own_reach)
         full_hi = tl.minimum(full_hi, other_origin + reach)
+    if (rules.bias.ptr is not None) or (rules.score.seed is not None):
+        # Where `bias_tile` and `dropout_keep` expect blocks to begin.
         first_block = tl.where(lo < hi, other_origin + (lo - other_origin) // BLOCK * BLOCK, lo)
     if tiles.listed == 0:
         begin, end = first_block, hi
@@ -498,11 +362,15 @@ def dropout_words(score, batch_head, queries):
 
 
 @triton.jit
-def dropout_keep(score, pad, factor, places):
-    """Weights that dropout keeps, given broadcastable words of the queries and places of the keys."""
-    x = places.to(tl.uint32) * KEY_FACTOR
+def dropout_keep(score, pad, factor, first, offsets):
+    """Weights that dropout keeps, given broadcastable words of the queries, and of the keys the place of the first, a
+    multiple of 16 (`span_of`), and the offsets from there."""
+    # From offsets alone, so that the compiler sees which keys share a draw.
+    half = offsets & PAIR
+    x = (first + (offsets - half)).to(tl.uint32) * KEY_FACTOR
     x = ((x ^ (x >> 16)) ^ pad) * factor
     x = (x ^ (x >> 15)) * LAST_FACTOR
+    x = x << (16 - 2 * half).to(tl.uint32)
     return x >= tl.cast(score.drop_threshold, tl.uint32)
 
 

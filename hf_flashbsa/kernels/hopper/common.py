@@ -8,7 +8,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from hf_flashbsa.kernels.primitives import Span, partial_position, place_of, span_of
+from hf_flashbsa.kernels.primitives import partial_position, place_of, span_of
+from hf_flashbsa.kernels.records import Span
 
 #: Rows of a consumer, a warpgroup: those of a wgmma product. A tile has two of them.
 ROWS = gl.constexpr(64)

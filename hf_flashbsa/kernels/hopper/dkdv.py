@@ -30,8 +30,6 @@ from hf_flashbsa.kernels.hopper.common import (
     wait_for,
 )
 from hf_flashbsa.kernels.primitives import (
-    Rules,
-    Tiles,
     dropout_keep,
     log2_factor,
     logits,
@@ -40,6 +38,7 @@ from hf_flashbsa.kernels.primitives import (
     visible,
     work_item,
 )
+from hf_flashbsa.kernels.records import Rules, Tiles
 
 
 class Ring(NamedTuple):
@@ -203,7 +202,8 @@ def _weights(i, begin, head, first, s, job, rules, ring, tiles: gl.constexpr):
     if rules.score.seed is not None:
         pad = _row_word(i, 2, ring, COLUMNS).to(gl.uint32, bitcast=True)
         factor = _row_word(i, 3, ring, COLUMNS).to(gl.uint32, bitcast=True)
-        keep = dropout_keep(rules.score, pad[None, :], factor[None, :], (keys - item.key_origin)[:, None])
+        offsets = gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout))[:, None]
+        keep = dropout_keep(rules.score, pad[None, :], factor[None, :], begin - item.key_origin, offsets)
         p = gl.where(keep, p, -p)
     return p, slope
 

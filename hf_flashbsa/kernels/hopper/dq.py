@@ -33,15 +33,8 @@ from hf_flashbsa.kernels.hopper.common import (
     visits,
     wait_for,
 )
-from hf_flashbsa.kernels.primitives import (
-    Rules,
-    Tiles,
-    dropout_keep,
-    log2_factor,
-    logits,
-    visible,
-    work_item,
-)
+from hf_flashbsa.kernels.primitives import dropout_keep, log2_factor, logits, visible, work_item
+from hf_flashbsa.kernels.records import Rules, Tiles
 from hf_flashbsa.kernels.rows import begin_rows, finish_rows
 
 
@@ -172,8 +165,8 @@ def _weights(i, begin, first, s, job, rules, rows, tiles: gl.constexpr):
 def _gradient(first, p, dp, slope, item, score, rows):
     """Gradient of the scaled scores of the block from key `first` on."""
     if score.seed is not None:
-        keys = first - item.key_origin + gl.arange(0, p.shape[1], layout=gl.SliceLayout(0, p.type.layout))
-        keep = dropout_keep(score, rows.pad[:, None], rows.factor[:, None], keys[None, :])
+        offsets = gl.arange(0, p.shape[1], layout=gl.SliceLayout(0, p.type.layout))[None, :]
+        keep = dropout_keep(score, rows.pad[:, None], rows.factor[:, None], first - item.key_origin, offsets)
         dp = gl.where(keep, dp * score.keep_scale, 0.0)
     return p * (dp - rows.delta[:, None]) * slope
 
