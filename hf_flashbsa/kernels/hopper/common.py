@@ -88,10 +88,12 @@ def clear(tile, first, lo, hi, ROWS: gl.constexpr, DIM: gl.constexpr):
     # Consumers have no registers left for all rows at once.
     PIECE: gl.constexpr = 32
     for i in gl.static_range(ROWS // PIECE):
-        piece = tile.slice(i * PIECE, PIECE)
-        values = piece.load(LAYOUT)
-        rows = first + i * PIECE + gl.arange(0, PIECE, layout=gl.SliceLayout(1, LAYOUT))
-        piece.store(gl.where(((rows >= lo) & (rows < hi))[:, None], values, gl.zeros_like(values)))
+        begin = first + i * PIECE
+        if (begin < lo) | (begin + PIECE > hi):
+            piece = tile.slice(i * PIECE, PIECE)
+            values = piece.load(LAYOUT)
+            rows = begin + gl.arange(0, PIECE, layout=gl.SliceLayout(1, LAYOUT))
+            piece.store(gl.where(((rows >= lo) & (rows < hi))[:, None], values, gl.zeros_like(values)))
     fence_async_shared()
     barrier()
 

@@ -339,7 +339,8 @@ def _compute(part: gl.constexpr, rows_out, lse, sinks, ring, call, tiles: gl.con
             if (todo & MASKED) != 0:
                 head, item = _noted_tile(ring.tile_notes, q_slot, call)
                 s = _hide(s, rules, head, item, first, kind, S, tiles)
-                if (first < item.lo) | (first + tiles.n > item.hi):
+                # What TMA brings from beyond the tensor is 0.
+                if (first < item.lo) | (gl.minimum(first + tiles.n, call.len_k) > item.hi):
                     mbarrier.wait(ring.v_full.index(stage), phase)
                     values = ring.v_tiles.index(stage).reshape([tiles.n, tiles.d])
                     clear(values, first, item.lo, item.hi, tiles.n, tiles.d)
