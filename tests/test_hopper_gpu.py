@@ -17,7 +17,8 @@ pytestmark = [
         not torch.cuda.is_available() or not tuning.is_hopper(torch.device("cuda")), reason="needs a Hopper GPU"
     ),
 ]
-LENGTH = 1536
+#: The last tile is cut short.
+LENGTH = 1500
 
 
 @pytest.fixture(params=[1, 3, 132])
@@ -50,6 +51,11 @@ SPECS = {
     "causal": lambda: AttentionSpec(causal=True),
     "window": lambda: AttentionSpec(causal=True, window_size=(300, None)),
     "lengths": lambda: AttentionSpec(seqlens_k=torch.tensor([LENGTH, 77], device="cuda")),
+    "lengths of queries": lambda: AttentionSpec(
+        causal=True,
+        seqlens_q=torch.tensor([70, LENGTH - 3], device="cuda"),
+        seqlens_k=torch.tensor([70, LENGTH - 3], device="cuda"),
+    ),
     "packed": lambda: AttentionSpec(causal=True, **packed()),
     "layout": lambda: AttentionSpec(layout=layout((0, 0, 1))),
     "layout of partial blocks": lambda: AttentionSpec(layout=layout((0, 2, 3, 4))),

@@ -226,13 +226,21 @@ def visible(
 @triton.jit
 def allowed(rules, row_q, row_k, head, queries, keys, inside, diagonal):
     """What `visible` says, but for the masks of partial blocks."""
-    mask, dense = rules.mask, rules.dense
+    mask = rules.mask
     ok = inside
     ahead = keys - queries - diagonal
     if mask.window_right is not None:
         ok = ok & (ahead <= mask.window_right)
     if mask.window_left is not None:
         ok = ok & (ahead >= -mask.window_left)
+    return related(rules, row_q, row_k, head, queries, keys, ok)
+
+
+@triton.jit
+def related(rules, row_q, row_k, head, queries, keys, inside):
+    """What `allowed` says of scores `inside` of the window."""
+    mask, dense = rules.mask, rules.dense
+    ok = inside
     if mask.segment_ids_k is not None:
         id_k = tl.load(mask.segment_ids_k + tl.cast(row_k, tl.int64) * mask.ids_stride_k + keys, mask=inside, other=-1)
         if mask.segment_ids_q is not None:

@@ -88,10 +88,12 @@ def clear(tile, first, lo, hi, ROWS: gl.constexpr, DIM: gl.constexpr):
     # Consumers have no registers left for all rows at once.
     PIECE: gl.constexpr = 32
     for i in gl.static_range(ROWS // PIECE):
-        piece = tile.slice(i * PIECE, PIECE)
-        values = piece.load(LAYOUT)
-        rows = first + i * PIECE + gl.arange(0, PIECE, layout=gl.SliceLayout(1, LAYOUT))
-        piece.store(gl.where(((rows >= lo) & (rows < hi))[:, None], values, gl.zeros_like(values)))
+        begin = first + i * PIECE
+        if (begin < lo) | (begin + PIECE > hi):
+            piece = tile.slice(i * PIECE, PIECE)
+            values = piece.load(LAYOUT)
+            rows = begin + gl.arange(0, PIECE, layout=gl.SliceLayout(1, LAYOUT))
+            piece.store(gl.where(((rows >= lo) & (rows < hi))[:, None], values, gl.zeros_like(values)))
     fence_async_shared()
     barrier()
 
@@ -114,12 +116,11 @@ def load_rows(x, row, head, begin, end, DIM: gl.constexpr):
 
 
 @gluon.jit
-def store_rows(x, row, head, begin, end, values, DIM: gl.constexpr):
-    """Writes 64 rows from `begin` on of an Operand, those before `end`."""
+def store_tile(x, row, head, begin, end, tile, DIM: gl.constexpr):
+    """Writes 64 rows in shared memory to those from `begin` on of an Operand, up to `end`."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // DIM, DIM // 8], [4, 1], [1, 0])
-    values = gl.convert_layout(values.to(x.ptr.dtype.element_ty), LAYOUT)
     pointers, live = _places(x, row, head, begin, end, LAYOUT, DIM)
-    gl.store(pointers, values, mask=live)
+    gl.store(pointers, tile.load(LAYOUT), mask=live)
 
 
 # ---- the backward kernels ----
@@ -196,6 +197,23 @@ def wait_for(stream, i):
 def tile_of(stream, i, BLOCK: gl.constexpr, DIM: gl.constexpr):
     """Block `i` of a stream."""
     return stream.tiles.index(i % stream.stages).reshape([BLOCK, DIM])
+
+
+@gluon.jit
+def send_rows(x, rows, length, row, head, begin, end, values, box, call, DIM: gl.constexpr):
+    """Starts to write 64 rows from `begin` on, by way of `box`, a held tile that is done with. `x` is a descriptor and
+    `rows` an Operand of the same tensor, of `length` rows."""
+    tile = box.reshape([ROWS, DIM])
+    tile.store(values.to(x.dtype))
+    place = begin
+    if call.work is not None:
+        if begin + ROWS > end:
+            # Rows of another sequence follow. Nothing is sent beyond the tensor.
+            store_tile(rows, row, head, begin, end, tile, DIM)
+            place = gl.to_tensor(length)
+    fence_async_shared()
+    barrier()
+    tma.async_copy_shared_to_global(x, [row, head, place, 0], box)
 
 
 @gluon.jit

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from hf_flashbsa.kernels.hopper.common import (
     CONSUMERS,
@@ -24,8 +24,8 @@ from hf_flashbsa.kernels.hopper.common import (
     fill,
     hold,
     release,
+    send_rows,
     span_met,
-    store_rows,
     tile_of,
     wait_for,
 )
@@ -53,6 +53,15 @@ class Ring(NamedTuple):
     do_stream: object
     row_words: object
     words: object
+
+
+class Gradients(NamedTuple):
+    """What a program writes: descriptors, and Operands of the same tensors."""
+
+    dk: object
+    dv: object
+    dk_rows: object
+    dv_rows: object
 
 
 class Job(NamedTuple):
@@ -300,7 +309,7 @@ def _late(dk, dv, k_tile, v_tile, zero, job, begin, ring, call, OPERAND: gl.cons
 
 
 @gluon.jit
-def _compute(part: gl.constexpr, dk_out, dv_out, ring, call, tiles: gl.constexpr, ROTATED: gl.constexpr):
+def _compute(part: gl.constexpr, out, ring, call, tiles: gl.constexpr, ROTATED: gl.constexpr):
     """A consumer: the `part`-th 64 keys of the tile. No product is left running at the end of a round."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tiles.m, 16])
     DK: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tiles.d, 16])
@@ -321,30 +330,37 @@ def _compute(part: gl.constexpr, dk_out, dv_out, ring, call, tiles: gl.constexpr
                 dk, dv = _rotated(dk, dv, k_tile, v_tile, zero, job, begin, ring, call, OPERAND, tiles)
             else:
                 dk, dv = _late(dk, dv, k_tile, v_tile, zero, job, begin, ring, call, OPERAND, tiles)
-        store_rows(dk_out, item.row, job.head_k, begin, item.end, dk * score.scale, tiles.d)
+        send_rows(
+            out.dk, out.dk_rows, call.len_k, item.row, job.head_k, begin, item.end, dk * score.scale,
+            ring.held.first.index(part), call, tiles.d,
+        )  # fmt: skip
         if score.seed is not None:
             dv = dv * score.keep_scale
-        store_rows(dv_out, item.row, job.head_k, begin, item.end, dv, tiles.d)
+        send_rows(
+            out.dv, out.dv_rows, call.len_k, item.row, job.head_k, begin, item.end, dv,
+            ring.held.second.index(part), call, tiles.d,
+        )  # fmt: skip
+        tma.store_wait(0)
 
 
 @gluon.jit
-def _consumer_0(dk, dv, ring, call, tiles: gl.constexpr, ROTATED: gl.constexpr):
-    _compute(0, dk, dv, ring, call, tiles, ROTATED)
+def _consumer_0(out, ring, call, tiles: gl.constexpr, ROTATED: gl.constexpr):
+    _compute(0, out, ring, call, tiles, ROTATED)
 
 
 @gluon.jit
-def _consumer_1(dk, dv, ring, call, tiles: gl.constexpr, ROTATED: gl.constexpr):
-    _compute(1, dk, dv, ring, call, tiles, ROTATED)
+def _consumer_1(out, ring, call, tiles: gl.constexpr, ROTATED: gl.constexpr):
+    _compute(1, out, ring, call, tiles, ROTATED)
 
 
 @gluon.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles", "plane"])
 def dkdv_kernel(
-    dout, dk, dv, q, k, v, rowwise, plane, work, mask, dense, blocks, score, bias, diagonal, heads, group, len_q,
-    len_k, num_tiles, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, ROTATED: gl.constexpr,
-    LISTED: gl.constexpr, WIDTH: gl.constexpr,
+    dout, dk, dk_rows, dv, dv_rows, q, k, v, rowwise, plane, work, mask, dense, blocks, score, bias, diagonal, heads,
+    group, len_q, len_k, num_tiles, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    ROTATED: gl.constexpr, LISTED: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
-    """Writes `dk` and `dv`, Operands. `dout`, `q`, `k` and `v` are descriptors of `(B, H, S, D)` with boxes of 64
-    (k, v) or BLOCK_M rows. `rowwise` and its planes are those of rows.py.
+    """Writes `dk` and `dv`. They, `dout`, `q`, `k` and `v` are descriptors of `(B, H, S, D)` with boxes of BLOCK_M
+    (dout, q) or 64 rows; `dk_rows` and `dv_rows` are Operands. `rowwise` and its planes are those of rows.py.
 
     Grid: tiles of 128 keys x heads of keys x batch rows.
     """
@@ -360,10 +376,11 @@ def dkdv_kernel(
         gl.allocate_shared_memory(gl.float32, [STAGES * WORDS, BLOCK_M], WORD),
         WORDS,
     )
+    out = Gradients(dk, dv, dk_rows, dv_rows)
     gl.warp_specialize(
         [
-            (_consumer_0, (dk, dv, ring, call, tiles, ROTATED)),
-            (_consumer_1, (dk, dv, ring, call, tiles, ROTATED)),
+            (_consumer_0, (out, ring, call, tiles, ROTATED)),
+            (_consumer_1, (out, ring, call, tiles, ROTATED)),
             (_load, (q, dout, k, v, rowwise, plane, ring, call, tiles)),
         ],
         [4, 1],

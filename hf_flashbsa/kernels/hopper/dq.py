@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from hf_flashbsa.kernels.hopper.common import (
     CONSUMERS,
@@ -27,8 +27,8 @@ from hf_flashbsa.kernels.hopper.common import (
     hold,
     load_rows,
     release,
+    send_rows,
     span_met,
-    store_rows,
     tile_of,
     visits,
     wait_for,
@@ -172,7 +172,7 @@ def _gradient(first, p, dp, slope, item, score, rows):
 
 
 @gluon.jit
-def _compute(part: gl.constexpr, dq_out, sources, ring, call, tiles: gl.constexpr):
+def _compute(part: gl.constexpr, dq_out, dq_rows, sources, ring, call, tiles: gl.constexpr):
     """A consumer: the `part`-th 64 queries of the tile. No product is left running at the end of a round."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tiles.n, 16])
     DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tiles.d, 16])
@@ -214,27 +214,31 @@ def _compute(part: gl.constexpr, dq_out, sources, ring, call, tiles: gl.constexp
                 ds = gl.convert_layout(ds_next.to(dtype), DS)
             dq = warpgroup_mma(ds, tile_of(ring.k_stream, job.count - 1, tiles.n, tiles.d), dq, is_async=True)
             dq = warpgroup_mma_wait(0, deps=(dq,))
-        store_rows(dq_out, item.row, job.head, begin, item.end, dq * rules.score.scale, tiles.d)
+        send_rows(
+            dq_out, dq_rows, call.len_q, item.row, job.head, begin, item.end, dq * rules.score.scale,
+            ring.held.first.index(part), call, tiles.d,
+        )  # fmt: skip
+        tma.store_wait(0)
 
 
 @gluon.jit
-def _consumer_0(dq, sources, ring, call, tiles: gl.constexpr):
-    _compute(0, dq, sources, ring, call, tiles)
+def _consumer_0(dq, dq_rows, sources, ring, call, tiles: gl.constexpr):
+    _compute(0, dq, dq_rows, sources, ring, call, tiles)
 
 
 @gluon.jit
-def _consumer_1(dq, sources, ring, call, tiles: gl.constexpr):
-    _compute(1, dq, sources, ring, call, tiles)
+def _consumer_1(dq, dq_rows, sources, ring, call, tiles: gl.constexpr):
+    _compute(1, dq, dq_rows, sources, ring, call, tiles)
 
 
 @gluon.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles", "plane"])
 def dq_kernel(
-    dout, dq, q, k, v, out, lse, dlse, rowwise, plane, work, mask, dense, blocks, score, bias, diagonal, heads, group,
-    len_q, len_k, num_tiles, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, K_STAGES: gl.constexpr,
+    dout, dq, dq_rows, q, k, v, out, lse, dlse, rowwise, plane, work, mask, dense, blocks, score, bias, diagonal,
+    heads, group, len_q, len_k, num_tiles, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, K_STAGES: gl.constexpr,
     V_STAGES: gl.constexpr, LISTED: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
-    """Writes `dq`, an Operand, and `rowwise`. `dout`, `q`, `k` and `v` are descriptors of `(B, H, S, D)` with boxes of
-    64 (dout, q) or BLOCK_N rows, `out` is an Operand.
+    """Writes `dq` and `rowwise`. `dout`, `dq`, `q`, `k` and `v` are descriptors of `(B, H, S, D)` with boxes of 64
+    (dout, dq, q) or BLOCK_N rows, `dq_rows` and `out` are Operands.
 
     Keys are needed one block longer than values: from K_STAGES = 3 on both load ahead. Grid: tiles of 128 queries x
     heads x batch rows.
@@ -249,8 +253,8 @@ def dq_kernel(
     sources = Sources(out, lse, dlse, rowwise, plane)
     gl.warp_specialize(
         [
-            (_consumer_0, (dq, sources, ring, call, tiles)),
-            (_consumer_1, (dq, sources, ring, call, tiles)),
+            (_consumer_0, (dq, dq_rows, sources, ring, call, tiles)),
+            (_consumer_1, (dq, dq_rows, sources, ring, call, tiles)),
             (_load, (q, dout, k, v, ring, call, tiles)),
         ],
         [4, 1],

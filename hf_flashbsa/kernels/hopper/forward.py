@@ -12,24 +12,24 @@ from typing import NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from hf_flashbsa.kernels.hopper.common import ROWS, Call, clear, first_key, store_rows, visits
+from hf_flashbsa.kernels.hopper.common import ROWS, Call, clear, first_key, span_met, store_tile, visits
+from hf_flashbsa.kernels.hopper.turns import next_turn, tile_at, turns_of
 from hf_flashbsa.kernels.primitives import (
     LN2,
     LOG2E,
-    allowed,
     block_pointer,
     dropout_keep,
     dropout_words,
     log2_factor,
+    related,
     shown,
-    span_of,
-    work_item,
 )
 from hf_flashbsa.kernels.records import Item, Rules, Tiles
 
@@ -103,55 +103,9 @@ def _noted_tile(notes, slot, call):
 
 
 @gluon.jit
-def _item(call, turn, tiles: gl.constexpr):
-    """The head and tile of this program's `turn`-th turn. Every other round of programs runs backwards, which evens
-    out long and short tiles."""
-    programs = gl.num_programs(0)
-    place = gl.program_id(0)
-    place = turn * programs + gl.where(turn % 2 == 1, programs - 1 - place, place)
-    place = gl.minimum(place, call.total - 1)
-    head = (place // call.num_tiles) % call.heads
-    tile = place % call.num_tiles
-    if call.work is None:
-        tile = call.num_tiles - 1 - tile
-    batch = place // (call.num_tiles * call.heads)
-    return head, work_item(call.work, tile, batch, call.len_q, call.len_k, call.diagonal, tiles.m)
-
-
-@gluon.jit
-def _next_turn(call, turn, tiles: gl.constexpr):
-    """The first turn from `turn` on whose tile has rows, or that behind the last one."""
-    turn = gl.to_tensor(turn)
-    if call.work is not None:
-        turns = _turns(call)
-        while (turn < turns) & _is_empty(call, turn, tiles):
-            turn += 1
-    return turn
-
-
-@gluon.jit
-def _is_empty(call, turn, tiles: gl.constexpr):
-    _, item = _item(call, turn, tiles)
-    return item.begin >= item.end
-
-
-@gluon.jit
-def _turns(call):
-    """How many tiles this program has."""
-    programs = gl.num_programs(0)
-    rest = call.total % programs
-    turns = call.total // programs
-    place = gl.program_id(0)
-    return turns + (gl.where(turns % 2 == 1, programs - 1 - place, place) < rest).to(gl.int32)
-
-
-@gluon.jit
 def _span(call, item, head, tiles: gl.constexpr):
     """What a tile visits, and in how many blocks: one at least, in which nothing may be visible."""
-    entries = 0
-    if tiles.listed > 0:
-        entries = gl.arange(0, tiles.width, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-    span = span_of(item, call.rules, head, entries, tiles, False)
+    span = span_met(item, call.rules, head, tiles, False)
     return span, gl.maximum(visits(span, tiles), 1)
 
 
@@ -168,14 +122,72 @@ def _block(call, span, grid_row, index, tiles: gl.constexpr):
 
 
 @gluon.jit
-def _load(q, k, v, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
-    """The producer, which also finds out what to load, and notes it for the consumers."""
+def _empty_slots(out, ring, done, call, tiles: gl.constexpr):
+    """Waits for the slots of the `done`-th tile: until the results of the last but one before it, which consumers
+    leave there, are on their way and the slots may be written.
+    """
     CONSUMERS: gl.constexpr = tiles.m // ROWS
+    for part in gl.static_range(CONSUMERS):
+        slot = (done & 1) * CONSUMERS + part
+        mbarrier.wait(ring.q_empty.index(slot), ((done >> 1) & 1) ^ 1)
+        if done > 1:
+            head, item = _noted_tile(ring.tile_notes, slot, call)
+            begin = item.begin
+            if call.work is not None:
+                # Nothing is written beyond the tensor. Consumers write parts that end early (`_store`).
+                begin = gl.where(begin + ROWS > item.end, call.len_q, begin)
+            tma.async_copy_shared_to_global(out, [item.row, head, begin, 0], ring.q_tiles.index(slot))
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _load_queries(q, out, done, head, item, span, ring, call, tiles: gl.constexpr):
+    """Loads and notes the `done`-th tile."""
+    CONSUMERS: gl.constexpr = tiles.m // ROWS
+    _empty_slots(out, ring, done, call, tiles)
+    for part in gl.static_range(CONSUMERS):
+        slot, begin = (done & 1) * CONSUMERS + part, item.begin + part * ROWS
+        _note_tile(ring.tile_notes, slot, call, head, begin, item, span)
+        mbarrier.expect(ring.q_full.index(slot), ROWS * tiles.d * 2)
+        tma.async_copy_global_to_shared(
+            q, [item.row, head, begin, 0], ring.q_full.index(slot), ring.q_tiles.index(slot)
+        )
+
+
+@gluon.jit
+def _load_keys(k, row, head, first, todo, kind, step, ring, tiles: gl.constexpr, STAGES: gl.constexpr):
+    """Loads the keys of the `step`-th block, and notes what to do with it."""
+    stage, phase = step % STAGES, (step // STAGES) & 1
+    mbarrier.wait(ring.k_empty.index(stage), phase ^ 1)
+    _write(ring.block_notes, stage * BLOCK_NOTES, first)
+    _write(ring.block_notes, stage * BLOCK_NOTES + 1, todo)
+    _write(ring.block_notes, stage * BLOCK_NOTES + 2, kind)
+    mbarrier.expect(ring.k_full.index(stage), tiles.n * tiles.d * 2)
+    tma.async_copy_global_to_shared(k, [row, head, first, 0], ring.k_full.index(stage), ring.k_tiles.index(stage))
+
+
+@gluon.jit
+def _load_values(v, row, head, first, step, ring, tiles: gl.constexpr, STAGES: gl.constexpr):
+    """Loads the values of the `step`-th block."""
+    stage, phase = step % STAGES, (step // STAGES) & 1
+    mbarrier.wait(ring.v_empty.index(stage), phase ^ 1)
+    mbarrier.expect(ring.v_full.index(stage), tiles.n * tiles.d * 2)
+    tma.async_copy_global_to_shared(v, [row, head, first, 0], ring.v_full.index(stage), ring.v_tiles.index(stage))
+
+
+@gluon.jit
+def _load(q, k, v, out, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
+    """The producer, which also finds out what to load, and notes it for the consumers.
+
+    Values follow the keys of the next block: consumers need the two at once, and what to load for the next tile is
+    found out while they still compute with what they have.
+    """
     step, done = gl.to_tensor(0), gl.to_tensor(0)
-    turn, turns = _next_turn(call, 0, tiles), _turns(call)
+    v_row, v_head, v_first = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
+    turn, turns = next_turn(call, 0, tiles), turns_of(call)
     while turn < turns:
-        head, item = _item(call, turn, tiles)
-        turn = _next_turn(call, turn + 1, tiles)
+        head, item = tile_at(call, turn, tiles)
+        turn = next_turn(call, turn + 1, tiles)
         span, count = _span(call, item, head, tiles)
         head_k = head // call.group
         grid_row = 0
@@ -185,40 +197,35 @@ def _load(q, k, v, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
                 place = gl.where(visits(span, tiles) > 0, item.begin - item.query_origin, 0)
                 grid_row = block_pointer(call.rules.blocks, item.row, head, place, 0, tiles)
         first, kind = _block(call, span, grid_row, 0, tiles)
-        for part in gl.static_range(CONSUMERS):
-            slot, begin = (done & 1) * CONSUMERS + part, item.begin + part * ROWS
-            mbarrier.wait(ring.q_empty.index(slot), ((done >> 1) & 1) ^ 1)
-            _note_tile(ring.tile_notes, slot, call, head, begin, item, span)
-            mbarrier.expect(ring.q_full.index(slot), ROWS * tiles.d * 2)
-            tma.async_copy_global_to_shared(
-                q, [item.row, head, begin, 0], ring.q_full.index(slot), ring.q_tiles.index(slot)
-            )
         at_end = gl.where(turn < turns, LAST, LAST | FINAL)
-        for i in range(count):
+        todo = gl.where((span.partial > 0) | (kind == 0), MASKED, 0) | gl.where(count == 1, at_end, 0)
+        _load_keys(k, item.other_row, head_k, first, todo, kind, step, ring, tiles, STAGES)
+        if done > 0:
+            _load_values(v, v_row, v_head, v_first, step - 1, ring, tiles, STAGES)
+        # Last, since consumers may wait for those values before they leave the slots.
+        _load_queries(q, out, done, head, item, span, ring, call, tiles)
+        v_row, v_head, v_first = gl.to_tensor(item.other_row), head_k, first
+        step += 1
+        first, kind = _block(call, span, grid_row, gl.minimum(1, count - 1), tiles)
+        for i in range(1, count):
             todo = gl.where((i < span.partial) | (kind == 0), MASKED, 0) | gl.where(i == count - 1, at_end, 0)
-            stage, phase = step % STAGES, (step // STAGES) & 1
-            mbarrier.wait(ring.k_empty.index(stage), phase ^ 1)
-            _write(ring.block_notes, stage * BLOCK_NOTES, first)
-            _write(ring.block_notes, stage * BLOCK_NOTES + 1, todo)
-            _write(ring.block_notes, stage * BLOCK_NOTES + 2, kind)
-            mbarrier.expect(ring.k_full.index(stage), tiles.n * tiles.d * 2)
-            tma.async_copy_global_to_shared(
-                k, [item.other_row, head_k, first, 0], ring.k_full.index(stage), ring.k_tiles.index(stage)
-            )
-            mbarrier.wait(ring.v_empty.index(stage), phase ^ 1)
-            mbarrier.expect(ring.v_full.index(stage), tiles.n * tiles.d * 2)
-            tma.async_copy_global_to_shared(
-                v, [item.other_row, head_k, first, 0], ring.v_full.index(stage), ring.v_tiles.index(stage)
-            )
+            _load_keys(k, item.other_row, head_k, first, todo, kind, step, ring, tiles, STAGES)
+            _load_values(v, item.other_row, head_k, v_first, step - 1, ring, tiles, STAGES)
+            v_first = first
+            step += 1
             # On its way while the next round waits.
             first, kind = _block(call, span, grid_row, gl.minimum(i + 1, count - 1), tiles)
-            step += 1
         done += 1
+    if done > 0:
+        _load_values(v, v_row, v_head, v_first, step - 1, ring, tiles, STAGES)
+    _empty_slots(out, ring, done, call, tiles)
+    _empty_slots(out, ring, done + 1, call, tiles)
 
 
 @gluon.jit
-def _store(o, row_max, row_sum, out, lse, sinks, row, head, begin, end, call, S: gl.constexpr, tiles: gl.constexpr):
-    """Divides the weighted values by the sum of the weights, and writes them and its logarithm."""
+def _store(o, row_max, row_sum, tile, rows_out, lse, sinks, head, item, call, S: gl.constexpr, tiles: gl.constexpr):
+    """Divides the weighted values by the sum of the weights, and writes its logarithm. The values go to `tile`, from
+    where the producer sends them on."""
     O: gl.constexpr = o.type.layout
     score = call.rules.score
     if sinks is not None:
@@ -233,11 +240,16 @@ def _store(o, row_max, row_sum, out, lse, sinks, row, head, begin, end, call, S:
     inverse = gl.where(row_sum > 0.0, 1.0 / row_sum, 0.0)
     if score.seed is not None:
         inverse = inverse * score.keep_scale
-    rows = begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
-    place = (row.to(gl.int64) * call.heads + head) * call.len_q + rows
-    gl.store(lse + place, (row_max + gl.log2(row_sum)) * LN2, mask=rows < end)
     o = o * gl.convert_layout(inverse, gl.SliceLayout(1, O))[:, None]
-    store_rows(out, row, head, begin, end, o, tiles.d)
+    tile.store(o.to(tile.dtype))
+    if call.work is not None:
+        if item.begin + ROWS > item.end:
+            # Rows of another sequence follow, which the producer would overwrite.
+            store_tile(rows_out, item.row, head, item.begin, item.end, tile, tiles.d)
+    fence_async_shared()
+    rows = item.begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
+    place = (item.row.to(gl.int64) * call.heads + head) * call.len_q + rows
+    gl.store(lse + place, (row_max + gl.log2(row_sum)) * LN2, mask=rows < item.end)
 
 
 @gluon.jit
@@ -245,21 +257,17 @@ def _hide(s, rules, head, item, first, kind, S: gl.constexpr, tiles: gl.constexp
     """The scores of a block, -inf where they do not exist."""
     rows = item.begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
     keys = first + gl.arange(0, tiles.n, layout=gl.SliceLayout(0, S))
-    mask = rules.mask
-    if (tiles.m > 2 * ROWS) and (mask.segment_ids_k is None):
-        # What `allowed` says, in two comparisons with bounds that differ from row to row: comparisons that rows share
-        # would all be made ahead of time, and held in registers that three consumers lack.
-        here = (rows < item.end) & (kind > 0)
-        lo, hi = gl.where(here, item.lo, item.hi), gl.where(here, item.hi, item.lo)
-        if mask.window_left is not None:
-            lo = gl.maximum(lo, rows + item.diagonal - mask.window_left)
-        if mask.window_right is not None:
-            hi = gl.minimum(hi, rows + item.diagonal + mask.window_right + 1)
-        s = gl.where((keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None]), s, float("-inf"))
-    else:
-        inside = (rows < item.end)[:, None] & ((keys >= item.lo) & (keys < item.hi))[None, :]
-        ok = allowed(rules, item.row, item.other_row, head, rows[:, None], keys[None, :], inside, item.diagonal)
-        s = gl.where(ok & (kind > 0), s, float("-inf"))
+    # Of each row the first key and that behind the last: two comparisons per score. Both differ from row to row:
+    # comparisons that rows share would all be made ahead of time, and held in registers that consumers lack.
+    here = (rows < item.end) & (kind > 0)
+    lo, hi = gl.where(here, item.lo, item.hi), gl.where(here, item.hi, item.lo)
+    if rules.mask.window_left is not None:
+        lo = gl.maximum(lo, rows + item.diagonal - rules.mask.window_left)
+    if rules.mask.window_right is not None:
+        hi = gl.minimum(hi, rows + item.diagonal + rules.mask.window_right + 1)
+    inside = (keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None])
+    ok = related(rules, item.row, item.other_row, head, rows[:, None], keys[None, :], inside)
+    s = gl.where(ok, s, float("-inf"))
     if tiles.listed > 0:
         if rules.blocks.masks is not None:
             if kind > 1:
@@ -272,7 +280,7 @@ def _hide(s, rules, head, item, first, kind, S: gl.constexpr, tiles: gl.constexp
 
 
 @gluon.jit
-def _compute(part: gl.constexpr, out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
+def _compute(part: gl.constexpr, rows_out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
     """A consumer: the `part`-th 64 queries of each tile.
 
     A round of the loop issues the product of a block with the keys, and the product of the block before with the
@@ -297,7 +305,7 @@ def _compute(part: gl.constexpr, out, lse, sinks, ring, call, tiles: gl.constexp
     # Triton loses changes of a variable that enters a loop as the value of another one.
     step, done, todo = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(LAST)
     begun = gl.to_tensor(0)
-    running = _next_turn(call, 0, tiles) < _turns(call)
+    running = next_turn(call, 0, tiles) < turns_of(call)
     while running:
         live = (todo & FINAL) == 0
         fresh = (todo & LAST) != 0
@@ -331,7 +339,8 @@ def _compute(part: gl.constexpr, out, lse, sinks, ring, call, tiles: gl.constexp
             if (todo & MASKED) != 0:
                 head, item = _noted_tile(ring.tile_notes, q_slot, call)
                 s = _hide(s, rules, head, item, first, kind, S, tiles)
-                if (first < item.lo) | (first + tiles.n > item.hi):
+                # What TMA brings from beyond the tensor is 0.
+                if (first < item.lo) | (gl.minimum(first + tiles.n, call.len_k) > item.hi):
                     mbarrier.wait(ring.v_full.index(stage), phase)
                     values = ring.v_tiles.index(stage).reshape([tiles.n, tiles.d])
                     clear(values, first, item.lo, item.hi, tiles.n, tiles.d)
@@ -355,9 +364,10 @@ def _compute(part: gl.constexpr, out, lse, sinks, ring, call, tiles: gl.constexp
             if step > 0:
                 old_slot = ((done + 1) & 1) * CONSUMERS + part
                 head, item = _noted_tile(ring.tile_notes, old_slot, call)
-                # The scores of the tile before were complete a round ago.
+                # The scores of the tile before were complete a round ago: nothing reads its queries any more.
+                old_tile = ring.q_tiles.index(old_slot).reshape([ROWS, tiles.d])
+                _store(o, old_max, old_sum, old_tile, rows_out, lse, sinks, head, item, call, S, tiles)
                 mbarrier.arrive(ring.q_empty.index(old_slot), count=1)
-                _store(o, old_max, old_sum, out, lse, sinks, item.row, head, item.begin, item.end, call, S, tiles)
         o = o * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
         mbarrier.arrive(ring.v_empty.index(before), count=1, pred=step > 0)
         p = gl.convert_layout(s.to(ring.q_tiles.dtype), P)
@@ -368,27 +378,28 @@ def _compute(part: gl.constexpr, out, lse, sinks, ring, call, tiles: gl.constexp
 
 
 @gluon.jit
-def _consumer_0(out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
-    _compute(0, out, lse, sinks, ring, call, tiles, STAGES)
+def _consumer_0(rows_out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
+    _compute(0, rows_out, lse, sinks, ring, call, tiles, STAGES)
 
 
 @gluon.jit
-def _consumer_1(out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
-    _compute(1, out, lse, sinks, ring, call, tiles, STAGES)
+def _consumer_1(rows_out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
+    _compute(1, rows_out, lse, sinks, ring, call, tiles, STAGES)
 
 
 @gluon.jit
-def _consumer_2(out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
-    _compute(2, out, lse, sinks, ring, call, tiles, STAGES)
+def _consumer_2(rows_out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
+    _compute(2, rows_out, lse, sinks, ring, call, tiles, STAGES)
 
 
 @gluon.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles", "total"])
 def forward_kernel(
-    q, k, v, out, lse, sinks, work, mask, dense, blocks, score, bias, diagonal, heads, group, len_q, len_k, num_tiles,
-    total, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+    q, k, v, out, rows_out, lse, sinks, work, mask, dense, blocks, score, bias, diagonal, heads, group, len_q, len_k,
+    num_tiles, total, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
     LISTED: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
-    """Writes `out` and `lse`. `q`, `k` and `v` are descriptors of `(B, H, S, D)` with boxes of 64 or BLOCK_N rows.
+    """Writes `out` and `lse`. `q`, `k`, `v` and `out` are descriptors of `(B, H, S, D)` with boxes of 64 or BLOCK_N
+    rows; `rows_out`, an Operand, is `out` once more, for parts of tiles whose box has rows of another sequence.
 
     Grid: programs that share the `total` tiles of all heads and batch rows. A tile has 64 rows for each consumer;
     three of them are for head dim 64 only, whose tensors leave them enough registers.
@@ -419,8 +430,8 @@ def forward_kernel(
         mbarrier.init(ring.v_full.index(stage), count=1)
         mbarrier.init(ring.k_empty.index(stage), count=CONSUMERS)
         mbarrier.init(ring.v_empty.index(stage), count=CONSUMERS)
-    computing = (out, lse, sinks, ring, call, tiles, STAGES)
-    loading = (q, k, v, ring, call, tiles, STAGES)
+    computing = (rows_out, lse, sinks, ring, call, tiles, STAGES)
+    loading = (q, k, v, out, ring, call, tiles, STAGES)
     # Registers of a thread, where `maxnreg` is what they have on average.
     if CONSUMERS == 2:
         gl.warp_specialize([(_consumer_0, computing), (_consumer_1, computing), (_load, loading)], [4, 1], [232, 40])

@@ -54,9 +54,9 @@ def launch_forward(options: dict, launch, q, k, v, out, lse, extras: Extras, par
     launch(
         forward_kernel, (min(total, _multiprocessors(q.device)) if resident else total,),
         _descriptor(q, ROWS.value), _descriptor(k, options["BLOCK_N"]), _descriptor(v, options["BLOCK_N"]),
-        operand_of(out), lse, extras.sinks, extras.work_q, *rules_of(lists, extras, params), params.diagonal, heads,
-        heads // heads_k, len_q, len_k, tiles, total, HEAD_DIM=dim, LISTED=params.block_size,
-        WIDTH=width_of(lists), **options, **SHARED_BY[options["CONSUMERS"]],
+        _descriptor(out, ROWS.value), operand_of(out), lse, extras.sinks, extras.work_q,
+        *rules_of(lists, extras, params), params.diagonal, heads, heads // heads_k, len_q, len_k, tiles, total,
+        HEAD_DIM=dim, LISTED=params.block_size, WIDTH=width_of(lists), **options, **SHARED_BY[options["CONSUMERS"]],
     )  # fmt: skip
 
 
@@ -68,8 +68,8 @@ def launch_dq(
     keys, lists = options["BLOCK_N"], extras.blocks_q
     launch(
         dq_kernel, (tiles * heads * batch,),
-        _descriptor(dout, ROWS.value), operand_of(dq), _descriptor(q, ROWS.value), _descriptor(k, keys),
-        _descriptor(v, keys), operand_of(out), lse, dlse, rowwise, plane, extras.work_q,
+        _descriptor(dout, ROWS.value), _descriptor(dq, ROWS.value), operand_of(dq), _descriptor(q, ROWS.value),
+        _descriptor(k, keys), _descriptor(v, keys), operand_of(out), lse, dlse, rowwise, plane, extras.work_q,
         *rules_of(lists, extras, params), params.diagonal, heads, heads // heads_k, len_q, len_k, tiles, HEAD_DIM=dim,
         LISTED=params.block_size, WIDTH=width_of(lists),
         **options, **OPTIONS,
@@ -84,7 +84,8 @@ def launch_dkdv(
     queries, lists = options["BLOCK_M"], extras.blocks_k
     launch(
         dkdv_kernel, (tiles * heads_k * batch,),
-        _descriptor(dout, queries), operand_of(dk), operand_of(dv), _descriptor(q, queries),
+        _descriptor(dout, queries), _descriptor(dk, ROWS.value), operand_of(dk), _descriptor(dv, ROWS.value),
+        operand_of(dv), _descriptor(q, queries),
         _descriptor(k, ROWS.value), _descriptor(v, ROWS.value), rowwise, plane, extras.work_k,
         *rules_of(lists, extras, params), params.diagonal, heads, heads // heads_k, len_q, len_k, tiles,
         HEAD_DIM=dim, LISTED=params.block_size, WIDTH=width_of(lists), **options, **OPTIONS,
