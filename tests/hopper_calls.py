@@ -15,20 +15,16 @@ KERNELS = ("forward", "dq", "dkdv")
 @contextlib.contextmanager
 def every_call_on_hopper(programs: int) -> Iterator[Counter]:
     """Within, configs/hopper.json lists every call of its head dims, and `programs` programs share the tiles of a
-    forward call. Counts launches by kernel and whether it was the Hopper one. Calls that it does list are launched
-    with their own options, so that forward calls have two consumers and three."""
+    forward call. Counts launches by kernel and whether it was the Hopper one."""
     from hf_flashbsa.kernels.hopper import launchers
 
-    entries = {}
-    for kernel in KERNELS:
-        listed = [entry | {"shortest": 1, "dropout": True} for entry in hopper._entries(kernel)]
-        entries[kernel] = listed + [
-            entry | {"ragged": ragged, "layout": layout}
-            for entry in listed
-            if entry["options"].get("CONSUMERS") != 3
-            for ragged in (False, True)
-            for layout in (False, True)
+    entries = {
+        kernel: [
+            {"head_dim": entry["head_dim"], "shortest": 1, "options": entry["options"]}
+            for entry in hopper._entries(kernel)
         ]
+        for kernel in KERNELS
+    }
     launched, launcher_of = Counter(), hopper.launcher_of
 
     def counted(kernel: str, *arguments):

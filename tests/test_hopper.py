@@ -30,36 +30,32 @@ CALLS = {
     "plain": {},
     "window": {"window_size": (200, 30), "sinks": True},
     "dropout": {"causal": True, "dropout_p": 0.1},
-    "packed": {"causal": True},
+    "packed": {},
     "grouped": {"causal": True},
     "layout": {},
     "layout-partial": {"causal": True},
     "layout-packed": {"causal": True, "dropout_p": 0.1},
 }
 #: Those that leave some of the kernels to the portable ones: configs/hopper.json.
-PORTABLE = {
-    ("dropout", 128, "forward"),
-    ("layout-packed", 128, "forward"),
-    ("packed", 64, "dq"),
-    ("packed", 64, "dkdv"),
-}
-PORTABLE |= {(kind, 64, "forward") for kind in ("dropout", "layout-packed")}
+PORTABLE = {("packed", 64, "dq"), ("layout-packed", 128, "forward")}
+PORTABLE |= {(kind, 64, "forward") for kind in ("plain", "window", "dropout", "grouped", "layout-packed")}
+PORTABLE |= {(kind, 64, "dq") for kind in ("window", "dropout", "grouped")}
 
 
 def call(kind: str, head_dim: int) -> None:
     """Calls `attention` and its backward pass, with `kind` of `CALLS`."""
     heads_k = 2 if kind in ("grouped", "layout-packed") else 4
-    q, dout = (torch.zeros(1, 2048, 4, head_dim, dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
-    k, v = (torch.zeros(1, 2048, heads_k, head_dim, dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
+    q, dout = (torch.zeros(1, 4096, 4, head_dim, dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
+    k, v = (torch.zeros(1, 4096, heads_k, head_dim, dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
     options = dict(CALLS[kind])
     if "sinks" in options:
         options["sinks"] = torch.zeros(4)
     if "packed" in kind:
-        cu_seqlens = torch.tensor([0, 700, 2048], dtype=torch.int32)
+        cu_seqlens = torch.tensor([0, 700, 4096], dtype=torch.int32)
         options |= {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
     if "layout" in kind:
         masks = None if kind == "layout" else torch.ones(1, 128, 128, dtype=torch.bool)
-        options["layout"] = BlockLayout(torch.ones(1, 1, 16, 16, dtype=torch.int32), 128, masks)
+        options["layout"] = BlockLayout(torch.ones(1, 1, 32, 32, dtype=torch.int32), 128, masks)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     attention(*leaves, backend="triton", **options).backward(dout)
 

@@ -2,7 +2,7 @@
 
 One warp loads tiles by TMA, and two warpgroups compute. They take the calls that `configs/hopper.json` lists and leave
 the rest to the portable kernels: `refusal` says why. The list is of calls that they were faster on, timed beside the
-portable ones on an H200; block layouts, and ragged calls of head dim 128, are taken because others are, untimed.
+portable ones on an H200.
 """
 
 from __future__ import annotations
@@ -51,19 +51,21 @@ def _entries(kernel: str) -> list[dict]:
 def _options(kernel: str, q: torch.Tensor, k: torch.Tensor, extras: Extras, params: Params) -> dict | None:
     """The launch options that are listed for such a call; None where it is not.
 
-    An entry lists calls of one head dim, either those that have a work table (`ragged`) or the others, either those
-    that have a block layout (`layout`) or the others, with rows of queries and keys of at least `shortest`; `dropout`
-    tells whether that is listed too.
+    An entry lists calls of one head dim, with rows of queries and keys of at least `shortest`, and at least `queries`
+    queries for each key. Where it says so, calls must have a work table (`ragged`) or none, a block layout or none,
+    keys ahead of a query hidden (`causal`) or not, dropout or not.
     """
-    ragged = (extras.work_k if kernel == "dkdv" else extras.work_q) is not None
+    len_q, len_k = q.shape[2], k.shape[2]
+    call = {
+        "head_dim": q.shape[-1],
+        "ragged": (extras.work_k if kernel == "dkdv" else extras.work_q) is not None,
+        "layout": extras.grid is not None,
+        "causal": params.window_right >= 0,
+        "dropout": params.drop_threshold > 0,
+    }
     for entry in _entries(kernel):
-        if (
-            entry["head_dim"] == q.shape[-1]
-            and entry["ragged"] == ragged
-            and entry["layout"] == (extras.grid is not None)
-            and min(q.shape[2], k.shape[2]) >= entry["shortest"]
-            and (entry["dropout"] or params.drop_threshold == 0)
-        ):
+        alike = all(entry.get(name, value) == value for name, value in call.items())
+        if alike and min(len_q, len_k) >= entry["shortest"] and len_q >= entry.get("queries", 0.0) * len_k:
             return entry["options"]
     return None
 

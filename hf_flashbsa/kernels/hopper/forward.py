@@ -1,4 +1,4 @@
-"""The forward kernel for Hopper, in Gluon: one warp loads by TMA, two or three warpgroups of 64 queries compute.
+"""The forward kernel for Hopper, in Gluon: one warp loads by TMA, two warpgroups of 64 queries each compute.
 
 Within a warpgroup the product with the values of a block runs while the softmax of the next block is computed (the
 scheme of FlashAttention-3, Shah et al., arXiv 2407.08608). Only the loading warp finds out which tiles and blocks
@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hf_flashbsa.kernels.hopper.common import ROWS, Call, clear, first_key, span_met, store_tile, visits
+from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS, Call, clear, first_key, span_met, store_tile, visits
 from hf_flashbsa.kernels.hopper.turns import next_turn, tile_at, turns_of
 from hf_flashbsa.kernels.primitives import (
     LN2,
@@ -126,7 +126,6 @@ def _empty_slots(out, ring, done, call, tiles: gl.constexpr):
     """Waits for the slots of the `done`-th tile: until the results of the last but one before it, which consumers
     leave there, are on their way and the slots may be written.
     """
-    CONSUMERS: gl.constexpr = tiles.m // ROWS
     for part in gl.static_range(CONSUMERS):
         slot = (done & 1) * CONSUMERS + part
         mbarrier.wait(ring.q_empty.index(slot), ((done >> 1) & 1) ^ 1)
@@ -143,7 +142,6 @@ def _empty_slots(out, ring, done, call, tiles: gl.constexpr):
 @gluon.jit
 def _load_queries(q, out, done, head, item, span, ring, call, tiles: gl.constexpr):
     """Loads and notes the `done`-th tile."""
-    CONSUMERS: gl.constexpr = tiles.m // ROWS
     _empty_slots(out, ring, done, call, tiles)
     for part in gl.static_range(CONSUMERS):
         slot, begin = (done & 1) * CONSUMERS + part, item.begin + part * ROWS
@@ -208,13 +206,14 @@ def _load(q, k, v, out, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
         step += 1
         first, kind = _block(call, span, grid_row, gl.minimum(1, count - 1), tiles)
         for i in range(1, count):
+            # On its way while this round waits.
+            following, following_kind = _block(call, span, grid_row, gl.minimum(i + 1, count - 1), tiles)
             todo = gl.where((i < span.partial) | (kind == 0), MASKED, 0) | gl.where(i == count - 1, at_end, 0)
             _load_keys(k, item.other_row, head_k, first, todo, kind, step, ring, tiles, STAGES)
             _load_values(v, item.other_row, head_k, v_first, step - 1, ring, tiles, STAGES)
             v_first = first
+            first, kind = following, following_kind
             step += 1
-            # On its way while the next round waits.
-            first, kind = _block(call, span, grid_row, gl.minimum(i + 1, count - 1), tiles)
         done += 1
     if done > 0:
         _load_values(v, v_row, v_head, v_first, step - 1, ring, tiles, STAGES)
@@ -288,7 +287,6 @@ def _compute(part: gl.constexpr, rows_out, lse, sinks, ring, call, tiles: gl.con
     body for all of them: a tile is stored in the first round of the next one, and there is a last round without block.
     No product is left running at the end of a round: ptxas gives away registers of those.
     """
-    CONSUMERS: gl.constexpr = tiles.m // ROWS
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tiles.n, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tiles.d, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
@@ -387,25 +385,17 @@ def _consumer_1(rows_out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: g
     _compute(1, rows_out, lse, sinks, ring, call, tiles, STAGES)
 
 
-@gluon.jit
-def _consumer_2(rows_out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
-    _compute(2, rows_out, lse, sinks, ring, call, tiles, STAGES)
-
-
 @gluon.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles", "total"])
 def forward_kernel(
     q, k, v, out, rows_out, lse, sinks, work, mask, dense, blocks, score, bias, diagonal, heads, group, len_q, len_k,
-    num_tiles, total, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+    num_tiles, total, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
     LISTED: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
     """Writes `out` and `lse`. `q`, `k`, `v` and `out` are descriptors of `(B, H, S, D)` with boxes of 64 or BLOCK_N
     rows; `rows_out`, an Operand, is `out` once more, for parts of tiles whose box has rows of another sequence.
 
-    Grid: programs that share the `total` tiles of all heads and batch rows. A tile has 64 rows for each consumer;
-    three of them are for head dim 64 only, whose tensors leave them enough registers.
+    Grid: programs that share the `total` tiles of all heads and batch rows.
     """
-    # Entries of a work table and blocks of a layout have rows for two.
-    gl.static_assert((CONSUMERS == 2) or (work is None and LISTED == 0), "tiles of 128 rows")
     gl.static_assert((score.softcap is None) and (bias.ptr is None), "scores are only scaled")
     tiles: gl.constexpr = Tiles(CONSUMERS * ROWS, BLOCK_N, HEAD_DIM, HEAD_DIM, HEAD_DIM, HEAD_DIM, LISTED, WIDTH)
     call = Call(work, Rules(mask, dense, blocks, score, bias), diagonal, heads, group, len_q, len_k, num_tiles, total)
@@ -430,14 +420,12 @@ def forward_kernel(
         mbarrier.init(ring.v_full.index(stage), count=1)
         mbarrier.init(ring.k_empty.index(stage), count=CONSUMERS)
         mbarrier.init(ring.v_empty.index(stage), count=CONSUMERS)
-    computing = (rows_out, lse, sinks, ring, call, tiles, STAGES)
-    loading = (q, k, v, out, ring, call, tiles, STAGES)
-    # Registers of a thread, where `maxnreg` is what they have on average.
-    if CONSUMERS == 2:
-        gl.warp_specialize([(_consumer_0, computing), (_consumer_1, computing), (_load, loading)], [4, 1], [232, 40])
-    else:
-        gl.warp_specialize(
-            [(_consumer_0, computing), (_consumer_1, computing), (_consumer_2, computing), (_load, loading)],
-            [4, 4, 1],
-            [160, 160, 32],
-        )
+    gl.warp_specialize(
+        [
+            (_consumer_0, (rows_out, lse, sinks, ring, call, tiles, STAGES)),
+            (_consumer_1, (rows_out, lse, sinks, ring, call, tiles, STAGES)),
+            (_load, (q, k, v, out, ring, call, tiles, STAGES)),
+        ],
+        [4, 1],
+        [232, 40],
+    )

@@ -15,11 +15,10 @@ from hf_flashbsa.kernels.hopper.dq import dq_kernel
 from hf_flashbsa.kernels.hopper.forward import forward_kernel
 from hf_flashbsa.kernels.state import Extras, Params
 
-#: Rows of a tile of two consumers: as many as a work table has per entry.
+#: Rows of a tile: as many as a work table has per entry.
 TILE = ROWS.value * CONSUMERS.value
-#: Threads of so many consumers and the producer share the registers of a multiprocessor.
-SHARED_BY = {2: {"num_warps": 4, "maxnreg": 168}, 3: {"num_warps": 4, "maxnreg": 128}}
-OPTIONS = SHARED_BY[CONSUMERS.value]
+#: Threads of the two consumers and the producer share the registers of a multiprocessor.
+OPTIONS = {"num_warps": 4, "maxnreg": 168}
 #: Up to so many tiles in a sequence, programs stay and take one tile after the other, which hides how tiles begin and
 #: end. Where more, the GPU's own order balances unequal tiles better.
 RESIDENT_TILES = 32
@@ -47,7 +46,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 def launch_forward(options: dict, launch, q, k, v, out, lse, extras: Extras, params: Params) -> None:
     (batch, heads, len_q, dim), (_, heads_k, len_k, _) = q.shape, k.shape
-    tiles, batch = tiles_of(extras.work_q, len_q, batch, ROWS.value * options["CONSUMERS"])
+    tiles, batch = tiles_of(extras.work_q, len_q, batch, TILE)
     total = tiles * heads * batch
     resident = extras.work_q is not None or tiles <= RESIDENT_TILES
     lists = extras.blocks_q
@@ -56,7 +55,7 @@ def launch_forward(options: dict, launch, q, k, v, out, lse, extras: Extras, par
         _descriptor(q, ROWS.value), _descriptor(k, options["BLOCK_N"]), _descriptor(v, options["BLOCK_N"]),
         _descriptor(out, ROWS.value), operand_of(out), lse, extras.sinks, extras.work_q,
         *rules_of(lists, extras, params), params.diagonal, heads, heads // heads_k, len_q, len_k, tiles, total,
-        HEAD_DIM=dim, LISTED=params.block_size, WIDTH=width_of(lists), **options, **SHARED_BY[options["CONSUMERS"]],
+        HEAD_DIM=dim, LISTED=params.block_size, WIDTH=width_of(lists), **options, **OPTIONS,
     )  # fmt: skip
 
 
