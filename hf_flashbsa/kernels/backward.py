@@ -23,6 +23,7 @@ from hf_flashbsa.kernels.primitives import (
     matrix_pointers,
     partial_position,
     place_of,
+    scheduled,
     span_of,
     store_tile,
     visible,
@@ -84,10 +85,8 @@ def dkdv_kernel(
     """Writes `dk` and `dv`. Grid: tiles of keys * key heads * batch."""
     tiles: tl.constexpr = Tiles(BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LISTED, WIDTH)
     rules = Rules(mask, dense, blocks, score, bias)
-    pid = tl.program_id(0)
-    heads_k = heads // group
-    head_k = (pid // num_tiles) % heads_k
-    item = work_item(work, pid % num_tiles, pid // (num_tiles * heads_k), len_k, len_q, diagonal, BLOCK_N)
+    row, head_k, tile = scheduled(work, tl.program_id(0), num_tiles, heads // group, BLOCK_N)
+    item = work_item(work, tile, row, len_k, len_q, diagonal, BLOCK_N)
     if item.begin >= item.end:
         return
     span = span_of(item, rules, head_k * group, list_entries(tiles), tiles, True)
@@ -175,12 +174,10 @@ def dq_kernel(
     """Writes `dq` and `rowwise`. Grid: tiles of queries * heads * batch."""
     tiles: tl.constexpr = Tiles(BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LISTED, WIDTH)
     rules = Rules(mask, dense, blocks, score, bias)
-    pid = tl.program_id(0)
-    head = (pid // num_tiles) % heads
-    tile = pid % num_tiles
+    row, head, tile = scheduled(work, tl.program_id(0), num_tiles, heads, BLOCK_M)
     if work is None:
         tile = num_tiles - 1 - tile
-    item = work_item(work, tile, pid // (num_tiles * heads), len_q, len_k, diagonal, BLOCK_M)
+    item = work_item(work, tile, row, len_q, len_k, diagonal, BLOCK_M)
     if item.begin >= item.end:
         return
     span = span_of(item, rules, head, list_entries(tiles), tiles, False)

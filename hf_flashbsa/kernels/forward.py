@@ -20,6 +20,7 @@ from hf_flashbsa.kernels.primitives import (
     logits,
     partial_position,
     place_of,
+    scheduled,
     span_of,
     store_tile,
     visible,
@@ -82,13 +83,11 @@ def forward_kernel(
     """Writes `out` and `lse` `(B, Hq, Sq)`. Grid: tiles * heads * batch, the tiles of a head side by side."""
     tiles: tl.constexpr = Tiles(BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, LISTED, WIDTH)
     rules = Rules(mask, dense, blocks, score, bias)
-    pid = tl.program_id(0)
-    head = (pid // num_tiles) % heads
-    tile = pid % num_tiles
+    row, head, tile = scheduled(work, tl.program_id(0), num_tiles, heads, BLOCK_M)
     if work is None:
         # Under causality the last tiles have the most keys: they start first. Work tables are sorted so.
         tile = num_tiles - 1 - tile
-    item = work_item(work, tile, pid // (num_tiles * heads), len_q, len_k, diagonal, BLOCK_M)
+    item = work_item(work, tile, row, len_q, len_k, diagonal, BLOCK_M)
     if item.begin >= item.end:
         return
     span = span_of(item, rules, head, list_entries(tiles), tiles, False)

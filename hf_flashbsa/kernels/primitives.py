@@ -29,6 +29,21 @@ PAIR: tl.constexpr = tl.constexpr(dropout.PAIR)
 
 
 @triton.jit
+def scheduled(work, place, num_tiles, heads, BLOCK: tl.constexpr):
+    """Batch row, head and tile of a program's place in the order of all: the tiles of a head side by side, whose keys
+    and values they share. Entries of a work table span the batch, those with the most work first: the first of each
+    head comes before all others, because a block layout may have rows that take as long as many."""
+    if work is None:
+        return place // (num_tiles * heads), (place // num_tiles) % heads, place % num_tiles
+    else:
+        FIRST: tl.constexpr = WORK_TILE // BLOCK
+        later = place - heads * FIRST
+        rest = tl.maximum(num_tiles - FIRST, 1)
+        head = tl.where(later < 0, place // FIRST, later // rest)
+        return 0, head, tl.where(later < 0, place % FIRST, FIRST + later % rest)
+
+
+@triton.jit
 def work_item(work, tile, batch, len_own, len_other, diagonal, BLOCK: tl.constexpr):
     """The `tile`-th tile of `BLOCK` own rows: from the work table, or of batch row `batch` where there is none."""
     if work is not None:

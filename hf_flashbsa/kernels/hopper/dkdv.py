@@ -35,6 +35,7 @@ from hf_flashbsa.kernels.primitives import (
     logits,
     partial_position,
     place_of,
+    scheduled,
     visible,
     work_item,
 )
@@ -79,11 +80,8 @@ class Job(NamedTuple):
 @gluon.jit
 def _job(call, tiles: gl.constexpr):
     """The job of this program."""
-    place = gl.program_id(0)
-    heads_k = call.heads // call.group
-    head_k = (place // call.num_tiles) % heads_k
-    batch = place // (call.num_tiles * heads_k)
-    item = work_item(call.work, place % call.num_tiles, batch, call.len_k, call.len_q, call.diagonal, tiles.n)
+    row, head_k, tile = scheduled(call.work, gl.program_id(0), call.num_tiles, call.heads // call.group, tiles.n)
+    item = work_item(call.work, tile, row, call.len_k, call.len_q, call.diagonal, tiles.n)
     span = span_met(item, call.rules, head_k * call.group, tiles, True)
     partial = span.partial * call.group
     return Job(item, head_k, span, partial, partial + (span.full_end - span.full_begin) // tiles.m * call.group)

@@ -33,7 +33,7 @@ from hf_flashbsa.kernels.hopper.common import (
     visits,
     wait_for,
 )
-from hf_flashbsa.kernels.primitives import dropout_keep, log2_factor, logits, visible, work_item
+from hf_flashbsa.kernels.primitives import dropout_keep, log2_factor, logits, scheduled, visible, work_item
 from hf_flashbsa.kernels.records import Rules, Tiles
 from hf_flashbsa.kernels.rows import begin_rows, finish_rows
 
@@ -68,13 +68,10 @@ class Job(NamedTuple):
 @gluon.jit
 def _job(call, tiles: gl.constexpr):
     """The job of this program."""
-    place = gl.program_id(0)
-    head = (place // call.num_tiles) % call.heads
-    tile = place % call.num_tiles
+    row, head, tile = scheduled(call.work, gl.program_id(0), call.num_tiles, call.heads, tiles.m)
     if call.work is None:
         tile = call.num_tiles - 1 - tile
-    batch = place // (call.num_tiles * call.heads)
-    item = work_item(call.work, tile, batch, call.len_q, call.len_k, call.diagonal, tiles.m)
+    item = work_item(call.work, tile, row, call.len_q, call.len_k, call.diagonal, tiles.m)
     span = span_met(item, call.rules, head, tiles, False)
     return Job(item, head, span, visits(span, tiles))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from hf_flashbsa.kernels.primitives import work_item
+from hf_flashbsa.kernels.primitives import scheduled, work_item
 
 
 @gluon.jit
@@ -16,12 +16,10 @@ def tile_at(call, turn, tiles: gl.constexpr):
     place = gl.program_id(0)
     place = turn * programs + gl.where(turn % 2 == 1, programs - 1 - place, place)
     place = gl.minimum(place, call.total - 1)
-    head = (place // call.num_tiles) % call.heads
-    tile = place % call.num_tiles
+    row, head, tile = scheduled(call.work, place, call.num_tiles, call.heads, tiles.m)
     if call.work is None:
         tile = call.num_tiles - 1 - tile
-    batch = place // (call.num_tiles * call.heads)
-    return head, work_item(call.work, tile, batch, call.len_q, call.len_k, call.diagonal, tiles.m)
+    return head, work_item(call.work, tile, row, call.len_q, call.len_k, call.diagonal, tiles.m)
 
 
 @gluon.jit
