@@ -25,15 +25,3 @@ def nan_memory():
     """Uninitialised floating-point tensors hold NaN, so that memory that a kernel should have written shows."""
     with poisoned_memory():
         yield
-
-
-@pytest.fixture(autouse=True)
-def messages_fit_a_gpu(monkeypatch):
-    """torch's asynchronous assertion takes any message on a CPU, but on a GPU raises for one of 255 bytes or more."""
-    check = torch._assert_async
-
-    def checked(condition: torch.Tensor, message: str = "") -> None:
-        assert len(message) < 255, message
-        check(condition, message)
-
-    monkeypatch.setattr(torch, "_assert_async", checked)

@@ -19,7 +19,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS, Call, clear, first_key, span_met, store_tile, visits
+from hf_flashbsa.kernels.hopper.common import (
+    CONSUMERS,
+    ROWS,
+    Call,
+    barrier,
+    clear,
+    first_key,
+    span_met,
+    store_tile,
+    visits,
+)
 from hf_flashbsa.kernels.hopper.turns import next_turn, tile_at, turns_of
 from hf_flashbsa.kernels.primitives import (
     LN2,
@@ -87,6 +97,7 @@ def _note_tile(notes, slot, call, head, begin, item, span):
         _write(notes, place + 7, item.diagonal)
         _write(notes, place + 8, item.query_origin)
         _write(notes, place + 9, item.key_origin)
+    barrier()  # one thread tells of what all of them wrote
 
 
 @gluon.jit
@@ -160,6 +171,7 @@ def _load_keys(k, row, head, first, todo, kind, step, ring, tiles: gl.constexpr,
     _write(ring.block_notes, stage * BLOCK_NOTES, first)
     _write(ring.block_notes, stage * BLOCK_NOTES + 1, todo)
     _write(ring.block_notes, stage * BLOCK_NOTES + 2, kind)
+    barrier()
     mbarrier.expect(ring.k_full.index(stage), tiles.n * tiles.d * 2)
     tma.async_copy_global_to_shared(k, [row, head, first, 0], ring.k_full.index(stage), ring.k_tiles.index(stage))
 

@@ -48,7 +48,7 @@ def launch_forward(options: dict, launch, q, k, v, out, lse, extras: Extras, par
     (batch, heads, len_q, dim), (_, heads_k, len_k, _) = q.shape, k.shape
     tiles, batch = tiles_of(extras.work_q, len_q, batch, TILE)
     total = tiles * heads * batch
-    resident = (extras.work_q is not None and extras.grid is None) or tiles <= RESIDENT_TILES
+    resident = extras.work_q is not None or tiles <= RESIDENT_TILES
     lists = extras.blocks_q
     launch(
         forward_kernel, (min(total, _multiprocessors(q.device)) if resident else total,),
