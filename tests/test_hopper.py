@@ -151,6 +151,17 @@ def test_takes(on_hopper, kernel):
     assert hopper.refusal(kernel, *_arguments()) is None
 
 
+def test_packed_documents_are_taken_where_they_were_faster(on_hopper):
+    """At head dim 64: without causality, and with as many queries as keys, roughly."""
+    q, k, v, others, extras, params = _arguments(64, extras={"work_q": torch.zeros(1), "work_k": torch.zeros(1)})
+    unlisted = "what configs/hopper.json does not list"
+    for kernel in ("forward", "dkdv"):
+        assert hopper.refusal(kernel, q, k, v, others, extras, params) is None
+        assert hopper.refusal(kernel, q[:, :, :1000], k, v, others, extras, params) == unlisted
+        assert hopper.refusal(kernel, q, k, v, others, extras, params._replace(window_right=0)) == unlisted
+    assert hopper.refusal("dq", q, k, v, others, extras, params) == unlisted
+
+
 def _layout_arguments(heads: int, heads_k: int, layout_heads: int, head_dim: int = 128):
     """What a call with a layout carries."""
     layout = BlockLayout(torch.ones(1, layout_heads, 16, 16, dtype=torch.int32), 128)
