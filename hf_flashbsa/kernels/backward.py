@@ -204,27 +204,6 @@ def dq_kernel(
     store_tile(dq_head, item.begin, item.end, dq * score.scale, HEAD_DIM, BLOCK_M, BLOCK_D)
 
 
-@triton.jit
-def _dbias_part(
-    total, added, dout, q, k, v, rowwise, plane, m0, n0, place, rules, head, heads, group, len_q, tiles: tl.constexpr
-):
-    """Adds the gradients of the scores of one sequence and head, from query `m0` and key `n0`."""
-    row_q, q_begin, q_end, row_k, k_begin, k_end, shift = place
-    queries = m0 + tl.arange(0, tiles.m)
-    keys = n0 + tl.arange(0, tiles.n)
-    inside = (queries < q_end)[:, None] & (keys < k_end)[None, :]
-    rows = read_rows(rowwise, plane, rules.score, row_q * heads + head, m0, 0, q_end, len_q, tiles.m, True)
-    q_tile = load_tile(head_of(q, row_q, head), m0, 0, q_end, tiles.head_dim, tiles.m, tiles.d, True)
-    do_tile = load_tile(head_of(dout, row_q, head), m0, 0, q_end, tiles.head_dim_v, tiles.m, tiles.dv, True)
-    k_block = load_tile(head_of(k, row_k, head // group), n0, 0, k_end, tiles.head_dim, tiles.n, tiles.d, True)
-    v_block = load_tile(head_of(v, row_k, head // group), n0, 0, k_end, tiles.head_dim_v, tiles.n, tiles.dv, True)
-    ds, _ = _score_gradient(
-        q_tile, do_tile, rows, k_block, v_block, added, queries, m0, n0, q_begin, k_begin, inside, row_q, row_k,
-        shift, rules, head, tiles, True,
-    )  # fmt: skip
-    return total + ds
-
-
 @triton.jit(do_not_specialize=["diagonal", "len_q", "len_k", "count", "bias_batch", "plane"])
 def dbias_kernel(
     dout, dbias, q, k, v, rowwise, plane, sequences, mask, dense, blocks, score, bias, diagonal, count, heads, group,
@@ -258,7 +237,10 @@ def dbias_kernel(
             row_k, k_begin, k_end = tl.load(entry + 3), tl.load(entry + 4), tl.load(entry + 5)
             shift = tl.load(entry + 6)
         m0, n0 = q_begin + place_m, k_begin + place_n
-        met = (m0 < q_end) & (n0 < k_end)
+        # Loads under a condition are not pipelined: there is none where every tile is met.
+        met = True
+        if sequences is not None:
+            met = (m0 < q_end) & (n0 < k_end)
         if mask.window_right is not None:
             met = met & (n0 <= tl.minimum(m0 + BLOCK_M, q_end) - 1 + shift + mask.window_right)
         if mask.window_left is not None:
@@ -266,15 +248,19 @@ def dbias_kernel(
         if tiles.listed > 0:
             # Grids may end before the bias does.
             met = met & (tl.load(block_pointer(blocks, row_q, head, place_m, place_n, tiles), mask=met, other=0) != 0)
-        place = row_q, q_begin, q_end, row_k, k_begin, k_end, shift
-        # Loads under a condition are not pipelined: there is none where every tile is met.
-        if sequences is None and mask.window_left is None and mask.window_right is None and tiles.listed == 0:
-            total = _dbias_part(
-                total, added, dout, q, k, v, rowwise, plane, m0, n0, place, rules, head, heads, group, len_q, tiles
-            )
-        elif met:
-            total = _dbias_part(
-                total, added, dout, q, k, v, rowwise, plane, m0, n0, place, rules, head, heads, group, len_q, tiles
-            )
+        if met:
+            queries = m0 + tl.arange(0, BLOCK_M)
+            keys = n0 + tl.arange(0, BLOCK_N)
+            inside = (queries < q_end)[:, None] & (keys < k_end)[None, :]
+            rows = read_rows(rowwise, plane, score, row_q * heads + head, m0, 0, q_end, len_q, BLOCK_M, True)
+            q_tile = load_tile(head_of(q, row_q, head), m0, 0, q_end, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+            do_tile = load_tile(head_of(dout, row_q, head), m0, 0, q_end, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True)
+            k_block = load_tile(head_of(k, row_k, head // group), n0, 0, k_end, HEAD_DIM, BLOCK_N, BLOCK_D, True)
+            v_block = load_tile(head_of(v, row_k, head // group), n0, 0, k_end, HEAD_DIM_V, BLOCK_N, BLOCK_DV, True)
+            ds, _ = _score_gradient(
+                q_tile, do_tile, rows, k_block, v_block, added, queries, m0, n0, q_begin, k_begin, inside,
+                row_q, row_k, shift, rules, head, tiles, True,
+            )  # fmt: skip
+            total += ds
     pointers = matrix_pointers(dbias, bias_row, bias_head, places_m[:, None], places_n[None, :])
     tl.store(pointers, total.to(dbias.ptr.dtype.element_ty), mask=reached)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 
 from hf_flashbsa.kernels.primitives import partial_position, place_of, span_of
 from hf_flashbsa.kernels.records import Span
@@ -116,7 +116,7 @@ def load_rows(x, row, head, begin, end, DIM: gl.constexpr):
 
 
 @gluon.jit
-def store_tile(x, row, head, begin, end, tile, DIM: gl.constexpr):
+def store_shared(x, row, head, begin, end, tile, DIM: gl.constexpr):
     """Writes 64 rows in shared memory to those from `begin` on of an Operand, up to `end`."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // DIM, DIM // 8], [4, 1], [1, 0])
     pointers, live = _places(x, row, head, begin, end, LAYOUT, DIM)
@@ -200,6 +200,16 @@ def tile_of(stream, i, BLOCK: gl.constexpr, DIM: gl.constexpr):
 
 
 @gluon.jit
+def start_products(i, first, second, one, other, zero, BLOCK: gl.constexpr, DIM: gl.constexpr):
+    """Starts the products of two held tiles with block `i` of two streams, transposed."""
+    wait_for(one, i)
+    s = warpgroup_mma(first, tile_of(one, i, BLOCK, DIM).permute((1, 0)), zero, use_acc=False, is_async=True)
+    wait_for(other, i)
+    dp = warpgroup_mma(second, tile_of(other, i, BLOCK, DIM).permute((1, 0)), zero, use_acc=False, is_async=True)
+    return s, dp
+
+
+@gluon.jit
 def send_rows(x, rows, length, row, head, begin, end, values, box, call, DIM: gl.constexpr):
     """Starts to write 64 rows from `begin` on, by way of `box`, a held tile that is done with. `x` is a descriptor and
     `rows` an Operand of the same tensor, of `length` rows."""
@@ -209,7 +219,7 @@ def send_rows(x, rows, length, row, head, begin, end, values, box, call, DIM: gl
     if call.work is not None:
         if begin + ROWS > end:
             # Rows of another sequence follow. Nothing is sent beyond the tensor.
-            store_tile(rows, row, head, begin, end, tile, DIM)
+            store_shared(rows, row, head, begin, end, tile, DIM)
             place = gl.to_tensor(length)
     fence_async_shared()
     barrier()

@@ -26,13 +26,12 @@ from hf_flashbsa.kernels.hopper.common import (
     release,
     send_rows,
     span_met,
+    start_products,
     tile_of,
-    wait_for,
 )
 from hf_flashbsa.kernels.primitives import (
     dropout_keep,
     log2_factor,
-    logits,
     partial_position,
     place_of,
     scheduled,
@@ -165,21 +164,8 @@ def _row_word(i, word, ring, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def _issue(i, k_tile, v_tile, ring, zero, tiles: gl.constexpr):
-    """Starts the products of the keys with block `i` of the queries, and of the values with its output gradients."""
-    wait_for(ring.q_stream, i)
-    q_tile = tile_of(ring.q_stream, i, tiles.m, tiles.d)
-    s = warpgroup_mma(k_tile, q_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
-    wait_for(ring.do_stream, i)
-    do_tile = tile_of(ring.do_stream, i, tiles.m, tiles.d)
-    dp = warpgroup_mma(v_tile, do_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
-    return s, dp
-
-
-@gluon.jit
 def _weights(i, begin, head, first, s, job, rules, ring, tiles: gl.constexpr):
-    """Weights of keys from `begin` on with block `i`, of query head `head` from query `first` on, and the slope of the
-    softcap.
+    """Weights of keys from `begin` on with block `i`, of query head `head` from query `first` on.
 
     Weights that dropout drops have a minus sign: both gradients need to know, and a sign takes no registers.
     """
@@ -188,7 +174,6 @@ def _weights(i, begin, head, first, s, job, rules, ring, tiles: gl.constexpr):
     queries = first + gl.arange(0, tiles.m, layout=COLUMNS)
     keys = begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout))
     inside = ((queries >= span.lo) & (queries < span.hi))[None, :] & (keys < item.end)[:, None]
-    s, slope = logits(s, rules, 0.0)
     if i < job.partial:
         ok = visible(
             rules, item.other_row, item.row, head, queries[None, :], keys[:, None], inside, item.diagonal,
@@ -203,7 +188,7 @@ def _weights(i, begin, head, first, s, job, rules, ring, tiles: gl.constexpr):
         offsets = gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout))[:, None]
         keep = dropout_keep(rules.score, pad[None, :], factor[None, :], begin - item.key_origin, offsets)
         p = gl.where(keep, p, -p)
-    return p, slope
+    return p
 
 
 @gluon.jit
@@ -215,13 +200,13 @@ def _kept(p, score):
 
 
 @gluon.jit
-def _gradient(i, p, dp, slope, ring, score):
+def _gradient(i, p, dp, ring, score):
     """Gradient of the scaled scores of block `i`."""
     if score.seed is not None:
         dp = gl.where(p > 0.0, dp * score.keep_scale, 0.0)
         p = gl.abs(p)
     delta = _row_word(i, 1, ring, gl.SliceLayout(0, p.type.layout))
-    return p * (dp - delta[None, :]) * slope
+    return p * (dp - delta[None, :])
 
 
 @gluon.jit
@@ -234,13 +219,13 @@ def _finish(i, p, ds, dk, dv, ring, tiles: gl.constexpr):
 
 @gluon.jit
 def _begin(k_tile, v_tile, zero, job, begin, ring, call, tiles: gl.constexpr):
-    """Weights of the first block, the slope of the softcap, and the product of the values with output gradients."""
+    """Weights of the first block, and the product of the values with output gradients."""
     head, first = _masked_block(job, call, _look_ahead(job, call, 0, tiles), 0, tiles)
     clear_outside(ring.q_stream, ring.do_stream, 0, first, job.span, tiles.m, tiles.d)
-    s, dp = _issue(0, k_tile, v_tile, ring, zero, tiles)
+    s, dp = start_products(0, k_tile, v_tile, ring.q_stream, ring.do_stream, zero, tiles.m, tiles.d)
     s, dp = warpgroup_mma_wait(0, deps=(s, dp))
-    weights, slope = _weights(0, begin, head, first, s, job, call.rules, ring, tiles)
-    return weights, slope, dp
+    weights = _weights(0, begin, head, first, s, job, call.rules, ring, tiles)
+    return weights, dp
 
 
 @gluon.jit
@@ -251,24 +236,24 @@ def _rotated(dk, dv, k_tile, v_tile, zero, job, begin, ring, call, OPERAND: gl.c
     dtype: gl.constexpr = ring.held.first.dtype
     rules = call.rules
     ahead = _look_ahead(job, call, 1, tiles)
-    weights, slope, dp = _begin(k_tile, v_tile, zero, job, begin, ring, call, tiles)
+    weights, dp = _begin(k_tile, v_tile, zero, job, begin, ring, call, tiles)
     for i in range(1, job.count):
         last = i - 1
         head_q, first_q = _masked_block(job, call, ahead, i, tiles)
         clear_outside(ring.q_stream, ring.do_stream, i, first_q, job.span, tiles.m, tiles.d)
         p = gl.convert_layout(_kept(weights, rules.score).to(dtype), OPERAND)
         dv_next = warpgroup_mma(p, tile_of(ring.do_stream, last, tiles.m, tiles.d), dv, is_async=True)
-        ds = gl.convert_layout(_gradient(last, weights, dp, slope, ring, rules.score).to(dtype), OPERAND)
+        ds = gl.convert_layout(_gradient(last, weights, dp, ring, rules.score).to(dtype), OPERAND)
         dk_next = warpgroup_mma(ds, tile_of(ring.q_stream, last, tiles.m, tiles.d), dk, is_async=True)
-        s, dp_next = _issue(i, k_tile, v_tile, ring, zero, tiles)
+        s, dp_next = start_products(i, k_tile, v_tile, ring.q_stream, ring.do_stream, zero, tiles.m, tiles.d)
         ahead = _look_ahead(job, call, i + 1, tiles)
         s, dv, dk, _, _ = warpgroup_mma_wait(1, deps=(s, dv_next, dk_next, p, ds))
         release(ring.do_stream, last)
         release(ring.q_stream, last)
-        weights, slope = _weights(i, begin, head_q, first_q, s, job, rules, ring, tiles)
+        weights = _weights(i, begin, head_q, first_q, s, job, rules, ring, tiles)
         dp = warpgroup_mma_wait(0, deps=(dp_next,))
     p = gl.convert_layout(_kept(weights, rules.score).to(dtype), OPERAND)
-    ds = gl.convert_layout(_gradient(job.count - 1, weights, dp, slope, ring, rules.score).to(dtype), OPERAND)
+    ds = gl.convert_layout(_gradient(job.count - 1, weights, dp, ring, rules.score).to(dtype), OPERAND)
     dk, dv = _finish(job.count - 1, p, ds, dk, dv, ring, tiles)
     return warpgroup_mma_wait(0, deps=(dk, dv))
 
@@ -281,21 +266,21 @@ def _late(dk, dv, k_tile, v_tile, zero, job, begin, ring, call, OPERAND: gl.cons
     dtype: gl.constexpr = ring.held.first.dtype
     rules = call.rules
     ahead = _look_ahead(job, call, 1, tiles)
-    weights, slope, dp = _begin(k_tile, v_tile, zero, job, begin, ring, call, tiles)
+    weights, dp = _begin(k_tile, v_tile, zero, job, begin, ring, call, tiles)
     p = gl.convert_layout(_kept(weights, rules.score).to(dtype), OPERAND)
-    ds = gl.convert_layout(_gradient(0, weights, dp, slope, ring, rules.score).to(dtype), OPERAND)
+    ds = gl.convert_layout(_gradient(0, weights, dp, ring, rules.score).to(dtype), OPERAND)
     for i in range(1, job.count):
         last = i - 1
         head_q, first_q = _masked_block(job, call, ahead, i, tiles)
         clear_outside(ring.q_stream, ring.do_stream, i, first_q, job.span, tiles.m, tiles.d)
-        s, dp = _issue(i, k_tile, v_tile, ring, zero, tiles)
+        s, dp = start_products(i, k_tile, v_tile, ring.q_stream, ring.do_stream, zero, tiles.m, tiles.d)
         dk_next, dv_next = _finish(last, p, ds, dk, dv, ring, tiles)
         ahead = _look_ahead(job, call, i + 1, tiles)
         s = warpgroup_mma_wait(3, deps=(s,))
-        weights, slope = _weights(i, begin, head_q, first_q, s, job, rules, ring, tiles)
+        weights = _weights(i, begin, head_q, first_q, s, job, rules, ring, tiles)
         p_next = _kept(weights, rules.score)
         dp = warpgroup_mma_wait(2, deps=(dp,))
-        ds_next = _gradient(i, weights, dp, slope, ring, rules.score)
+        ds_next = _gradient(i, weights, dp, ring, rules.score)
         # Rounded only behind the wait: products in flight read the registers that the operands of the next ones take.
         dk, dv, _, _ = warpgroup_mma_wait(0, deps=(dk_next, dv_next, p, ds))
         release(ring.do_stream, last)
@@ -362,6 +347,7 @@ def dkdv_kernel(
 
     Grid: tiles of 128 keys x heads of keys x batch rows.
     """
+    gl.static_assert((score.softcap is None) and (bias.ptr is None), "scores are only scaled")
     tiles: gl.constexpr = Tiles(BLOCK_M, CONSUMERS * ROWS, HEAD_DIM, HEAD_DIM, HEAD_DIM, HEAD_DIM, LISTED, WIDTH)
     call = Call(work, Rules(mask, dense, blocks, score, bias), diagonal, heads, group, len_q, len_k, num_tiles, None)
     WORDS: gl.constexpr = 4 if score.seed is not None else 2

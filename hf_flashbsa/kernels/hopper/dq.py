@@ -29,11 +29,11 @@ from hf_flashbsa.kernels.hopper.common import (
     release,
     send_rows,
     span_met,
+    start_products,
     tile_of,
     visits,
-    wait_for,
 )
-from hf_flashbsa.kernels.primitives import dropout_keep, log2_factor, logits, scheduled, visible, work_item
+from hf_flashbsa.kernels.primitives import dropout_keep, log2_factor, scheduled, visible, work_item
 from hf_flashbsa.kernels.records import Rules, Tiles
 from hf_flashbsa.kernels.rows import begin_rows, finish_rows
 
@@ -132,40 +132,33 @@ def _key_of(job, ahead, i, tiles: gl.constexpr):
 def _issue(i, first, q_tile, do_tile, ring, span, zero, tiles: gl.constexpr):
     """Starts the products of the queries with block `i` of the keys, and of their output gradients with its values."""
     clear_outside(ring.k_stream, ring.v_stream, i, first, span, tiles.n, tiles.d)
-    wait_for(ring.k_stream, i)
-    k_tile = tile_of(ring.k_stream, i, tiles.n, tiles.d)
-    s = warpgroup_mma(q_tile, k_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
-    wait_for(ring.v_stream, i)
-    v_tile = tile_of(ring.v_stream, i, tiles.n, tiles.d)
-    dp = warpgroup_mma(do_tile, v_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
-    return s, dp
+    return start_products(i, q_tile, do_tile, ring.k_stream, ring.v_stream, zero, tiles.n, tiles.d)
 
 
 @gluon.jit
 def _weights(i, begin, first, s, job, rules, rows, tiles: gl.constexpr):
-    """Weights of queries from `begin` on with block `i`, before dropout, and the slope of the softcap."""
+    """Weights of queries from `begin` on with block `i`, before dropout."""
     item, span = job.item, job.span
     queries = begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout))
     keys = first + gl.arange(0, tiles.n, layout=gl.SliceLayout(0, s.type.layout))
     inside = (queries < item.end)[:, None] & ((keys >= span.lo) & (keys < span.hi))[None, :]
-    s, slope = logits(s, rules, 0.0)
     if i < span.partial:
         ok = visible(
             rules, item.row, item.other_row, job.head, queries[:, None], keys[None, :], inside, item.diagonal,
             item.query_origin, item.key_origin, begin, first, tiles,
         )  # fmt: skip
         s = gl.where(ok, s, float("-inf"))
-    return gl.exp2(s * log2_factor(rules) - rows.lse[:, None]), slope
+    return gl.exp2(s * log2_factor(rules) - rows.lse[:, None])
 
 
 @gluon.jit
-def _gradient(first, p, dp, slope, item, score, rows):
+def _gradient(first, p, dp, item, score, rows):
     """Gradient of the scaled scores of the block from key `first` on."""
     if score.seed is not None:
         offsets = gl.arange(0, p.shape[1], layout=gl.SliceLayout(0, p.type.layout))[None, :]
         keep = dropout_keep(score, rows.pad[:, None], rows.factor[:, None], first - item.key_origin, offsets)
         dp = gl.where(keep, dp * score.keep_scale, 0.0)
-    return p * (dp - rows.delta[:, None]) * slope
+    return p * (dp - rows.delta[:, None])
 
 
 @gluon.jit
@@ -192,8 +185,8 @@ def _compute(part: gl.constexpr, dq_out, dq_rows, sources, ring, call, tiles: gl
             s, dp = _issue(0, first, q_tile, do_tile, ring, span, zero, tiles)
             s, dp = warpgroup_mma_wait(0, deps=(s, dp))
             release(ring.v_stream, 0)
-            p, slope = _weights(0, begin, first, s, job, rules, rows, tiles)
-            ds = _gradient(first, p, dp, slope, item, rules.score, rows)
+            p = _weights(0, begin, first, s, job, rules, rows, tiles)
+            ds = _gradient(first, p, dp, item, rules.score, rows)
             ds = gl.convert_layout(ds.to(dtype), DS)
             for i in range(1, job.count):
                 begin_key = _key_of(job, ahead, i, tiles)
@@ -201,10 +194,10 @@ def _compute(part: gl.constexpr, dq_out, dq_rows, sources, ring, call, tiles: gl
                 ahead = _look_ahead(job, rules, i + 1, tiles)
                 dq_next = warpgroup_mma(ds, tile_of(ring.k_stream, i - 1, tiles.n, tiles.d), dq, is_async=True)
                 s = warpgroup_mma_wait(2, deps=(s,))
-                p, slope = _weights(i, begin, begin_key, s, job, rules, rows, tiles)
+                p = _weights(i, begin, begin_key, s, job, rules, rows, tiles)
                 dp = warpgroup_mma_wait(1, deps=(dp,))
                 release(ring.v_stream, i)
-                ds_next = _gradient(begin_key, p, dp, slope, item, rules.score, rows)
+                ds_next = _gradient(begin_key, p, dp, item, rules.score, rows)
                 # The product in flight reads the registers of `ds`.
                 dq, _ = warpgroup_mma_wait(0, deps=(dq_next, ds))
                 release(ring.k_stream, i - 1)
@@ -240,6 +233,7 @@ def dq_kernel(
     Keys are needed one block longer than values: from K_STAGES = 3 on both load ahead. Grid: tiles of 128 queries x
     heads x batch rows.
     """
+    gl.static_assert((score.softcap is None) and (bias.ptr is None), "scores are only scaled")
     tiles: gl.constexpr = Tiles(CONSUMERS * ROWS, BLOCK_N, HEAD_DIM, HEAD_DIM, HEAD_DIM, HEAD_DIM, LISTED, WIDTH)
     call = Call(work, Rules(mask, dense, blocks, score, bias), diagonal, heads, group, len_q, len_k, num_tiles, None)
     ring = Ring(

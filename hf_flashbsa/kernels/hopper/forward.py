@@ -27,7 +27,7 @@ from hf_flashbsa.kernels.hopper.common import (
     clear,
     first_key,
     span_met,
-    store_tile,
+    store_shared,
     visits,
 )
 from hf_flashbsa.kernels.hopper.turns import next_turn, tile_at, turns_of
@@ -256,7 +256,7 @@ def _store(o, row_max, row_sum, tile, rows_out, lse, sinks, head, item, call, S:
     if call.work is not None:
         if item.begin + ROWS > item.end:
             # Rows of another sequence follow, which the producer would overwrite.
-            store_tile(rows_out, item.row, head, item.begin, item.end, tile, tiles.d)
+            store_shared(rows_out, item.row, head, item.begin, item.end, tile, tiles.d)
     fence_async_shared()
     rows = item.begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
     place = (item.row.to(gl.int64) * call.heads + head) * call.len_q + rows
