@@ -12,7 +12,7 @@ from typing import NamedTuple
 from unittest import mock
 
 import triton
-from sass import disassemble, overwritten_operands
+from sass import disassemble, lost_operands, overwritten_operands
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
@@ -23,7 +23,8 @@ SHARED_LIMIT = {80: 166_912, 90: 232_448}
 class Compiled(NamedTuple):
     """One compiled kernel. `spills` are bytes stored; `wgmma` and `mma` count matrix instructions.
 
-    `serialized` tells whether ptxas waits for each wgmma, and `overwritten` counts `sass.overwritten_operands`.
+    `serialized` tells whether ptxas waits for each wgmma, `overwritten` counts `sass.overwritten_operands` and `lost`
+    `sass.lost_operands`.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Compiled(NamedTuple):
     mma: int
     serialized: bool
     overwritten: int
+    lost: int
 
 
 class _Driver:
@@ -78,6 +80,7 @@ def compile_only(arch: int):
 
 def _read(kernel, arch: int, module: str) -> Compiled:
     ptx = kernel.asm["ptx"]
+    sass = disassemble(kernel.asm["cubin"]) if arch >= 90 else ""
     ptxas = os.environ.get("TRITON_PTXAS_PATH") or triton.knobs.nvidia.ptxas.path
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
@@ -95,5 +98,6 @@ def _read(kernel, arch: int, module: str) -> Compiled:
         len(re.findall(r"wgmma\.mma_async", ptx)),
         len(re.findall(r"\bmma\.sync", ptx)),
         "wgmma.mma_async instructions are serialized" in log,
-        len(overwritten_operands(disassemble(kernel.asm["cubin"]))) if arch >= 90 else 0,
+        len(overwritten_operands(sass)),
+        len(lost_operands(sass)),
     )

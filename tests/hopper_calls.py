@@ -13,18 +13,23 @@ KERNELS = ("forward", "dq", "dkdv")
 
 
 @contextlib.contextmanager
-def every_call_on_hopper(programs: int) -> Iterator[Counter]:
+def every_call_on_hopper(programs: int, choice: int = 0) -> Iterator[Counter]:
     """Within, configs/hopper.json lists every call of its head dims, and `programs` programs share the tiles of a
-    forward call. Counts launches by kernel and whether it was the Hopper one."""
+    forward call. Where the file has several options for a kernel and head dim, `choice` goes round them. Counts
+    launches by kernel and whether it was the Hopper one."""
     from hf_flashbsa.kernels.hopper import launchers
 
-    entries = {
-        kernel: [
-            {"head_dim": entry["head_dim"], "shortest": 1, "options": entry["options"]}
-            for entry in hopper._entries(kernel)
+    entries = {}
+    for kernel in KERNELS:
+        listed = {}
+        for entry in hopper._entries(kernel):
+            options = listed.setdefault(entry["head_dim"], [])
+            if entry["options"] not in options:
+                options.append(entry["options"])
+        entries[kernel] = [
+            {"head_dim": head_dim, "shortest": 1, "options": options[choice % len(options)]}
+            for head_dim, options in listed.items()
         ]
-        for kernel in KERNELS
-    }
     launched, launcher_of = Counter(), hopper.launcher_of
 
     def counted(kernel: str, *arguments):

@@ -110,7 +110,9 @@ def run_job(job: Job, options: argparse.Namespace) -> dict:
     case = case_of(job.seed, options)
     make = with_integers(cases.make_problem) if options.integers else cases.make_problem
     begin = time.perf_counter()
-    forced = every_call_on_hopper(PROGRAMS[job.seed % len(PROGRAMS)]) if options.hopper else contextlib.nullcontext({})
+    forced = contextlib.nullcontext({})
+    if options.hopper:
+        forced = every_call_on_hopper(PROGRAMS[job.seed % len(PROGRAMS)], choice=job.seed // len(PROGRAMS))
     with poisoned_memory(), mock.patch.object(cases, "make_problem", make), forced as launched:
         if job.kind == "case":
             ratios = cases.worst_ratio(case, options.device, options.backend)

@@ -79,3 +79,28 @@ def overwritten_operands(sass: str) -> list[str]:
                         break
                 i += 1
     return found
+
+
+def lost_operands(sass: str) -> list[str]:
+    """Products in a loop whose left operand was loaded into registers ahead of it, and that the loop overwrites.
+
+    ptxas gives away registers of such operands where it lacks some (Triton 3.6 and its ptxas 12.8): the next round
+    multiplies with whatever they hold. What was loaded ahead is read off the order of instructions.
+    """
+    code = [(int(m[1], 16), m[2]) for m in map(_INSTRUCTION.match, sass.splitlines()) if m]
+    place = {address: i for i, (address, _) in enumerate(code)}
+    jumps = [(place.get(int(m[1], 16)), i) for i, (_, x) in enumerate(code) if (m := _JUMP.search(x))]
+    loops = [(begin, end) for begin, end in jumps if begin is not None and begin < end]
+    found = []
+    for i, (address, product) in enumerate(code):
+        around = [loop for loop in loops if loop[0] <= i <= loop[1]]
+        match = _PRODUCT.match(product)
+        if match is None or not around:
+            continue
+        begin, end = min(around, key=lambda loop: loop[1] - loop[0])
+        operand = set(range(int(match[1]), int(match[1]) + 4))
+        writes = [place for place in range(end + 1) if operand.intersection(_written(code[place][1]))]
+        ahead = [code[place][1] for place in writes if place < begin]
+        if ahead and ahead[-1].startswith("LDSM") and writes[-1] >= begin:
+            found.append(f"{address:#x} {product} / {code[writes[-1]][0]:#x} {code[writes[-1]][1]}")
+    return found

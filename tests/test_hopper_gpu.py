@@ -21,11 +21,11 @@ pytestmark = [
 LENGTH = 1500
 
 
-@pytest.fixture(params=[1, 3, 132])
+@pytest.fixture(params=[(1, 0), (3, 1), (132, 0), (132, 1)], ids=lambda param: "{}-{}".format(*param))
 def launched(request):
     """Which kernels a test launched. So many programs share the tiles of a forward call, and every call goes to the
-    Hopper kernels that can."""
-    with every_call_on_hopper(request.param) as counter:
+    Hopper kernels that can, with each of their options."""
+    with every_call_on_hopper(*request.param) as counter:
         yield counter
 
 

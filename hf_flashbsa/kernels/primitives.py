@@ -229,6 +229,12 @@ def visible(
     `inside` guards rows that tensors have.
     """
     ok = allowed(rules, row_q, row_k, head, queries, keys, inside, diagonal)
+    return marked(rules, row_q, head, queries, keys, ok, query_origin, key_origin, first_q, first_k, tiles)
+
+
+@triton.jit
+def marked(rules, row_q, head, queries, keys, ok, query_origin, key_origin, first_q, first_k, tiles: tl.constexpr):
+    """Of scores that are `ok` those that the masks of partial blocks let exist."""
     blocks = rules.blocks
     if tiles.listed > 0:
         if blocks.masks is not None:

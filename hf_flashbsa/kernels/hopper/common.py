@@ -80,6 +80,22 @@ def first_key(span, blocks, index, tiles: gl.constexpr):
 
 
 @gluon.jit
+def bounds(rows, end, lo, hi, offset, before, after):
+    """Of each row before `end`, the first one of `[lo, hi)` on the other side that it meets, and that behind the last:
+    from `before` ahead of its own place there, `offset` further, to `after` behind. Rows from `end` on meet none.
+
+    That makes two comparisons per score, both of which differ from row to row: those that rows share would all be made
+    ahead of time, and held in registers that consumers lack.
+    """
+    first, behind = gl.where(rows < end, lo, hi), gl.where(rows < end, hi, lo)
+    if before is not None:
+        first = gl.maximum(first, rows + offset - before)
+    if after is not None:
+        behind = gl.minimum(behind, rows + offset + after + 1)
+    return first, behind
+
+
+@gluon.jit
 def clear(tile, first, lo, hi, ROWS: gl.constexpr, DIM: gl.constexpr):
     """Zeros the rows of a `[ROWS, DIM]` tile, the first of which is `first`, that lie outside of `[lo, hi)`: they meet
     weights of 0, and memory there may hold NaN. All warpgroups write the same bytes.
@@ -89,11 +105,10 @@ def clear(tile, first, lo, hi, ROWS: gl.constexpr, DIM: gl.constexpr):
     PIECE: gl.constexpr = 32
     for i in gl.static_range(ROWS // PIECE):
         begin = first + i * PIECE
-        if (begin < lo) | (begin + PIECE > hi):
-            piece = tile.slice(i * PIECE, PIECE)
-            values = piece.load(LAYOUT)
-            rows = begin + gl.arange(0, PIECE, layout=gl.SliceLayout(1, LAYOUT))
-            piece.store(gl.where(((rows >= lo) & (rows < hi))[:, None], values, gl.zeros_like(values)))
+        piece = tile.slice(i * PIECE, PIECE)
+        values = piece.load(LAYOUT)
+        rows = begin + gl.arange(0, PIECE, layout=gl.SliceLayout(1, LAYOUT))
+        piece.store(gl.where(((rows >= lo) & (rows < hi))[:, None], values, gl.zeros_like(values)))
     fence_async_shared()
     barrier()
 
@@ -135,9 +150,13 @@ class Held(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """Tiles in shared memory that the producer fills and the consumers empty, in turn; `stages` of them."""
+    """Pairs of tiles in shared memory that the producer fills and the consumers empty, in turn; `stages` of them.
 
-    tiles: object
+    Both tiles of a pair share their barriers, because waiting and telling take time: the threads that tell must meet.
+    """
+
+    first: object
+    second: object
     full: object
     empty: object
     stages: object
@@ -155,15 +174,16 @@ def allocate_held(first, second, DIM: gl.constexpr):
 
 
 @gluon.jit
-def allocate_stream(descriptor, BLOCK: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr, FILLS: gl.constexpr):
-    """A stream of tiles of BLOCK rows, of which each takes FILLS arrivals to be full."""
-    tiles = gl.allocate_shared_memory(descriptor.dtype, [STAGES, 1, 1, BLOCK, DIM], descriptor.layout)
+def allocate_stream(first, second, BLOCK: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr, FILLS: gl.constexpr):
+    """A stream of tiles of BLOCK rows of each descriptor. A pair takes FILLS arrivals to be full."""
+    tiles_first = gl.allocate_shared_memory(first.dtype, [STAGES, 1, 1, BLOCK, DIM], first.layout)
+    tiles_second = gl.allocate_shared_memory(second.dtype, [STAGES, 1, 1, BLOCK, DIM], second.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=FILLS)
         mbarrier.init(empty.index(stage), count=CONSUMERS)
-    return Stream(tiles, full, empty, STAGES)
+    return Stream(tiles_first, tiles_second, full, empty, STAGES)
 
 
 @gluon.jit
@@ -178,13 +198,14 @@ def hold(held, first, second, row, head, begin, DIM: gl.constexpr):
 
 
 @gluon.jit
-def fill(stream, i, descriptor, row, head, first, BLOCK: gl.constexpr, DIM: gl.constexpr):
-    """Loads block `i` of a stream once its stage is empty."""
+def fill(stream, i, first, second, row, head, begin, BLOCK: gl.constexpr, DIM: gl.constexpr):
+    """Loads block `i` of a stream, rows from `begin` on, once its stage is empty."""
     stage, phase = i % stream.stages, (i // stream.stages) & 1
     full = stream.full.index(stage)
     mbarrier.wait(stream.empty.index(stage), phase ^ 1)
-    mbarrier.expect(full, BLOCK * DIM * 2)
-    tma.async_copy_global_to_shared(descriptor, [row, head, first, 0], full, stream.tiles.index(stage))
+    mbarrier.expect(full, 2 * BLOCK * DIM * 2)
+    tma.async_copy_global_to_shared(first, [row, head, begin, 0], full, stream.first.index(stage))
+    tma.async_copy_global_to_shared(second, [row, head, begin, 0], full, stream.second.index(stage))
 
 
 @gluon.jit
@@ -194,18 +215,19 @@ def wait_for(stream, i):
 
 
 @gluon.jit
-def tile_of(stream, i, BLOCK: gl.constexpr, DIM: gl.constexpr):
-    """Block `i` of a stream."""
-    return stream.tiles.index(i % stream.stages).reshape([BLOCK, DIM])
+def tile_of(tiles, stream, i, BLOCK: gl.constexpr, DIM: gl.constexpr):
+    """Block `i` of a stream, of its `first` or `second` tiles."""
+    return tiles.index(i % stream.stages).reshape([BLOCK, DIM])
 
 
 @gluon.jit
-def start_products(i, first, second, one, other, zero, BLOCK: gl.constexpr, DIM: gl.constexpr):
-    """Starts the products of two held tiles with block `i` of two streams, transposed."""
-    wait_for(one, i)
-    s = warpgroup_mma(first, tile_of(one, i, BLOCK, DIM).permute((1, 0)), zero, use_acc=False, is_async=True)
-    wait_for(other, i)
-    dp = warpgroup_mma(second, tile_of(other, i, BLOCK, DIM).permute((1, 0)), zero, use_acc=False, is_async=True)
+def start_products(i, first, second, stream, zero, BLOCK: gl.constexpr, DIM: gl.constexpr):
+    """Starts the products of two held tiles with those of block `i` of a stream, transposed."""
+    wait_for(stream, i)
+    tile = tile_of(stream.first, stream, i, BLOCK, DIM)
+    s = warpgroup_mma(first, tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+    tile = tile_of(stream.second, stream, i, BLOCK, DIM)
+    dp = warpgroup_mma(second, tile.permute((1, 0)), zero, use_acc=False, is_async=True)
     return s, dp
 
 
@@ -233,10 +255,9 @@ def release(stream, i):
 
 
 @gluon.jit
-def clear_outside(one, other, i, first, span, BLOCK: gl.constexpr, DIM: gl.constexpr):
-    """Waits for block `i` of two streams, and clears rows outside of the span, if it has any."""
-    if (first < span.lo) | (first + BLOCK > span.hi):
-        wait_for(one, i)
-        wait_for(other, i)
-        clear(tile_of(one, i, BLOCK, DIM), first, span.lo, span.hi, BLOCK, DIM)
-        clear(tile_of(other, i, BLOCK, DIM), first, span.lo, span.hi, BLOCK, DIM)
+def clear_outside(stream, i, begin, span, BLOCK: gl.constexpr, DIM: gl.constexpr):
+    """Waits for block `i` of a stream, rows from `begin` on, and clears those outside of the span, if it has any."""
+    if (begin < span.lo) | (begin + BLOCK > span.hi):
+        wait_for(stream, i)
+        clear(tile_of(stream.first, stream, i, BLOCK, DIM), begin, span.lo, span.hi, BLOCK, DIM)
+        clear(tile_of(stream.second, stream, i, BLOCK, DIM), begin, span.lo, span.hi, BLOCK, DIM)

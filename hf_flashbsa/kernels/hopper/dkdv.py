@@ -20,6 +20,7 @@ from hf_flashbsa.kernels.hopper.common import (
     Call,
     allocate_held,
     allocate_stream,
+    bounds,
     clear_outside,
     fill,
     hold,
@@ -32,10 +33,11 @@ from hf_flashbsa.kernels.hopper.common import (
 from hf_flashbsa.kernels.primitives import (
     dropout_keep,
     log2_factor,
+    marked,
     partial_position,
     place_of,
+    related,
     scheduled,
-    visible,
     work_item,
 )
 from hf_flashbsa.kernels.records import Rules, Tiles
@@ -49,8 +51,7 @@ class Ring(NamedTuple):
     """
 
     held: object
-    q_stream: object
-    do_stream: object
+    stream: object
     row_words: object
     words: object
 
@@ -145,26 +146,25 @@ def _load(q, dout, k, v, rowwise, plane, ring, call, tiles: gl.constexpr):
             # Queries outside of the span have weights of 0. Loaded before the wait, which hides the latency.
             lse = gl.load(place, mask=live, other=float("inf"))
             delta = gl.load(place + plane, mask=live, other=0.0)
-            fill(ring.q_stream, i, q, item.other_row, head, first, tiles.m, tiles.d)
-            stage = i % ring.q_stream.stages
+            fill(ring.stream, i, q, dout, item.other_row, head, first, tiles.m, tiles.d)
+            stage = i % ring.stream.stages
             word = stage * ring.words
             ring.row_words.index(word).store(lse)
             ring.row_words.index(word + 1).store(delta)
             if call.rules.score.seed is not None:
                 ring.row_words.index(word + 2).store(gl.load(place + 2 * plane, mask=live, other=0.0))
                 ring.row_words.index(word + 3).store(gl.load(place + 3 * plane, mask=live, other=0.0))
-            mbarrier.arrive(ring.q_stream.full.index(stage), count=1)
-            fill(ring.do_stream, i, dout, item.other_row, head, first, tiles.m, tiles.d)
+            mbarrier.arrive(ring.stream.full.index(stage), count=1)
 
 
 @gluon.jit
 def _row_word(i, word, ring, COLUMNS: gl.constexpr):
     """The lse (word 0), delta (1), pad (2) or factor (3) of the queries of block `i`."""
-    return ring.row_words.index(i % ring.q_stream.stages * ring.words + word).load(COLUMNS)
+    return ring.row_words.index(i % ring.stream.stages * ring.words + word).load(COLUMNS)
 
 
 @gluon.jit
-def _weights(i, begin, head, first, s, job, rules, ring, tiles: gl.constexpr):
+def _weights(i, begin, head, first, s, lse, job, rules, ring, tiles: gl.constexpr):
     """Weights of keys from `begin` on with block `i`, of query head `head` from query `first` on.
 
     Weights that dropout drops have a minus sign: both gradients need to know, and a sign takes no registers.
@@ -173,14 +173,14 @@ def _weights(i, begin, head, first, s, job, rules, ring, tiles: gl.constexpr):
     item, span = job.item, job.span
     queries = first + gl.arange(0, tiles.m, layout=COLUMNS)
     keys = begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout))
-    inside = ((queries >= span.lo) & (queries < span.hi))[None, :] & (keys < item.end)[:, None]
     if i < job.partial:
-        ok = visible(
-            rules, item.other_row, item.row, head, queries[None, :], keys[:, None], inside, item.diagonal,
-            item.query_origin, item.key_origin, first, begin, tiles,
-        )  # fmt: skip
+        mask = rules.mask
+        lo, hi = bounds(keys, item.end, span.lo, span.hi, -item.diagonal, mask.window_right, mask.window_left)
+        q, k = queries[None, :], keys[:, None]
+        inside = (q >= lo[:, None]) & (q < hi[:, None])
+        ok = related(rules, item.other_row, item.row, head, q, k, inside)
+        ok = marked(rules, item.other_row, head, q, k, ok, item.query_origin, item.key_origin, first, begin, tiles)
         s = gl.where(ok, s, float("-inf"))
-    lse = _row_word(i, 0, ring, COLUMNS)
     p = gl.exp2(s * log2_factor(rules) - lse[None, :])
     if rules.score.seed is not None:
         pad = _row_word(i, 2, ring, COLUMNS).to(gl.uint32, bitcast=True)
@@ -200,32 +200,44 @@ def _kept(p, score):
 
 
 @gluon.jit
-def _gradient(i, p, dp, ring, score):
-    """Gradient of the scaled scores of block `i`."""
+def _gradient(p, dp, delta, score):
+    """Gradient of the scaled scores of a block."""
     if score.seed is not None:
         dp = gl.where(p > 0.0, dp * score.keep_scale, 0.0)
         p = gl.abs(p)
-    delta = _row_word(i, 1, ring, gl.SliceLayout(0, p.type.layout))
     return p * (dp - delta[None, :])
+
+
+@gluon.jit
+def _queries(ring, i, tiles: gl.constexpr):
+    """Block `i` of the queries."""
+    return tile_of(ring.stream.first, ring.stream, i, tiles.m, tiles.d)
+
+
+@gluon.jit
+def _dout(ring, i, tiles: gl.constexpr):
+    """The output gradients of block `i`."""
+    return tile_of(ring.stream.second, ring.stream, i, tiles.m, tiles.d)
 
 
 @gluon.jit
 def _finish(i, p, ds, dk, dv, ring, tiles: gl.constexpr):
     """Starts the products of weights and gradients of scores with block `i`."""
-    dv = warpgroup_mma(p, tile_of(ring.do_stream, i, tiles.m, tiles.d), dv, is_async=True)
-    dk = warpgroup_mma(ds, tile_of(ring.q_stream, i, tiles.m, tiles.d), dk, is_async=True)
+    dv = warpgroup_mma(p, _dout(ring, i, tiles), dv, is_async=True)
+    dk = warpgroup_mma(ds, _queries(ring, i, tiles), dk, is_async=True)
     return dk, dv
 
 
 @gluon.jit
 def _begin(k_tile, v_tile, zero, job, begin, ring, call, tiles: gl.constexpr):
-    """Weights of the first block, and the product of the values with output gradients."""
+    """Weights of the first block, the product of the values with output gradients, and delta of the queries."""
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, zero.type.layout)
     head, first = _masked_block(job, call, _look_ahead(job, call, 0, tiles), 0, tiles)
-    clear_outside(ring.q_stream, ring.do_stream, 0, first, job.span, tiles.m, tiles.d)
-    s, dp = start_products(0, k_tile, v_tile, ring.q_stream, ring.do_stream, zero, tiles.m, tiles.d)
+    clear_outside(ring.stream, 0, first, job.span, tiles.m, tiles.d)
+    s, dp = start_products(0, k_tile, v_tile, ring.stream, zero, tiles.m, tiles.d)
+    lse, delta = _row_word(0, 0, ring, COLUMNS), _row_word(0, 1, ring, COLUMNS)
     s, dp = warpgroup_mma_wait(0, deps=(s, dp))
-    weights = _weights(0, begin, head, first, s, job, call.rules, ring, tiles)
-    return weights, dp
+    return _weights(0, begin, head, first, s, lse, job, call.rules, ring, tiles), dp, delta
 
 
 @gluon.jit
@@ -234,26 +246,28 @@ def _rotated(dk, dv, k_tile, v_tile, zero, job, begin, ring, call, OPERAND: gl.c
     the first ones of the next block; the second of those runs under that block's weights.
     """
     dtype: gl.constexpr = ring.held.first.dtype
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, zero.type.layout)
     rules = call.rules
     ahead = _look_ahead(job, call, 1, tiles)
-    weights, dp = _begin(k_tile, v_tile, zero, job, begin, ring, call, tiles)
+    weights, dp, delta = _begin(k_tile, v_tile, zero, job, begin, ring, call, tiles)
     for i in range(1, job.count):
         last = i - 1
         head_q, first_q = _masked_block(job, call, ahead, i, tiles)
-        clear_outside(ring.q_stream, ring.do_stream, i, first_q, job.span, tiles.m, tiles.d)
+        clear_outside(ring.stream, i, first_q, job.span, tiles.m, tiles.d)
         p = gl.convert_layout(_kept(weights, rules.score).to(dtype), OPERAND)
-        dv_next = warpgroup_mma(p, tile_of(ring.do_stream, last, tiles.m, tiles.d), dv, is_async=True)
-        ds = gl.convert_layout(_gradient(last, weights, dp, ring, rules.score).to(dtype), OPERAND)
-        dk_next = warpgroup_mma(ds, tile_of(ring.q_stream, last, tiles.m, tiles.d), dk, is_async=True)
-        s, dp_next = start_products(i, k_tile, v_tile, ring.q_stream, ring.do_stream, zero, tiles.m, tiles.d)
+        dv_next = warpgroup_mma(p, _dout(ring, last, tiles), dv, is_async=True)
+        ds = gl.convert_layout(_gradient(weights, dp, delta, rules.score).to(dtype), OPERAND)
+        dk_next = warpgroup_mma(ds, _queries(ring, last, tiles), dk, is_async=True)
+        s, dp_next = start_products(i, k_tile, v_tile, ring.stream, zero, tiles.m, tiles.d)
         ahead = _look_ahead(job, call, i + 1, tiles)
+        lse = _row_word(i, 0, ring, COLUMNS)
         s, dv, dk, _, _ = warpgroup_mma_wait(1, deps=(s, dv_next, dk_next, p, ds))
-        release(ring.do_stream, last)
-        release(ring.q_stream, last)
-        weights = _weights(i, begin, head_q, first_q, s, job, rules, ring, tiles)
+        release(ring.stream, last)
+        weights = _weights(i, begin, head_q, first_q, s, lse, job, rules, ring, tiles)
+        delta = _row_word(i, 1, ring, COLUMNS)
         dp = warpgroup_mma_wait(0, deps=(dp_next,))
     p = gl.convert_layout(_kept(weights, rules.score).to(dtype), OPERAND)
-    ds = gl.convert_layout(_gradient(job.count - 1, weights, dp, ring, rules.score).to(dtype), OPERAND)
+    ds = gl.convert_layout(_gradient(weights, dp, delta, rules.score).to(dtype), OPERAND)
     dk, dv = _finish(job.count - 1, p, ds, dk, dv, ring, tiles)
     return warpgroup_mma_wait(0, deps=(dk, dv))
 
@@ -264,27 +278,29 @@ def _late(dk, dv, k_tile, v_tile, zero, job, begin, ring, call, OPERAND: gl.cons
     block, and run under that block's weights.
     """
     dtype: gl.constexpr = ring.held.first.dtype
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, zero.type.layout)
     rules = call.rules
     ahead = _look_ahead(job, call, 1, tiles)
-    weights, dp = _begin(k_tile, v_tile, zero, job, begin, ring, call, tiles)
+    weights, dp, delta = _begin(k_tile, v_tile, zero, job, begin, ring, call, tiles)
     p = gl.convert_layout(_kept(weights, rules.score).to(dtype), OPERAND)
-    ds = gl.convert_layout(_gradient(0, weights, dp, ring, rules.score).to(dtype), OPERAND)
+    ds = gl.convert_layout(_gradient(weights, dp, delta, rules.score).to(dtype), OPERAND)
     for i in range(1, job.count):
         last = i - 1
         head_q, first_q = _masked_block(job, call, ahead, i, tiles)
-        clear_outside(ring.q_stream, ring.do_stream, i, first_q, job.span, tiles.m, tiles.d)
-        s, dp = start_products(i, k_tile, v_tile, ring.q_stream, ring.do_stream, zero, tiles.m, tiles.d)
+        clear_outside(ring.stream, i, first_q, job.span, tiles.m, tiles.d)
+        s, dp = start_products(i, k_tile, v_tile, ring.stream, zero, tiles.m, tiles.d)
         dk_next, dv_next = _finish(last, p, ds, dk, dv, ring, tiles)
         ahead = _look_ahead(job, call, i + 1, tiles)
+        lse = _row_word(i, 0, ring, COLUMNS)
         s = warpgroup_mma_wait(3, deps=(s,))
-        weights = _weights(i, begin, head_q, first_q, s, job, rules, ring, tiles)
+        weights = _weights(i, begin, head_q, first_q, s, lse, job, rules, ring, tiles)
+        delta = _row_word(i, 1, ring, COLUMNS)
         p_next = _kept(weights, rules.score)
         dp = warpgroup_mma_wait(2, deps=(dp,))
-        ds_next = _gradient(i, weights, dp, ring, rules.score)
+        ds_next = _gradient(weights, dp, delta, rules.score)
         # Rounded only behind the wait: products in flight read the registers that the operands of the next ones take.
         dk, dv, _, _ = warpgroup_mma_wait(0, deps=(dk_next, dv_next, p, ds))
-        release(ring.do_stream, last)
-        release(ring.q_stream, last)
+        release(ring.stream, last)
         p = gl.convert_layout(p_next.to(dtype), OPERAND)
         ds = gl.convert_layout(ds_next.to(dtype), OPERAND)
     dk, dv = _finish(job.count - 1, p, ds, dk, dv, ring, tiles)
@@ -309,6 +325,11 @@ def _compute(part: gl.constexpr, out, ring, call, tiles: gl.constexpr, ROTATED: 
             k_tile = ring.held.first.index(part).reshape([ROWS, tiles.d])
             v_tile = ring.held.second.index(part).reshape([ROWS, tiles.d])
             mbarrier.wait(ring.held.full.index(part), 0)
+            # From registers as far as there are some: shared memory feeds products with few queries too slowly.
+            if (tiles.d == 64) or (tiles.listed == 0) or (call.rules.blocks.masks is None):
+                k_tile = k_tile.load(gl.DotOperandLayout(0, S, 2))
+            if tiles.d == 64:
+                v_tile = v_tile.load(gl.DotOperandLayout(0, S, 2))
             if ROTATED:
                 dk, dv = _rotated(dk, dv, k_tile, v_tile, zero, job, begin, ring, call, OPERAND, tiles)
             else:
@@ -355,8 +376,7 @@ def dkdv_kernel(
     ring = Ring(
         allocate_held(k, v, HEAD_DIM),
         # The second arrival is that of the queries' words.
-        allocate_stream(q, BLOCK_M, HEAD_DIM, STAGES, 2),
-        allocate_stream(dout, BLOCK_M, HEAD_DIM, STAGES, 1),
+        allocate_stream(q, dout, BLOCK_M, HEAD_DIM, STAGES, 2),
         gl.allocate_shared_memory(gl.float32, [STAGES * WORDS, BLOCK_M], WORD),
         WORDS,
     )

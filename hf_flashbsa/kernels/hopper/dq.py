@@ -21,6 +21,7 @@ from hf_flashbsa.kernels.hopper.common import (
     Call,
     allocate_held,
     allocate_stream,
+    bounds,
     clear_outside,
     fill,
     first_key,
@@ -33,7 +34,7 @@ from hf_flashbsa.kernels.hopper.common import (
     tile_of,
     visits,
 )
-from hf_flashbsa.kernels.primitives import dropout_keep, log2_factor, scheduled, visible, work_item
+from hf_flashbsa.kernels.primitives import dropout_keep, log2_factor, marked, related, scheduled, work_item
 from hf_flashbsa.kernels.records import Rules, Tiles
 from hf_flashbsa.kernels.rows import begin_rows, finish_rows
 
@@ -42,8 +43,7 @@ class Ring(NamedTuple):
     """Shared memory: queries and output gradients are held, keys and values pass by."""
 
     held: object
-    k_stream: object
-    v_stream: object
+    stream: object
 
 
 class Sources(NamedTuple):
@@ -87,8 +87,7 @@ def _load(q, dout, k, v, ring, call, tiles: gl.constexpr):
         head_k = job.head // call.group
         for i in range(job.count):
             first = first_key(job.span, call.rules.blocks, i, tiles)
-            fill(ring.k_stream, i, k, item.other_row, head_k, first, tiles.n, tiles.d)
-            fill(ring.v_stream, i, v, item.other_row, head_k, first, tiles.n, tiles.d)
+            fill(ring.stream, i, k, v, item.other_row, head_k, first, tiles.n, tiles.d)
 
 
 @gluon.jit
@@ -131,8 +130,14 @@ def _key_of(job, ahead, i, tiles: gl.constexpr):
 @gluon.jit
 def _issue(i, first, q_tile, do_tile, ring, span, zero, tiles: gl.constexpr):
     """Starts the products of the queries with block `i` of the keys, and of their output gradients with its values."""
-    clear_outside(ring.k_stream, ring.v_stream, i, first, span, tiles.n, tiles.d)
-    return start_products(i, q_tile, do_tile, ring.k_stream, ring.v_stream, zero, tiles.n, tiles.d)
+    clear_outside(ring.stream, i, first, span, tiles.n, tiles.d)
+    return start_products(i, q_tile, do_tile, ring.stream, zero, tiles.n, tiles.d)
+
+
+@gluon.jit
+def _keys(ring, i, tiles: gl.constexpr):
+    """Block `i` of the keys."""
+    return tile_of(ring.stream.first, ring.stream, i, tiles.n, tiles.d)
 
 
 @gluon.jit
@@ -141,12 +146,13 @@ def _weights(i, begin, first, s, job, rules, rows, tiles: gl.constexpr):
     item, span = job.item, job.span
     queries = begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout))
     keys = first + gl.arange(0, tiles.n, layout=gl.SliceLayout(0, s.type.layout))
-    inside = (queries < item.end)[:, None] & ((keys >= span.lo) & (keys < span.hi))[None, :]
     if i < span.partial:
-        ok = visible(
-            rules, item.row, item.other_row, job.head, queries[:, None], keys[None, :], inside, item.diagonal,
-            item.query_origin, item.key_origin, begin, first, tiles,
-        )  # fmt: skip
+        mask = rules.mask
+        lo, hi = bounds(queries, item.end, span.lo, span.hi, item.diagonal, mask.window_left, mask.window_right)
+        q, k = queries[:, None], keys[None, :]
+        inside = (k >= lo[:, None]) & (k < hi[:, None])
+        ok = related(rules, item.row, item.other_row, job.head, q, k, inside)
+        ok = marked(rules, item.row, job.head, q, k, ok, item.query_origin, item.key_origin, begin, first, tiles)
         s = gl.where(ok, s, float("-inf"))
     return gl.exp2(s * log2_factor(rules) - rows.lse[:, None])
 
@@ -180,11 +186,13 @@ def _compute(part: gl.constexpr, dq_out, dq_rows, sources, ring, call, tiles: gl
             zero = gl.zeros([ROWS, tiles.n], gl.float32, S)
             q_tile = ring.held.first.index(part).reshape([ROWS, tiles.d])
             do_tile = ring.held.second.index(part).reshape([ROWS, tiles.d])
+            if tiles.n == 64:
+                # From registers: shared memory feeds products with few keys too slowly.
+                q_tile = q_tile.load(gl.DotOperandLayout(0, S, 2))
             first = _key_of(job, _look_ahead(job, rules, 0, tiles), 0, tiles)
             ahead = _look_ahead(job, rules, 1, tiles)
             s, dp = _issue(0, first, q_tile, do_tile, ring, span, zero, tiles)
             s, dp = warpgroup_mma_wait(0, deps=(s, dp))
-            release(ring.v_stream, 0)
             p = _weights(0, begin, first, s, job, rules, rows, tiles)
             ds = _gradient(first, p, dp, item, rules.score, rows)
             ds = gl.convert_layout(ds.to(dtype), DS)
@@ -192,17 +200,16 @@ def _compute(part: gl.constexpr, dq_out, dq_rows, sources, ring, call, tiles: gl
                 begin_key = _key_of(job, ahead, i, tiles)
                 s, dp = _issue(i, begin_key, q_tile, do_tile, ring, span, zero, tiles)
                 ahead = _look_ahead(job, rules, i + 1, tiles)
-                dq_next = warpgroup_mma(ds, tile_of(ring.k_stream, i - 1, tiles.n, tiles.d), dq, is_async=True)
+                dq_next = warpgroup_mma(ds, _keys(ring, i - 1, tiles), dq, is_async=True)
                 s = warpgroup_mma_wait(2, deps=(s,))
                 p = _weights(i, begin, begin_key, s, job, rules, rows, tiles)
                 dp = warpgroup_mma_wait(1, deps=(dp,))
-                release(ring.v_stream, i)
                 ds_next = _gradient(begin_key, p, dp, item, rules.score, rows)
                 # The product in flight reads the registers of `ds`.
                 dq, _ = warpgroup_mma_wait(0, deps=(dq_next, ds))
-                release(ring.k_stream, i - 1)
+                release(ring.stream, i - 1)
                 ds = gl.convert_layout(ds_next.to(dtype), DS)
-            dq = warpgroup_mma(ds, tile_of(ring.k_stream, job.count - 1, tiles.n, tiles.d), dq, is_async=True)
+            dq = warpgroup_mma(ds, _keys(ring, job.count - 1, tiles), dq, is_async=True)
             dq = warpgroup_mma_wait(0, deps=(dq,))
         send_rows(
             dq_out, dq_rows, call.len_q, item.row, job.head, begin, item.end, dq * rules.score.scale,
@@ -224,22 +231,21 @@ def _consumer_1(dq, dq_rows, sources, ring, call, tiles: gl.constexpr):
 @gluon.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles", "plane"])
 def dq_kernel(
     dout, dq, dq_rows, q, k, v, out, lse, dlse, rowwise, plane, work, mask, dense, blocks, score, bias, diagonal,
-    heads, group, len_q, len_k, num_tiles, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, K_STAGES: gl.constexpr,
-    V_STAGES: gl.constexpr, LISTED: gl.constexpr, WIDTH: gl.constexpr,
+    heads, group, len_q, len_k, num_tiles, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    LISTED: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
     """Writes `dq` and `rowwise`. `dout`, `dq`, `q`, `k` and `v` are descriptors of `(B, H, S, D)` with boxes of 64
     (dout, dq, q) or BLOCK_N rows, `dq_rows` and `out` are Operands.
 
-    Keys are needed one block longer than values: from K_STAGES = 3 on both load ahead. Grid: tiles of 128 queries x
-    heads x batch rows.
+    A block of keys is needed a round longer than its values: from STAGES = 3 on, blocks load ahead. Grid: tiles of 128
+    queries x heads x batch rows.
     """
     gl.static_assert((score.softcap is None) and (bias.ptr is None), "scores are only scaled")
     tiles: gl.constexpr = Tiles(CONSUMERS * ROWS, BLOCK_N, HEAD_DIM, HEAD_DIM, HEAD_DIM, HEAD_DIM, LISTED, WIDTH)
     call = Call(work, Rules(mask, dense, blocks, score, bias), diagonal, heads, group, len_q, len_k, num_tiles, None)
     ring = Ring(
         allocate_held(q, dout, HEAD_DIM),
-        allocate_stream(k, BLOCK_N, HEAD_DIM, K_STAGES, 1),
-        allocate_stream(v, BLOCK_N, HEAD_DIM, V_STAGES, 1),
+        allocate_stream(k, v, BLOCK_N, HEAD_DIM, STAGES, 1),
     )
     sources = Sources(out, lse, dlse, rowwise, plane)
     gl.warp_specialize(

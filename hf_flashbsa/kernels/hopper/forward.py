@@ -24,6 +24,7 @@ from hf_flashbsa.kernels.hopper.common import (
     ROWS,
     Call,
     barrier,
+    bounds,
     clear,
     first_key,
     span_met,
@@ -60,11 +61,18 @@ class Ring(NamedTuple):
     block_notes: object
 
 
+class State(NamedTuple):
+    """Of each row the largest score so far, times log2(e), and the sum of the weights."""
+
+    max: object
+    sum: object
+
+
 #: How many numbers are noted of the tile in a slot of queries (`_note_tile`), and of the block in a stage: its first
-#: key, what to do with it, and what the grid of a layout says of it.
+#: key, what to do with it, what the grid of a layout says of it, and how many full blocks of the tile follow.
 TILE_NOTES = gl.constexpr(10)
-BLOCK_NOTES = gl.constexpr(3)
-#: What to do with a block: its scores need masking; it is the last one of its tile; of the program.
+BLOCK_NOTES = gl.constexpr(4)
+#: What to do with a block: its scores need masking; it or the full ones that follow end their tile; the program.
 MASKED = gl.constexpr(1)
 LAST = gl.constexpr(2)
 FINAL = gl.constexpr(4)
@@ -164,13 +172,14 @@ def _load_queries(q, out, done, head, item, span, ring, call, tiles: gl.constexp
 
 
 @gluon.jit
-def _load_keys(k, row, head, first, todo, kind, step, ring, tiles: gl.constexpr, STAGES: gl.constexpr):
+def _load_keys(k, row, head, first, todo, kind, full, step, ring, tiles: gl.constexpr, STAGES: gl.constexpr):
     """Loads the keys of the `step`-th block, and notes what to do with it."""
     stage, phase = step % STAGES, (step // STAGES) & 1
     mbarrier.wait(ring.k_empty.index(stage), phase ^ 1)
     _write(ring.block_notes, stage * BLOCK_NOTES, first)
     _write(ring.block_notes, stage * BLOCK_NOTES + 1, todo)
     _write(ring.block_notes, stage * BLOCK_NOTES + 2, kind)
+    _write(ring.block_notes, stage * BLOCK_NOTES + 3, full)
     barrier()
     mbarrier.expect(ring.k_full.index(stage), tiles.n * tiles.d * 2)
     tma.async_copy_global_to_shared(k, [row, head, first, 0], ring.k_full.index(stage), ring.k_tiles.index(stage))
@@ -186,7 +195,7 @@ def _load_values(v, row, head, first, step, ring, tiles: gl.constexpr, STAGES: g
 
 
 @gluon.jit
-def _load(q, k, v, out, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
+def _load(q, k, v, out, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr, STEADY: gl.constexpr):
     """The producer, which also finds out what to load, and notes it for the consumers.
 
     Values follow the keys of the next block: consumers need the two at once, and what to load for the next tile is
@@ -208,8 +217,11 @@ def _load(q, k, v, out, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
                 grid_row = block_pointer(call.rules.blocks, item.row, head, place, 0, tiles)
         first, kind = _block(call, span, grid_row, 0, tiles)
         at_end = gl.where(turn < turns, LAST, LAST | FINAL)
-        todo = gl.where((span.partial > 0) | (kind == 0), MASKED, 0) | gl.where(count == 1, at_end, 0)
-        _load_keys(k, item.other_row, head_k, first, todo, kind, step, ring, tiles, STAGES)
+        # The last block that consumers ask notes of.
+        general = gl.maximum(span.partial - 1, 0) if STEADY else count - 1
+        todo = gl.where((span.partial > 0) | (kind == 0), MASKED, 0) | gl.where(general == 0, at_end, 0)
+        full = gl.where(general == 0, count - 1, 0)
+        _load_keys(k, item.other_row, head_k, first, todo, kind, full, step, ring, tiles, STAGES)
         if done > 0:
             _load_values(v, v_row, v_head, v_first, step - 1, ring, tiles, STAGES)
         # Last, since consumers may wait for those values before they leave the slots.
@@ -220,8 +232,9 @@ def _load(q, k, v, out, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
         for i in range(1, count):
             # On its way while this round waits.
             following, following_kind = _block(call, span, grid_row, gl.minimum(i + 1, count - 1), tiles)
-            todo = gl.where((i < span.partial) | (kind == 0), MASKED, 0) | gl.where(i == count - 1, at_end, 0)
-            _load_keys(k, item.other_row, head_k, first, todo, kind, step, ring, tiles, STAGES)
+            todo = gl.where(i < span.partial, MASKED, 0) | gl.where(i == general, at_end, 0)
+            full = gl.where(i == general, count - 1 - i, 0)
+            _load_keys(k, item.other_row, head_k, first, todo, kind, full, step, ring, tiles, STAGES)
             _load_values(v, item.other_row, head_k, v_first, step - 1, ring, tiles, STAGES)
             v_first = first
             first, kind = following, following_kind
@@ -234,11 +247,12 @@ def _load(q, k, v, out, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _store(o, row_max, row_sum, tile, rows_out, lse, sinks, head, item, call, S: gl.constexpr, tiles: gl.constexpr):
+def _store(o, state, tile, rows_out, lse, sinks, head, item, call, S: gl.constexpr, tiles: gl.constexpr):
     """Divides the weighted values by the sum of the weights, and writes its logarithm. The values go to `tile`, from
     where the producer sends them on."""
     O: gl.constexpr = o.type.layout
     score = call.rules.score
+    row_max, row_sum = state.max, state.sum
     if sinks is not None:
         # A row that sees no key stays without weights.
         sink = gl.where(row_max == float("-inf"), float("-inf"), gl.load(sinks + head) * LOG2E)
@@ -268,14 +282,8 @@ def _hide(s, rules, head, item, first, kind, S: gl.constexpr, tiles: gl.constexp
     """The scores of a block, -inf where they do not exist."""
     rows = item.begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
     keys = first + gl.arange(0, tiles.n, layout=gl.SliceLayout(0, S))
-    # Of each row the first key and that behind the last: two comparisons per score. Both differ from row to row:
-    # comparisons that rows share would all be made ahead of time, and held in registers that consumers lack.
-    here = (rows < item.end) & (kind > 0)
-    lo, hi = gl.where(here, item.lo, item.hi), gl.where(here, item.hi, item.lo)
-    if rules.mask.window_left is not None:
-        lo = gl.maximum(lo, rows + item.diagonal - rules.mask.window_left)
-    if rules.mask.window_right is not None:
-        hi = gl.minimum(hi, rows + item.diagonal + rules.mask.window_right + 1)
+    mask, end = rules.mask, gl.where(kind > 0, item.end, item.begin)
+    lo, hi = bounds(rows, end, item.lo, item.hi, item.diagonal, mask.window_left, mask.window_right)
     inside = (keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None])
     ok = related(rules, item.row, item.other_row, head, rows[:, None], keys[None, :], inside)
     s = gl.where(ok, s, float("-inf"))
@@ -291,27 +299,101 @@ def _hide(s, rules, head, item, first, kind, S: gl.constexpr, tiles: gl.constexp
 
 
 @gluon.jit
-def _compute(part: gl.constexpr, rows_out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
+def _largest(s, STEADY: gl.constexpr):
+    """The largest score of each row. Triton compares one after the other what one reduction takes, which is slow but
+    costs nothing where there are other stalls to fill; in strands it is done sooner."""
+    ROW: gl.constexpr = gl.SliceLayout(1, s.type.layout)
+    if STEADY:
+        strands = s.reshape([s.shape[0], s.shape[1] // 16, 16])
+        return gl.convert_layout(gl.max(gl.max(strands, 1), 1), ROW)
+    else:
+        return gl.max(s, 1)
+
+
+@gluon.jit
+def _softmax(s, state, place, pad, factor, rules, tiles: gl.constexpr, STEADY: gl.constexpr):
+    """Weights of a block behind dropout, of which the first key has `place` in its sequence; what shrinks the sums so
+    far; and the new state of the rows."""
+    score = rules.score
+    to_log2 = log2_factor(rules)
+    new_max = gl.maximum(state.max, _largest(s, STEADY) * to_log2)
+    # A row that has met no key yet has maximum -inf; any finite pivot gives it weights of 0 and not NaN.
+    pivot = gl.where(new_max == float("-inf"), 0.0, new_max)
+    s = gl.exp2(s * to_log2 - pivot[:, None])
+    shrink = gl.exp2(state.max - pivot)
+    new_sum = state.sum * shrink + gl.sum(s, 1)
+    if score.seed is not None:
+        offsets = gl.arange(0, tiles.n, layout=gl.SliceLayout(0, s.type.layout))[None, :]
+        s = gl.where(dropout_keep(score, pad[:, None], factor[:, None], place, offsets), s, 0.0)
+    return s, shrink, State(new_max, new_sum)
+
+
+@gluon.jit
+def _place(first, q_slot, ring, call):
+    """The place in its sequence of a block's first key, for dropout."""
+    if call.rules.score.seed is not None:
+        if call.work is not None:
+            _, item = _noted_tile(ring.tile_notes, q_slot, call)
+            first -= item.key_origin
+    return first
+
+
+@gluon.jit
+def _operand(s, LAYOUT: gl.constexpr, DTYPE: gl.constexpr):
+    """Weights as the left operand of a product. Rounded in pairs by hand: where an operand enters more than one loop,
+    LLVM rounds each number on its own."""
+    if DTYPE == gl.bfloat16:
+        p = gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [s], dtype=gl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        p = gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [s], dtype=gl.float16, is_pure=True, pack=2
+        )
+    return gl.convert_layout(p, LAYOUT)
+
+
+@gluon.jit
+def _start(step, q_slot, s, p, o, begun, live, ring, tiles: gl.constexpr, STAGES: gl.constexpr):
+    """Starts the products of the queries in a slot with the keys of the `step`-th block, if there is one, and of the
+    weights of the block before with its values, if there are some; these are added to `o` where it has `begun`."""
+    stage, before = step % STAGES, (step + STAGES - 1) % STAGES
+    mbarrier.wait(ring.k_full.index(stage), (step // STAGES) & 1, pred=live)
+    k_tile = ring.k_tiles.index(stage).reshape([tiles.n, tiles.d])
+    q_tile = ring.q_tiles.index(q_slot).reshape([ROWS, tiles.d])
+    s = warpgroup_mma(q_tile, k_tile.permute((1, 0)), s, use_acc=False, is_async=True)
+    mbarrier.wait(ring.v_full.index(before), ((step - 1) // STAGES) & 1, pred=step > 0)
+    v_tile = ring.v_tiles.index(before).reshape([tiles.n, tiles.d])
+    return s, warpgroup_mma(p, v_tile, o, use_acc=(begun != 0), is_async=True)
+
+
+@gluon.jit
+def _compute(
+    part: gl.constexpr, rows_out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr,
+    STEADY: gl.constexpr,
+):  # fmt: skip
     """A consumer: the `part`-th 64 queries of each tile.
 
     A round of the loop issues the product of a block with the keys, and the product of the block before with the
     values, under which it computes the block's softmax. Blocks follow each other across tiles, so that there is one
     body for all of them: a tile is stored in the first round of the next one, and there is a last round without block.
     No product is left running at the end of a round: ptxas gives away registers of those.
+
+    With STEADY, full blocks behind the first round without partial ones to come have a loop of their own, which asks
+    nothing: faster, but the larger code costs time where tiles have few of them.
     """
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tiles.n, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tiles.d, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    ROW: gl.constexpr = gl.SliceLayout(1, S)
+    dtype: gl.constexpr = ring.q_tiles.dtype
     rules = call.rules
-    score = rules.score
-    to_log2 = log2_factor(rules)
     s = gl.zeros([ROWS, tiles.n], gl.float32, S)
     o = gl.zeros([ROWS, tiles.d], gl.float32, O)
-    p = gl.zeros([ROWS, tiles.n], ring.q_tiles.dtype, P)
-    row_max = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
-    row_sum = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S))
-    pad = gl.zeros([ROWS], gl.uint32, gl.SliceLayout(1, S))
-    factor = gl.zeros([ROWS], gl.uint32, gl.SliceLayout(1, S))
+    p = gl.zeros([ROWS, tiles.n], dtype, P)
+    state = State(gl.full([ROWS], float("-inf"), gl.float32, ROW), gl.zeros([ROWS], gl.float32, ROW))
+    pad = gl.zeros([ROWS], gl.uint32, ROW)
+    factor = gl.zeros([ROWS], gl.uint32, ROW)
     # Triton loses changes of a variable that enters a loop as the value of another one.
     step, done, todo = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(LAST)
     begun = gl.to_tensor(0)
@@ -319,31 +401,25 @@ def _compute(part: gl.constexpr, rows_out, lse, sinks, ring, call, tiles: gl.con
     while running:
         live = (todo & FINAL) == 0
         fresh = (todo & LAST) != 0
-        stage, phase = step % STAGES, (step // STAGES) & 1
-        before, before_phase = (step + STAGES - 1) % STAGES, ((step - 1) // STAGES) & 1
-        v_tile = ring.v_tiles.index(before).reshape([tiles.n, tiles.d])
+        stage = step % STAGES
         q_slot = (done & 1) * CONSUMERS + part
         mbarrier.wait(ring.q_full.index(q_slot), (done >> 1) & 1, pred=fresh & live)
-        mbarrier.wait(ring.k_full.index(stage), phase, pred=live)
-        k_tile = ring.k_tiles.index(stage).reshape([tiles.n, tiles.d])
-        q_tile = ring.q_tiles.index(q_slot).reshape([ROWS, tiles.d])
-        s = warpgroup_mma(q_tile, k_tile.permute((1, 0)), s, use_acc=False, is_async=True)
-        mbarrier.wait(ring.v_full.index(before), before_phase, pred=step > 0)
-        product = warpgroup_mma(p, v_tile, o, use_acc=(begun != 0), is_async=True)
+        s, product = _start(step, q_slot, s, p, o, begun, live, ring, tiles, STAGES)
         s = warpgroup_mma_wait(1, deps=(s,))
         first = _read(ring.block_notes, stage * BLOCK_NOTES)
         todo = _read(ring.block_notes, stage * BLOCK_NOTES + 1)
         kind = _read(ring.block_notes, stage * BLOCK_NOTES + 2)
+        # The round without block reads what was noted of another one.
+        full = gl.where(live, _read(ring.block_notes, stage * BLOCK_NOTES + 3), 0)
         mbarrier.arrive(ring.k_empty.index(stage), count=1, pred=live)
-        old_max, old_sum = row_max, row_sum
+        old = state
         if fresh:
-            row_max = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
-            row_sum = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S))
-            if score.seed is not None:
+            state = State(gl.full([ROWS], float("-inf"), gl.float32, ROW), gl.zeros([ROWS], gl.float32, ROW))
+            if rules.score.seed is not None:
                 head, item = _noted_tile(ring.tile_notes, q_slot, call)
-                rows = item.begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
-                pad, factor = dropout_words(score, item.row * call.heads + head, rows)
-        shrink = gl.full([ROWS], 1.0, gl.float32, gl.SliceLayout(1, S))
+                rows = item.begin + gl.arange(0, ROWS, layout=ROW)
+                pad, factor = dropout_words(rules.score, item.row * call.heads + head, rows)
+        shrink = gl.full([ROWS], 1.0, gl.float32, ROW)
         # Not for the sake of the last round: ptxas would move the wait behind it before the exponentials.
         if live:
             if (todo & MASKED) != 0:
@@ -351,24 +427,11 @@ def _compute(part: gl.constexpr, rows_out, lse, sinks, ring, call, tiles: gl.con
                 s = _hide(s, rules, head, item, first, kind, S, tiles)
                 # What TMA brings from beyond the tensor is 0.
                 if (first < item.lo) | (gl.minimum(first + tiles.n, call.len_k) > item.hi):
-                    mbarrier.wait(ring.v_full.index(stage), phase)
+                    mbarrier.wait(ring.v_full.index(stage), (step // STAGES) & 1)
                     values = ring.v_tiles.index(stage).reshape([tiles.n, tiles.d])
                     clear(values, first, item.lo, item.hi, tiles.n, tiles.d)
-            new_max = gl.maximum(row_max, gl.max(s, 1) * to_log2)
-            # A row that has met no key yet has maximum -inf; any finite pivot gives it weights of 0 and not NaN.
-            pivot = gl.where(new_max == float("-inf"), 0.0, new_max)
-            s = gl.exp2(s * to_log2 - pivot[:, None])
-            shrink = gl.exp2(row_max - pivot)
-            row_sum = row_sum * shrink + gl.sum(s, 1)
-            row_max = new_max
-            if score.seed is not None:
-                place = first
-                if call.work is not None:
-                    _, item = _noted_tile(ring.tile_notes, q_slot, call)
-                    place -= item.key_origin
-                offsets = gl.arange(0, tiles.n, layout=gl.SliceLayout(0, S))[None, :]
-                keep = dropout_keep(score, pad[:, None], factor[:, None], place, offsets)
-                s = gl.where(keep, s, 0.0)
+            place = _place(first, q_slot, ring, call)
+            s, shrink, state = _softmax(s, state, place, pad, factor, rules, tiles, STEADY)
         o = warpgroup_mma_wait(0, deps=(product,))
         if fresh:
             if step > 0:
@@ -376,32 +439,47 @@ def _compute(part: gl.constexpr, rows_out, lse, sinks, ring, call, tiles: gl.con
                 head, item = _noted_tile(ring.tile_notes, old_slot, call)
                 # The scores of the tile before were complete a round ago: nothing reads its queries any more.
                 old_tile = ring.q_tiles.index(old_slot).reshape([ROWS, tiles.d])
-                _store(o, old_max, old_sum, old_tile, rows_out, lse, sinks, head, item, call, S, tiles)
+                _store(o, old, old_tile, rows_out, lse, sinks, head, item, call, S, tiles)
                 mbarrier.arrive(ring.q_empty.index(old_slot), count=1)
         o = o * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
-        mbarrier.arrive(ring.v_empty.index(before), count=1, pred=step > 0)
-        p = gl.convert_layout(s.to(ring.q_tiles.dtype), P)
+        mbarrier.arrive(ring.v_empty.index((step + STAGES - 1) % STAGES), count=1, pred=step > 0)
+        p = _operand(s, P, dtype)
         step += 1
-        done += gl.where((todo & LAST) != 0, 1, 0)
         begun = gl.where(fresh, 0, 1)
+        if STEADY:
+            for _ in range(full):
+                s, product = _start(step, q_slot, s, p, o, begun, True, ring, tiles, STAGES)
+                if rules.score.seed is not None:
+                    first = _read(ring.block_notes, step % STAGES * BLOCK_NOTES)
+                s = warpgroup_mma_wait(1, deps=(s,))
+                mbarrier.arrive(ring.k_empty.index(step % STAGES), count=1)
+                place = _place(first, q_slot, ring, call)
+                s, shrink, state = _softmax(s, state, place, pad, factor, rules, tiles, STEADY)
+                o = warpgroup_mma_wait(0, deps=(product,))
+                o = o * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
+                mbarrier.arrive(ring.v_empty.index((step + STAGES - 1) % STAGES), count=1)
+                p = _operand(s, P, dtype)
+                step += 1
+                begun = gl.to_tensor(1)
+        done += gl.where((todo & LAST) != 0, 1, 0)
         running = live
 
 
 @gluon.jit
-def _consumer_0(rows_out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
-    _compute(0, rows_out, lse, sinks, ring, call, tiles, STAGES)
+def _consumer_0(rows_out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr, STEADY: gl.constexpr):
+    _compute(0, rows_out, lse, sinks, ring, call, tiles, STAGES, STEADY)
 
 
 @gluon.jit
-def _consumer_1(rows_out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
-    _compute(1, rows_out, lse, sinks, ring, call, tiles, STAGES)
+def _consumer_1(rows_out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr, STEADY: gl.constexpr):
+    _compute(1, rows_out, lse, sinks, ring, call, tiles, STAGES, STEADY)
 
 
 @gluon.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles", "total"])
 def forward_kernel(
     q, k, v, out, rows_out, lse, sinks, work, mask, dense, blocks, score, bias, diagonal, heads, group, len_q, len_k,
     num_tiles, total, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
-    LISTED: gl.constexpr, WIDTH: gl.constexpr,
+    STEADY: gl.constexpr, LISTED: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
     """Writes `out` and `lse`. `q`, `k`, `v` and `out` are descriptors of `(B, H, S, D)` with boxes of 64 or BLOCK_N
     rows; `rows_out`, an Operand, is `out` once more, for parts of tiles whose box has rows of another sequence.
@@ -434,9 +512,9 @@ def forward_kernel(
         mbarrier.init(ring.v_empty.index(stage), count=CONSUMERS)
     gl.warp_specialize(
         [
-            (_consumer_0, (rows_out, lse, sinks, ring, call, tiles, STAGES)),
-            (_consumer_1, (rows_out, lse, sinks, ring, call, tiles, STAGES)),
-            (_load, (q, k, v, out, ring, call, tiles, STAGES)),
+            (_consumer_0, (rows_out, lse, sinks, ring, call, tiles, STAGES, STEADY)),
+            (_consumer_1, (rows_out, lse, sinks, ring, call, tiles, STAGES, STEADY)),
+            (_load, (q, k, v, out, ring, call, tiles, STAGES, STEADY)),
         ],
         [4, 1],
         [232, 40],
