@@ -24,24 +24,15 @@ from hf_flashbsa.kernels.hopper.common import (
     ROWS,
     Call,
     barrier,
-    bounds,
     clear,
     first_key,
     span_met,
     store_shared,
     visits,
 )
+from hf_flashbsa.kernels.hopper.softmax import State, hide, operand, softmax
 from hf_flashbsa.kernels.hopper.turns import next_turn, tile_at, turns_of
-from hf_flashbsa.kernels.primitives import (
-    LN2,
-    LOG2E,
-    block_pointer,
-    dropout_keep,
-    dropout_words,
-    log2_factor,
-    related,
-    shown,
-)
+from hf_flashbsa.kernels.primitives import LN2, LOG2E, block_pointer, dropout_words
 from hf_flashbsa.kernels.records import Item, Rules, Tiles
 
 
@@ -59,13 +50,6 @@ class Ring(NamedTuple):
     v_empty: object
     tile_notes: object
     block_notes: object
-
-
-class State(NamedTuple):
-    """Of each row the largest score so far, times log2(e), and the sum of the weights."""
-
-    max: object
-    sum: object
 
 
 #: How many numbers are noted of the tile in a slot of queries (`_note_tile`), and of the block in a stage: its first
@@ -278,57 +262,6 @@ def _store(o, state, tile, rows_out, lse, sinks, head, item, call, S: gl.constex
 
 
 @gluon.jit
-def _hide(s, rules, head, item, first, kind, S: gl.constexpr, tiles: gl.constexpr):
-    """The scores of a block, -inf where they do not exist."""
-    rows = item.begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
-    keys = first + gl.arange(0, tiles.n, layout=gl.SliceLayout(0, S))
-    mask, end = rules.mask, gl.where(kind > 0, item.end, item.begin)
-    lo, hi = bounds(rows, end, item.lo, item.hi, item.diagonal, mask.window_left, mask.window_right)
-    inside = (keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None])
-    ok = related(rules, item.row, item.other_row, head, rows[:, None], keys[None, :], inside)
-    s = gl.where(ok, s, float("-inf"))
-    if tiles.listed > 0:
-        if rules.blocks.masks is not None:
-            if kind > 1:
-                place_q, place_k = item.begin - item.query_origin, first - item.key_origin
-                ok = shown(
-                    rules.blocks, kind, place_q, place_k, (rows - item.begin)[:, None], (keys - first)[None, :], tiles
-                )
-                s = gl.where(ok, s, float("-inf"))
-    return s
-
-
-@gluon.jit
-def _largest(s, STEADY: gl.constexpr):
-    """The largest score of each row. Triton compares one after the other what one reduction takes, which is slow but
-    costs nothing where there are other stalls to fill; in strands it is done sooner."""
-    ROW: gl.constexpr = gl.SliceLayout(1, s.type.layout)
-    if STEADY:
-        strands = s.reshape([s.shape[0], s.shape[1] // 16, 16])
-        return gl.convert_layout(gl.max(gl.max(strands, 1), 1), ROW)
-    else:
-        return gl.max(s, 1)
-
-
-@gluon.jit
-def _softmax(s, state, place, pad, factor, rules, tiles: gl.constexpr, STEADY: gl.constexpr):
-    """Weights of a block behind dropout, of which the first key has `place` in its sequence; what shrinks the sums so
-    far; and the new state of the rows."""
-    score = rules.score
-    to_log2 = log2_factor(rules)
-    new_max = gl.maximum(state.max, _largest(s, STEADY) * to_log2)
-    # A row that has met no key yet has maximum -inf; any finite pivot gives it weights of 0 and not NaN.
-    pivot = gl.where(new_max == float("-inf"), 0.0, new_max)
-    s = gl.exp2(s * to_log2 - pivot[:, None])
-    shrink = gl.exp2(state.max - pivot)
-    new_sum = state.sum * shrink + gl.sum(s, 1)
-    if score.seed is not None:
-        offsets = gl.arange(0, tiles.n, layout=gl.SliceLayout(0, s.type.layout))[None, :]
-        s = gl.where(dropout_keep(score, pad[:, None], factor[:, None], place, offsets), s, 0.0)
-    return s, shrink, State(new_max, new_sum)
-
-
-@gluon.jit
 def _place(first, q_slot, ring, call):
     """The place in its sequence of a block's first key, for dropout."""
     if call.rules.score.seed is not None:
@@ -336,21 +269,6 @@ def _place(first, q_slot, ring, call):
             _, item = _noted_tile(ring.tile_notes, q_slot, call)
             first -= item.key_origin
     return first
-
-
-@gluon.jit
-def _operand(s, LAYOUT: gl.constexpr, DTYPE: gl.constexpr):
-    """Weights as the left operand of a product. Rounded in pairs by hand: where an operand enters more than one loop,
-    LLVM rounds each number on its own."""
-    if DTYPE == gl.bfloat16:
-        p = gl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [s], dtype=gl.bfloat16, is_pure=True, pack=2
-        )
-    else:
-        p = gl.inline_asm_elementwise(
-            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [s], dtype=gl.float16, is_pure=True, pack=2
-        )
-    return gl.convert_layout(p, LAYOUT)
 
 
 @gluon.jit
@@ -424,14 +342,14 @@ def _compute(
         if live:
             if (todo & MASKED) != 0:
                 head, item = _noted_tile(ring.tile_notes, q_slot, call)
-                s = _hide(s, rules, head, item, first, kind, S, tiles)
+                s = hide(s, rules, head, item, first, kind, S, tiles)
                 # What TMA brings from beyond the tensor is 0.
                 if (first < item.lo) | (gl.minimum(first + tiles.n, call.len_k) > item.hi):
                     mbarrier.wait(ring.v_full.index(stage), (step // STAGES) & 1)
                     values = ring.v_tiles.index(stage).reshape([tiles.n, tiles.d])
                     clear(values, first, item.lo, item.hi, tiles.n, tiles.d)
             place = _place(first, q_slot, ring, call)
-            s, shrink, state = _softmax(s, state, place, pad, factor, rules, tiles, STEADY)
+            s, shrink, state = softmax(s, state, place, pad, factor, rules, tiles, STEADY)
         o = warpgroup_mma_wait(0, deps=(product,))
         if fresh:
             if step > 0:
@@ -443,7 +361,7 @@ def _compute(
                 mbarrier.arrive(ring.q_empty.index(old_slot), count=1)
         o = o * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
         mbarrier.arrive(ring.v_empty.index((step + STAGES - 1) % STAGES), count=1, pred=step > 0)
-        p = _operand(s, P, dtype)
+        p = operand(s, P, dtype)
         step += 1
         begun = gl.where(fresh, 0, 1)
         if STEADY:
@@ -454,11 +372,11 @@ def _compute(
                 s = warpgroup_mma_wait(1, deps=(s,))
                 mbarrier.arrive(ring.k_empty.index(step % STAGES), count=1)
                 place = _place(first, q_slot, ring, call)
-                s, shrink, state = _softmax(s, state, place, pad, factor, rules, tiles, STEADY)
+                s, shrink, state = softmax(s, state, place, pad, factor, rules, tiles, STEADY)
                 o = warpgroup_mma_wait(0, deps=(product,))
                 o = o * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
                 mbarrier.arrive(ring.v_empty.index((step + STAGES - 1) % STAGES), count=1)
-                p = _operand(s, P, dtype)
+                p = operand(s, P, dtype)
                 step += 1
                 begun = gl.to_tensor(1)
         done += gl.where((todo & LAST) != 0, 1, 0)
