@@ -27,6 +27,7 @@ from hf_flashbsa.kernels.primitives import (
     span_of,
     store_tile,
     visible,
+    within,
     work_item,
 )
 from hf_flashbsa.kernels.records import Rules, Tiles
@@ -41,23 +42,24 @@ def _dkdv_block(
     """One block of queries from `m0`: adds its part to `dk` (before the scale) and `dv`. Scores are `[n, m]`."""
     queries = m0 + tl.arange(0, tiles.m)
     keys = item.begin + tl.arange(0, tiles.n)
-    live = (queries >= span.lo) & (queries < span.hi)
-    inside = live[None, :] & (keys < item.end)[:, None]
+    inside = None
+    if MASKED:
+        before, after = rules.mask.window_right, rules.mask.window_left
+        inside = within(keys, queries, item.end, span.lo, span.hi, -item.diagonal, before, after)
     batch_head = item.other_row * heads + head
     # [m, d]
     q_block = load_tile(q, m0, span.lo, span.hi, tiles.head_dim, tiles.m, tiles.d, MASKED)
     rows = read_rows(rowwise, plane, rules.score, batch_head, m0, span.lo, span.hi, len_q, tiles.m, MASKED)
     # [n, m]
     added = bias_tile(
-        rules, item.other_row, head, queries[None, :], keys[:, None], inside if MASKED else None, item.query_origin,
-        item.key_origin,
-    )  # fmt: skip
+        rules, item.other_row, head, queries[None, :], keys[:, None], inside, item.query_origin, item.key_origin
+    )
     s = dot(k_tile, tl.trans(q_block))
     s, slope = logits(s, rules, added)
     if MASKED:
         ok = visible(
-            rules, item.other_row, item.row, head, queries[None, :], keys[:, None], inside, item.diagonal,
-            item.query_origin, item.key_origin, m0, item.begin, tiles,
+            rules, item.other_row, item.row, head, queries[None, :], keys[:, None], inside, item.query_origin,
+            item.key_origin, m0, item.begin, tiles,
         )  # fmt: skip
         s = tl.where(ok, s, float("-inf"))
     p = tl.math.exp2(s * log2_factor(rules) - rows.lse[None, :])
@@ -123,7 +125,7 @@ def dkdv_kernel(
 @triton.jit
 def _score_gradient(
     q_tile, do_tile, rows, k_block, v_block, added, queries, first_q, n0, query_origin, key_origin, inside, row_q,
-    row_k, diagonal, rules, head, tiles: tl.constexpr, MASKED: tl.constexpr,
+    row_k, rules, head, tiles: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """`[m, n]` gradients of the biased score for keys from `n0`, and the softcap's slope."""
     keys = n0 + tl.arange(0, tiles.n)
@@ -131,8 +133,8 @@ def _score_gradient(
     s, slope = logits(s, rules, added)
     if MASKED:
         ok = visible(
-            rules, row_q, row_k, head, queries[:, None], keys[None, :], inside, diagonal, query_origin,
-            key_origin, first_q, n0, tiles,
+            rules, row_q, row_k, head, queries[:, None], keys[None, :], inside, query_origin, key_origin, first_q, n0,
+            tiles,
         )  # fmt: skip
         s = tl.where(ok, s, float("-inf"))
     p = tl.math.exp2(s * log2_factor(rules) - rows.lse[:, None])
@@ -151,16 +153,18 @@ def _dq_block(
     """One block of keys from `n0`: adds its part to `dq` (before the scale)."""
     queries = item.begin + tl.arange(0, tiles.m)
     keys = n0 + tl.arange(0, tiles.n)
-    inside = (queries < item.end)[:, None] & ((keys >= span.lo) & (keys < span.hi))[None, :]
+    inside = None
+    if MASKED:
+        before, after = rules.mask.window_left, rules.mask.window_right
+        inside = within(queries, keys, item.end, span.lo, span.hi, item.diagonal, before, after)
     k_block = load_tile(k, n0, span.lo, span.hi, tiles.head_dim, tiles.n, tiles.d, MASKED)
     v_block = load_tile(v, n0, span.lo, span.hi, tiles.head_dim_v, tiles.n, tiles.dv, MASKED)
     added = bias_tile(
-        rules, item.row, head, queries[:, None], keys[None, :], inside if MASKED else None, item.query_origin,
-        item.key_origin,
-    )  # fmt: skip
+        rules, item.row, head, queries[:, None], keys[None, :], inside, item.query_origin, item.key_origin
+    )
     ds, slope = _score_gradient(
         q_tile, do_tile, rows, k_block, v_block, added, queries, item.begin, n0, item.query_origin, item.key_origin,
-        inside, item.row, item.other_row, item.diagonal, rules, head, tiles, MASKED,
+        inside, item.row, item.other_row, rules, head, tiles, MASKED,
     )  # fmt: skip
     return dot((ds * slope).to(k_block.dtype), k_block, dq)
 
@@ -251,7 +255,7 @@ def dbias_kernel(
         if met:
             queries = m0 + tl.arange(0, BLOCK_M)
             keys = n0 + tl.arange(0, BLOCK_N)
-            inside = (queries < q_end)[:, None] & (keys < k_end)[None, :]
+            inside = within(queries, keys, q_end, k_begin, k_end, shift, mask.window_left, mask.window_right)
             rows = read_rows(rowwise, plane, score, row_q * heads + head, m0, 0, q_end, len_q, BLOCK_M, True)
             q_tile = load_tile(head_of(q, row_q, head), m0, 0, q_end, HEAD_DIM, BLOCK_M, BLOCK_D, True)
             do_tile = load_tile(head_of(dout, row_q, head), m0, 0, q_end, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True)
@@ -259,7 +263,7 @@ def dbias_kernel(
             v_block = load_tile(head_of(v, row_k, head // group), n0, 0, k_end, HEAD_DIM_V, BLOCK_N, BLOCK_DV, True)
             ds, _ = _score_gradient(
                 q_tile, do_tile, rows, k_block, v_block, added, queries, m0, n0, q_begin, k_begin, inside,
-                row_q, row_k, shift, rules, head, tiles, True,
+                row_q, row_k, rules, head, tiles, True,
             )  # fmt: skip
             total += ds
     pointers = matrix_pointers(dbias, bias_row, bias_head, places_m[:, None], places_n[None, :])

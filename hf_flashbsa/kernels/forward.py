@@ -24,6 +24,7 @@ from hf_flashbsa.kernels.primitives import (
     span_of,
     store_tile,
     visible,
+    within,
     work_item,
 )
 from hf_flashbsa.kernels.records import Rules, Tiles
@@ -37,20 +38,22 @@ def _attend(
     """One block of keys from `n0`: folds its weights and values into the running softmax."""
     queries = item.begin + tl.arange(0, tiles.m)
     keys = n0 + tl.arange(0, tiles.n)
-    inside = (queries < item.end)[:, None] & ((keys >= span.lo) & (keys < span.hi))[None, :]
+    inside = None
+    if MASKED:
+        before, after = rules.mask.window_left, rules.mask.window_right
+        inside = within(queries, keys, item.end, span.lo, span.hi, item.diagonal, before, after)
     # [n, d]
     k_block = load_tile(k, n0, span.lo, span.hi, tiles.head_dim, tiles.n, tiles.d, MASKED)
     # [m, n]
     added = bias_tile(
-        rules, item.row, head, queries[:, None], keys[None, :], inside if MASKED else None, item.query_origin,
-        item.key_origin,
-    )  # fmt: skip
+        rules, item.row, head, queries[:, None], keys[None, :], inside, item.query_origin, item.key_origin
+    )
     s = dot(q_tile, tl.trans(k_block))
     s, _ = logits(s, rules, added)
     if MASKED:
         ok = visible(
-            rules, item.row, item.other_row, head, queries[:, None], keys[None, :], inside, item.diagonal,
-            item.query_origin, item.key_origin, item.begin, n0, tiles,
+            rules, item.row, item.other_row, head, queries[:, None], keys[None, :], inside, item.query_origin,
+            item.key_origin, item.begin, n0, tiles,
         )  # fmt: skip
         s = tl.where(ok, s, float("-inf"))
     to_log2 = log2_factor(rules)

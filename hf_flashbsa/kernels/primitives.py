@@ -220,21 +220,29 @@ def matrix_pointers(x, batch, head, queries, keys):
 
 
 @triton.jit
-def visible(
-    rules, row_q, row_k, head, queries, keys, inside, diagonal, query_origin, key_origin, first_q, first_k,
-    tiles: tl.constexpr,
-):  # fmt: skip
-    """Which scores of a tile exist, given broadcastable `queries` and `keys`, of which `first_*` are the first.
+def within(rows, others, end, lo, hi, offset, before, after):
+    """`[rows, others]`: which `others` of `[lo, hi)` the rows before `end` meet, by their place on the other side,
+    `offset` further: those from `before` ahead of it, where that is not None, to `after` behind.
 
-    `inside` guards rows that tensors have.
+    Two comparisons per score, both of which differ from row to row: those that rows share would all be made ahead of
+    time, and held in registers that are short.
     """
-    ok = allowed(rules, row_q, row_k, head, queries, keys, inside, diagonal)
-    return marked(rules, row_q, head, queries, keys, ok, query_origin, key_origin, first_q, first_k, tiles)
+    first, behind = tl.where(rows < end, lo, hi), tl.where(rows < end, hi, lo)
+    if before is not None:
+        first = tl.maximum(first, rows + offset - before)
+    if after is not None:
+        behind = tl.minimum(behind, rows + offset + after + 1)
+    return (others[None, :] >= first[:, None]) & (others[None, :] < behind[:, None])
 
 
 @triton.jit
-def marked(rules, row_q, head, queries, keys, ok, query_origin, key_origin, first_q, first_k, tiles: tl.constexpr):
-    """Of scores that are `ok` those that the masks of partial blocks let exist."""
+def visible(
+    rules, row_q, row_k, head, queries, keys, inside, query_origin, key_origin, first_q, first_k, tiles: tl.constexpr
+):
+    """Which scores of a tile exist of those `inside` (`within`), given broadcastable `queries` and `keys`, of which
+    `first_*` are the first.
+    """
+    ok = related(rules, row_q, row_k, head, queries, keys, inside)
     blocks = rules.blocks
     if tiles.listed > 0:
         if blocks.masks is not None:
@@ -245,21 +253,8 @@ def marked(rules, row_q, head, queries, keys, ok, query_origin, key_origin, firs
 
 
 @triton.jit
-def allowed(rules, row_q, row_k, head, queries, keys, inside, diagonal):
-    """What `visible` says, but for the masks of partial blocks."""
-    mask = rules.mask
-    ok = inside
-    ahead = keys - queries - diagonal
-    if mask.window_right is not None:
-        ok = ok & (ahead <= mask.window_right)
-    if mask.window_left is not None:
-        ok = ok & (ahead >= -mask.window_left)
-    return related(rules, row_q, row_k, head, queries, keys, ok)
-
-
-@triton.jit
 def related(rules, row_q, row_k, head, queries, keys, inside):
-    """What `allowed` says of scores `inside` of the window."""
+    """What `visible` says, but for the masks of partial blocks. `inside` guards rows that tensors have."""
     mask, dense = rules.mask, rules.dense
     ok = inside
     if mask.segment_ids_k is not None:

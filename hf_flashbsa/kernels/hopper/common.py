@@ -80,22 +80,6 @@ def first_key(span, blocks, index, tiles: gl.constexpr):
 
 
 @gluon.jit
-def bounds(rows, end, lo, hi, offset, before, after):
-    """Of each row before `end`, the first one of `[lo, hi)` on the other side that it meets, and that behind the last:
-    from `before` ahead of its own place there, `offset` further, to `after` behind. Rows from `end` on meet none.
-
-    That makes two comparisons per score, both of which differ from row to row: those that rows share would all be made
-    ahead of time, and held in registers that consumers lack.
-    """
-    first, behind = gl.where(rows < end, lo, hi), gl.where(rows < end, hi, lo)
-    if before is not None:
-        first = gl.maximum(first, rows + offset - before)
-    if after is not None:
-        behind = gl.minimum(behind, rows + offset + after + 1)
-    return first, behind
-
-
-@gluon.jit
 def clear(tile, first, lo, hi, ROWS: gl.constexpr, DIM: gl.constexpr):
     """Zeros the rows of a `[ROWS, DIM]` tile, the first of which is `first`, that lie outside of `[lo, hi)`: they meet
     weights of 0, and memory there may hold NaN. All warpgroups write the same bytes.

@@ -20,7 +20,6 @@ from hf_flashbsa.kernels.hopper.common import (
     Call,
     allocate_held,
     allocate_stream,
-    bounds,
     clear_outside,
     fill,
     hold,
@@ -33,11 +32,11 @@ from hf_flashbsa.kernels.hopper.common import (
 from hf_flashbsa.kernels.primitives import (
     dropout_keep,
     log2_factor,
-    marked,
     partial_position,
     place_of,
-    related,
     scheduled,
+    visible,
+    within,
     work_item,
 )
 from hf_flashbsa.kernels.records import Rules, Tiles
@@ -174,12 +173,12 @@ def _weights(i, begin, head, first, s, lse, job, rules, ring, tiles: gl.constexp
     queries = first + gl.arange(0, tiles.m, layout=COLUMNS)
     keys = begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout))
     if i < job.partial:
-        mask = rules.mask
-        lo, hi = bounds(keys, item.end, span.lo, span.hi, -item.diagonal, mask.window_right, mask.window_left)
-        q, k = queries[None, :], keys[:, None]
-        inside = (q >= lo[:, None]) & (q < hi[:, None])
-        ok = related(rules, item.other_row, item.row, head, q, k, inside)
-        ok = marked(rules, item.other_row, head, q, k, ok, item.query_origin, item.key_origin, first, begin, tiles)
+        before, after = rules.mask.window_right, rules.mask.window_left
+        inside = within(keys, queries, item.end, span.lo, span.hi, -item.diagonal, before, after)
+        ok = visible(
+            rules, item.other_row, item.row, head, queries[None, :], keys[:, None], inside, item.query_origin,
+            item.key_origin, first, begin, tiles,
+        )  # fmt: skip
         s = gl.where(ok, s, float("-inf"))
     p = gl.exp2(s * log2_factor(rules) - lse[None, :])
     if rules.score.seed is not None:

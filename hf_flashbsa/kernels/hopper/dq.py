@@ -21,7 +21,6 @@ from hf_flashbsa.kernels.hopper.common import (
     Call,
     allocate_held,
     allocate_stream,
-    bounds,
     clear_outside,
     fill,
     first_key,
@@ -34,7 +33,7 @@ from hf_flashbsa.kernels.hopper.common import (
     tile_of,
     visits,
 )
-from hf_flashbsa.kernels.primitives import dropout_keep, log2_factor, marked, related, scheduled, work_item
+from hf_flashbsa.kernels.primitives import dropout_keep, log2_factor, scheduled, visible, within, work_item
 from hf_flashbsa.kernels.records import Rules, Tiles
 from hf_flashbsa.kernels.rows import begin_rows, finish_rows
 
@@ -147,12 +146,12 @@ def _weights(i, begin, first, s, job, rules, rows, tiles: gl.constexpr):
     queries = begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout))
     keys = first + gl.arange(0, tiles.n, layout=gl.SliceLayout(0, s.type.layout))
     if i < span.partial:
-        mask = rules.mask
-        lo, hi = bounds(queries, item.end, span.lo, span.hi, item.diagonal, mask.window_left, mask.window_right)
-        q, k = queries[:, None], keys[None, :]
-        inside = (k >= lo[:, None]) & (k < hi[:, None])
-        ok = related(rules, item.row, item.other_row, job.head, q, k, inside)
-        ok = marked(rules, item.row, job.head, q, k, ok, item.query_origin, item.key_origin, begin, first, tiles)
+        before, after = rules.mask.window_left, rules.mask.window_right
+        inside = within(queries, keys, item.end, span.lo, span.hi, item.diagonal, before, after)
+        ok = visible(
+            rules, item.row, item.other_row, job.head, queries[:, None], keys[None, :], inside, item.query_origin,
+            item.key_origin, begin, first, tiles,
+        )  # fmt: skip
         s = gl.where(ok, s, float("-inf"))
     return gl.exp2(s * log2_factor(rules) - rows.lse[:, None])
 

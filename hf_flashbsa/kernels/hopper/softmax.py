@@ -7,8 +7,8 @@ from typing import NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from hf_flashbsa.kernels.hopper.common import ROWS, bounds
-from hf_flashbsa.kernels.primitives import dropout_keep, log2_factor, related, shown
+from hf_flashbsa.kernels.hopper.common import ROWS
+from hf_flashbsa.kernels.primitives import dropout_keep, log2_factor, related, shown, within
 
 
 class State(NamedTuple):
@@ -24,8 +24,7 @@ def hide(s, rules, head, item, first, kind, S: gl.constexpr, tiles: gl.constexpr
     rows = item.begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
     keys = first + gl.arange(0, tiles.n, layout=gl.SliceLayout(0, S))
     mask, end = rules.mask, gl.where(kind > 0, item.end, item.begin)
-    lo, hi = bounds(rows, end, item.lo, item.hi, item.diagonal, mask.window_left, mask.window_right)
-    inside = (keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None])
+    inside = within(rows, keys, end, item.lo, item.hi, item.diagonal, mask.window_left, mask.window_right)
     ok = related(rules, item.row, item.other_row, head, rows[:, None], keys[None, :], inside)
     s = gl.where(ok, s, float("-inf"))
     if tiles.listed > 0:
