@@ -402,7 +402,7 @@ def forward_kernel(
     """Writes `out` and `lse`. `q`, `k`, `v` and `out` are descriptors of `(B, H, S, D)` with boxes of 64 or BLOCK_N
     rows; `rows_out`, an Operand, is `out` once more, for parts of tiles whose box has rows of another sequence.
 
-    Grid: programs that share the `total` tiles of all heads and batch rows.
+    STEADY: `_compute` says when it pays. Grid: programs that share the `total` tiles of all heads and batch rows.
     """
     gl.static_assert((score.softcap is None) and (bias.ptr is None), "scores are only scaled")
     tiles: gl.constexpr = Tiles(CONSUMERS * ROWS, BLOCK_N, HEAD_DIM, HEAD_DIM, HEAD_DIM, HEAD_DIM, LISTED, WIDTH)
