@@ -41,14 +41,19 @@ def _written(instruction: str) -> range:
     return range(first, first + (4 if ".128" in name else 2 if ".64" in name or "WIDE" in name else 1))
 
 
+def _code(sass: str) -> tuple[list[tuple[int, str]], dict[int, int]]:
+    """Addresses and instructions in order, and the place of each address."""
+    code = [(int(m[1], 16), m[2]) for m in map(_INSTRUCTION.match, sass.splitlines()) if m]
+    return code, {address: i for i, (address, _) in enumerate(code)}
+
+
 def overwritten_operands(sass: str) -> list[str]:
     """Products whose left operand, in registers, another instruction may overwrite before a wait for them.
 
     ptxas must not do so, since the product reads them at its leisure, but does where one runs across the end of a
     loop (Triton 3.6 and its ptxas 12.8; see triton issues 9433 and 11781).
     """
-    code = [(int(m[1], 16), m[2]) for m in map(_INSTRUCTION.match, sass.splitlines()) if m]
-    place = {address: i for i, (address, _) in enumerate(code)}
+    code, place = _code(sass)
     found = []
     for start, (address, product) in enumerate(code):
         match = _PRODUCT.match(product)
@@ -87,8 +92,7 @@ def lost_operands(sass: str) -> list[str]:
     ptxas gives away registers of such operands where it lacks some (Triton 3.6 and its ptxas 12.8): the next round
     multiplies with whatever they hold. What was loaded ahead is read off the order of instructions.
     """
-    code = [(int(m[1], 16), m[2]) for m in map(_INSTRUCTION.match, sass.splitlines()) if m]
-    place = {address: i for i, (address, _) in enumerate(code)}
+    code, place = _code(sass)
     jumps = [(place.get(int(m[1], 16)), i) for i, (_, x) in enumerate(code) if (m := _JUMP.search(x))]
     loops = [(begin, end) for begin, end in jumps if begin is not None and begin < end]
     found = []
@@ -99,8 +103,8 @@ def lost_operands(sass: str) -> list[str]:
             continue
         begin, end = min(around, key=lambda loop: loop[1] - loop[0])
         operand = set(range(int(match[1]), int(match[1]) + 4))
-        writes = [place for place in range(end + 1) if operand.intersection(_written(code[place][1]))]
-        ahead = [code[place][1] for place in writes if place < begin]
+        writes = [at for at in range(end + 1) if operand.intersection(_written(code[at][1]))]
+        ahead = [code[at][1] for at in writes if at < begin]
         if ahead and ahead[-1].startswith("LDSM") and writes[-1] >= begin:
             found.append(f"{address:#x} {product} / {code[writes[-1]][0]:#x} {code[writes[-1]][1]}")
     return found

@@ -44,8 +44,7 @@ def _dkdv_block(
     keys = item.begin + tl.arange(0, tiles.n)
     inside = None
     if MASKED:
-        before, after = rules.mask.window_right, rules.mask.window_left
-        inside = within(keys, queries, item.end, span.lo, span.hi, -item.diagonal, before, after)
+        inside = within(rules.mask, keys, queries, item.end, span.lo, span.hi, item.diagonal, True)
     batch_head = item.other_row * heads + head
     # [m, d]
     q_block = load_tile(q, m0, span.lo, span.hi, tiles.head_dim, tiles.m, tiles.d, MASKED)
@@ -155,8 +154,7 @@ def _dq_block(
     keys = n0 + tl.arange(0, tiles.n)
     inside = None
     if MASKED:
-        before, after = rules.mask.window_left, rules.mask.window_right
-        inside = within(queries, keys, item.end, span.lo, span.hi, item.diagonal, before, after)
+        inside = within(rules.mask, queries, keys, item.end, span.lo, span.hi, item.diagonal, False)
     k_block = load_tile(k, n0, span.lo, span.hi, tiles.head_dim, tiles.n, tiles.d, MASKED)
     v_block = load_tile(v, n0, span.lo, span.hi, tiles.head_dim_v, tiles.n, tiles.dv, MASKED)
     added = bias_tile(
@@ -255,7 +253,7 @@ def dbias_kernel(
         if met:
             queries = m0 + tl.arange(0, BLOCK_M)
             keys = n0 + tl.arange(0, BLOCK_N)
-            inside = within(queries, keys, q_end, k_begin, k_end, shift, mask.window_left, mask.window_right)
+            inside = within(mask, queries, keys, q_end, k_begin, k_end, shift, False)
             rows = read_rows(rowwise, plane, score, row_q * heads + head, m0, 0, q_end, len_q, BLOCK_M, True)
             q_tile = load_tile(head_of(q, row_q, head), m0, 0, q_end, HEAD_DIM, BLOCK_M, BLOCK_D, True)
             do_tile = load_tile(head_of(dout, row_q, head), m0, 0, q_end, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True)

@@ -40,8 +40,7 @@ def _attend(
     keys = n0 + tl.arange(0, tiles.n)
     inside = None
     if MASKED:
-        before, after = rules.mask.window_left, rules.mask.window_right
-        inside = within(queries, keys, item.end, span.lo, span.hi, item.diagonal, before, after)
+        inside = within(rules.mask, queries, keys, item.end, span.lo, span.hi, item.diagonal, False)
     # [n, d]
     k_block = load_tile(k, n0, span.lo, span.hi, tiles.head_dim, tiles.n, tiles.d, MASKED)
     # [m, n]

@@ -220,13 +220,17 @@ def matrix_pointers(x, batch, head, queries, keys):
 
 
 @triton.jit
-def within(rows, others, end, lo, hi, offset, before, after):
-    """`[rows, others]`: which `others` of `[lo, hi)` the rows before `end` meet, by their place on the other side,
-    `offset` further: those from `before` ahead of it, where that is not None, to `after` behind.
+def within(mask, rows, others, end, lo, hi, diagonal, TRANSPOSED: tl.constexpr):
+    """`[rows, others]`: which `others` of `[lo, hi)` the window lets the rows before `end` meet. Rows are queries and
+    the others keys; with `TRANSPOSED`, the other way round.
 
     Two comparisons per score, both of which differ from row to row: those that rows share would all be made ahead of
     time, and held in registers that are short.
     """
+    if TRANSPOSED:
+        offset, before, after = -diagonal, mask.window_right, mask.window_left
+    else:
+        offset, before, after = diagonal, mask.window_left, mask.window_right
     first, behind = tl.where(rows < end, lo, hi), tl.where(rows < end, hi, lo)
     if before is not None:
         first = tl.maximum(first, rows + offset - before)

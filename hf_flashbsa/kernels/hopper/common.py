@@ -80,14 +80,14 @@ def first_key(span, blocks, index, tiles: gl.constexpr):
 
 
 @gluon.jit
-def clear(tile, first, lo, hi, ROWS: gl.constexpr, DIM: gl.constexpr):
-    """Zeros the rows of a `[ROWS, DIM]` tile, the first of which is `first`, that lie outside of `[lo, hi)`: they meet
-    weights of 0, and memory there may hold NaN. All warpgroups write the same bytes.
+def clear(tile, first, lo, hi, BLOCK: gl.constexpr, DIM: gl.constexpr):
+    """Zeros the rows of a `[BLOCK, DIM]` tile from row `first` on that lie outside of `[lo, hi)`: they meet weights of
+    0, and memory there may hold NaN. All warpgroups write the same bytes.
     """
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // DIM, DIM // 8], [4, 1], [1, 0])
     # Consumers have no registers left for all rows at once.
     PIECE: gl.constexpr = 32
-    for i in gl.static_range(ROWS // PIECE):
+    for i in gl.static_range(BLOCK // PIECE):
         begin = first + i * PIECE
         piece = tile.slice(i * PIECE, PIECE)
         values = piece.load(LAYOUT)

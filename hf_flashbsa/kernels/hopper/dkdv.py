@@ -173,8 +173,7 @@ def _weights(i, begin, head, first, s, lse, job, rules, ring, tiles: gl.constexp
     queries = first + gl.arange(0, tiles.m, layout=COLUMNS)
     keys = begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout))
     if i < job.partial:
-        before, after = rules.mask.window_right, rules.mask.window_left
-        inside = within(keys, queries, item.end, span.lo, span.hi, -item.diagonal, before, after)
+        inside = within(rules.mask, keys, queries, item.end, span.lo, span.hi, item.diagonal, True)
         ok = visible(
             rules, item.other_row, item.row, head, queries[None, :], keys[:, None], inside, item.query_origin,
             item.key_origin, first, begin, tiles,
@@ -324,7 +323,8 @@ def _compute(part: gl.constexpr, out, ring, call, tiles: gl.constexpr, ROTATED: 
             k_tile = ring.held.first.index(part).reshape([ROWS, tiles.d])
             v_tile = ring.held.second.index(part).reshape([ROWS, tiles.d])
             mbarrier.wait(ring.held.full.index(part), 0)
-            # From registers as far as there are some: shared memory feeds products with few queries too slowly.
+            # From registers as far as there are some, and masks of partial blocks take many: shared memory feeds
+            # products with few queries too slowly.
             if (tiles.d == 64) or (tiles.listed == 0) or (call.rules.blocks.masks is None):
                 k_tile = k_tile.load(gl.DotOperandLayout(0, S, 2))
             if tiles.d == 64:

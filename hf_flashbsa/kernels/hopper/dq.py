@@ -146,8 +146,7 @@ def _weights(i, begin, first, s, job, rules, rows, tiles: gl.constexpr):
     queries = begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout))
     keys = first + gl.arange(0, tiles.n, layout=gl.SliceLayout(0, s.type.layout))
     if i < span.partial:
-        before, after = rules.mask.window_left, rules.mask.window_right
-        inside = within(queries, keys, item.end, span.lo, span.hi, item.diagonal, before, after)
+        inside = within(rules.mask, queries, keys, item.end, span.lo, span.hi, item.diagonal, False)
         ok = visible(
             rules, item.row, item.other_row, job.head, queries[:, None], keys[None, :], inside, item.query_origin,
             item.key_origin, begin, first, tiles,
@@ -186,7 +185,8 @@ def _compute(part: gl.constexpr, dq_out, dq_rows, sources, ring, call, tiles: gl
             q_tile = ring.held.first.index(part).reshape([ROWS, tiles.d])
             do_tile = ring.held.second.index(part).reshape([ROWS, tiles.d])
             if tiles.n == 64:
-                # From registers: shared memory feeds products with few keys too slowly.
+                # From registers, which blocks of 128 keys leave none of: shared memory feeds products with 64 keys
+                # too slowly.
                 q_tile = q_tile.load(gl.DotOperandLayout(0, S, 2))
             first = _key_of(job, _look_ahead(job, rules, 0, tiles), 0, tiles)
             ahead = _look_ahead(job, rules, 1, tiles)

@@ -30,7 +30,7 @@ from hf_flashbsa.kernels.hopper.common import (
     store_shared,
     visits,
 )
-from hf_flashbsa.kernels.hopper.softmax import State, hide, operand, softmax
+from hf_flashbsa.kernels.hopper.softmax import hide, no_state, operand, softmax
 from hf_flashbsa.kernels.hopper.turns import next_turn, tile_at, turns_of
 from hf_flashbsa.kernels.primitives import LN2, LOG2E, block_pointer, dropout_words
 from hf_flashbsa.kernels.records import Item, Rules, Tiles
@@ -125,7 +125,7 @@ def _block(call, span, grid_row, index, tiles: gl.constexpr):
 
 
 @gluon.jit
-def _empty_slots(out, ring, done, call, tiles: gl.constexpr):
+def _empty_slots(out, ring, done, call):
     """Waits for the slots of the `done`-th tile: until the results of the last but one before it, which consumers
     leave there, are on their way and the slots may be written.
     """
@@ -145,7 +145,7 @@ def _empty_slots(out, ring, done, call, tiles: gl.constexpr):
 @gluon.jit
 def _load_queries(q, out, done, head, item, span, ring, call, tiles: gl.constexpr):
     """Loads and notes the `done`-th tile."""
-    _empty_slots(out, ring, done, call, tiles)
+    _empty_slots(out, ring, done, call)
     for part in gl.static_range(CONSUMERS):
         slot, begin = (done & 1) * CONSUMERS + part, item.begin + part * ROWS
         _note_tile(ring.tile_notes, slot, call, head, begin, item, span)
@@ -226,8 +226,8 @@ def _load(q, k, v, out, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr, S
         done += 1
     if done > 0:
         _load_values(v, v_row, v_head, v_first, step - 1, ring, tiles, STAGES)
-    _empty_slots(out, ring, done, call, tiles)
-    _empty_slots(out, ring, done + 1, call, tiles)
+    _empty_slots(out, ring, done, call)
+    _empty_slots(out, ring, done + 1, call)
 
 
 @gluon.jit
@@ -286,6 +286,15 @@ def _start(step, q_slot, s, p, o, begun, live, ring, tiles: gl.constexpr, STAGES
 
 
 @gluon.jit
+def _end(step, s, o, shrink, used, ring, P: gl.constexpr, STAGES: gl.constexpr):
+    """Ends the `step`-th round: `o` for the new maxima, and its weights for the product of the next round. Gives back
+    the values of the block before, if the round has `used` some."""
+    o = o * gl.convert_layout(shrink, gl.SliceLayout(1, o.type.layout))[:, None]
+    mbarrier.arrive(ring.v_empty.index((step + STAGES - 1) % STAGES), count=1, pred=used)
+    return o, operand(s, P, ring.q_tiles.dtype)
+
+
+@gluon.jit
 def _compute(
     part: gl.constexpr, rows_out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr,
     STEADY: gl.constexpr,
@@ -304,12 +313,11 @@ def _compute(
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tiles.d, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, S)
-    dtype: gl.constexpr = ring.q_tiles.dtype
     rules = call.rules
     s = gl.zeros([ROWS, tiles.n], gl.float32, S)
     o = gl.zeros([ROWS, tiles.d], gl.float32, O)
-    p = gl.zeros([ROWS, tiles.n], dtype, P)
-    state = State(gl.full([ROWS], float("-inf"), gl.float32, ROW), gl.zeros([ROWS], gl.float32, ROW))
+    p = gl.zeros([ROWS, tiles.n], ring.q_tiles.dtype, P)
+    state = no_state(ROW)
     pad = gl.zeros([ROWS], gl.uint32, ROW)
     factor = gl.zeros([ROWS], gl.uint32, ROW)
     # Triton loses changes of a variable that enters a loop as the value of another one.
@@ -332,7 +340,7 @@ def _compute(
         mbarrier.arrive(ring.k_empty.index(stage), count=1, pred=live)
         old = state
         if fresh:
-            state = State(gl.full([ROWS], float("-inf"), gl.float32, ROW), gl.zeros([ROWS], gl.float32, ROW))
+            state = no_state(ROW)
             if rules.score.seed is not None:
                 head, item = _noted_tile(ring.tile_notes, q_slot, call)
                 rows = item.begin + gl.arange(0, ROWS, layout=ROW)
@@ -342,7 +350,7 @@ def _compute(
         if live:
             if (todo & MASKED) != 0:
                 head, item = _noted_tile(ring.tile_notes, q_slot, call)
-                s = hide(s, rules, head, item, first, kind, S, tiles)
+                s = hide(s, rules, head, item, first, kind, tiles)
                 # What TMA brings from beyond the tensor is 0.
                 if (first < item.lo) | (gl.minimum(first + tiles.n, call.len_k) > item.hi):
                     mbarrier.wait(ring.v_full.index(stage), (step // STAGES) & 1)
@@ -359,9 +367,7 @@ def _compute(
                 old_tile = ring.q_tiles.index(old_slot).reshape([ROWS, tiles.d])
                 _store(o, old, old_tile, rows_out, lse, sinks, head, item, call, S, tiles)
                 mbarrier.arrive(ring.q_empty.index(old_slot), count=1)
-        o = o * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
-        mbarrier.arrive(ring.v_empty.index((step + STAGES - 1) % STAGES), count=1, pred=step > 0)
-        p = operand(s, P, dtype)
+        o, p = _end(step, s, o, shrink, step > 0, ring, P, STAGES)
         step += 1
         begun = gl.where(fresh, 0, 1)
         if STEADY:
@@ -374,9 +380,7 @@ def _compute(
                 place = _place(first, q_slot, ring, call)
                 s, shrink, state = softmax(s, state, place, pad, factor, rules, tiles, STEADY)
                 o = warpgroup_mma_wait(0, deps=(product,))
-                o = o * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
-                mbarrier.arrive(ring.v_empty.index((step + STAGES - 1) % STAGES), count=1)
-                p = operand(s, P, dtype)
+                o, p = _end(step, s, o, shrink, True, ring, P, STAGES)
                 step += 1
                 begun = gl.to_tensor(1)
         done += gl.where((todo & LAST) != 0, 1, 0)

@@ -19,12 +19,19 @@ class State(NamedTuple):
 
 
 @gluon.jit
-def hide(s, rules, head, item, first, kind, S: gl.constexpr, tiles: gl.constexpr):
-    """The scores of a block, -inf where they do not exist."""
-    rows = item.begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
-    keys = first + gl.arange(0, tiles.n, layout=gl.SliceLayout(0, S))
-    mask, end = rules.mask, gl.where(kind > 0, item.end, item.begin)
-    inside = within(rows, keys, end, item.lo, item.hi, item.diagonal, mask.window_left, mask.window_right)
+def no_state(ROW: gl.constexpr):
+    """The state of rows that have met no key."""
+    return State(gl.full([ROWS], float("-inf"), gl.float32, ROW), gl.zeros([ROWS], gl.float32, ROW))
+
+
+@gluon.jit
+def hide(s, rules, head, item, first, kind, tiles: gl.constexpr):
+    """The scores of the block from key `first` on, -inf where they do not exist. `kind` is what the grid of a layout
+    says of the block: `visible` would ask it once more."""
+    rows = item.begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout))
+    keys = first + gl.arange(0, tiles.n, layout=gl.SliceLayout(0, s.type.layout))
+    end = gl.where(kind > 0, item.end, item.begin)
+    inside = within(rules.mask, rows, keys, end, item.lo, item.hi, item.diagonal, False)
     ok = related(rules, item.row, item.other_row, head, rows[:, None], keys[None, :], inside)
     s = gl.where(ok, s, float("-inf"))
     if tiles.listed > 0:
@@ -40,8 +47,8 @@ def hide(s, rules, head, item, first, kind, S: gl.constexpr, tiles: gl.constexpr
 
 @gluon.jit
 def _largest(s, STEADY: gl.constexpr):
-    """The largest score of each row. Triton compares one after the other what one reduction takes, which is slow but
-    costs nothing where there are other stalls to fill; in strands it is done sooner."""
+    """The largest score of each row. Triton compares one after the other what one reduction takes; in strands it is
+    done sooner, which gained nothing without STEADY."""
     ROW: gl.constexpr = gl.SliceLayout(1, s.type.layout)
     if STEADY:
         strands = s.reshape([s.shape[0], s.shape[1] // 16, 16])
