@@ -72,6 +72,16 @@ def list_entries(tiles: tl.constexpr):
 
 
 @triton.jit
+def list_of(item, blocks, head, lo, hi, tiles: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Pointer to what a layout lists for a tile that meets `[lo, hi)` of the other side."""
+    own_origin = item.key_origin if TRANSPOSED else item.query_origin
+    row = blocks.lists + tl.cast(item.row, tl.int64) * blocks.stride_b + tl.cast(head, tl.int64) * blocks.stride_h
+    # Tiles that meet nothing may lie beyond the grid.
+    own = tl.where(lo < hi, (item.begin - own_origin) // tiles.listed, 0)
+    return row + tl.cast(own, tl.int64) * blocks.stride_row
+
+
+@triton.jit
 def span_of(item, rules, head, entries, tiles: tl.constexpr, TRANSPOSED: tl.constexpr):
     """What a tile of queries visits of the keys; with `TRANSPOSED`, what a tile of keys visits of the queries.
 
@@ -119,10 +129,7 @@ def span_of(item, rules, head, entries, tiles: tl.constexpr, TRANSPOSED: tl.cons
     else:
         # Lists ascend, so bounds cut them; how far, a count over the whole list tells without a search.
         SIZE: tl.constexpr = tiles.listed
-        row = blocks.lists + tl.cast(item.row, tl.int64) * blocks.stride_b + tl.cast(head, tl.int64) * blocks.stride_h
-        # Tiles that meet nothing may lie beyond the grid.
-        own = tl.where(lo < hi, (item.begin - own_origin) // SIZE, 0)
-        row += tl.cast(own, tl.int64) * blocks.stride_row
+        row = list_of(item, blocks, head, lo, hi, tiles, TRANSPOSED)
         full, total = tl.load(row), tl.load(row + 1)
         index = row + 2
         block = other_origin + tl.load(index + entries, mask=entries < total, other=0) * SIZE

@@ -107,19 +107,20 @@ def _launch_dbias(launch, dout, dbias, q, k, v, rowwise, plane: int, extras: Ext
 
 def _forward(launch, inputs, outputs, params: Params) -> None:
     (q, k, v), extras = inputs[:3], Extras(*inputs[3:])
-    run = hopper.launcher_of("forward", q, k, v, (), extras, params) or _launch_forward
-    run(launch, q, k, v, *outputs, extras, params)
+    out, lse, claims = outputs
+    run = hopper.launcher_of("forward", q, k, v, (), claims, extras, params) or _launch_forward
+    run(launch, q, k, v, out, lse, extras, params)
 
 
 def _backward(launch, inputs, outputs, params: Params) -> None:
     (dout, dlse, q, k, v, out, lse), extras = inputs[:7], Extras(*inputs[7:])
-    rowwise, dq, dk, dv, dbias = outputs
+    rowwise, dq, dk, dv, dbias, claims_dq, claims_dkdv = outputs
     plane = lse.numel()
     if q.numel() > 0:  # before the others, which read what it makes of each query
-        run = hopper.launcher_of("dq", q, k, v, (dout,), extras, params) or _launch_dq
+        run = hopper.launcher_of("dq", q, k, v, (dout, out), claims_dq, extras, params) or _launch_dq
         run(launch, dout, dq, q, k, v, out, lse, dlse, rowwise, plane, extras, params)
     if k.numel() > 0:
-        run = hopper.launcher_of("dkdv", q, k, v, (dout,), extras, params) or _launch_dkdv
+        run = hopper.launcher_of("dkdv", q, k, v, (dout,), claims_dkdv, extras, params) or _launch_dkdv
         run(launch, dout, dk, dv, q, k, v, rowwise, plane, extras, params)
     if dbias is not None:
         _launch_dbias(launch, dout, dbias, q, k, v, rowwise, plane, extras, params)
@@ -128,7 +129,8 @@ def _backward(launch, inputs, outputs, params: Params) -> None:
 def forward(q, k, v, out, lse, extras: Extras, params: Params) -> None:
     """Fills `out` and `lse`, as `autograd` makes them for `q` and `v`."""
     if q.numel() > 0:
-        replay(_forward, (q, k, v, *extras), (out, lse), params)
+        claims = hopper.new_claims(extras, max(q.shape[2], k.shape[2]), 1, q.device)
+        replay(_forward, (q, k, v, *extras), (out, lse, *claims), params)
 
 
 def backward(dout, dlse, q, k, v, out, lse, gradients, extras: Extras, params: Params) -> None:
@@ -136,7 +138,8 @@ def backward(dout, dlse, q, k, v, out, lse, gradients, extras: Extras, params: P
     dq, dk, dv, dbias, dsinks = gradients
     rowwise = lse.new_empty((4 if params.drop_threshold > 0 else 2, *lse.shape))
     dlse = None if dlse is None else dlse.contiguous()
-    filled = (rowwise, dq, dk, dv, None if dbias is None or dbias.numel() == 0 else dbias)
+    claims = hopper.new_claims(extras, max(q.shape[2], k.shape[2]), 2, q.device)
+    filled = (rowwise, dq, dk, dv, None if dbias is None or dbias.numel() == 0 else dbias, *claims)
     replay(_backward, (dout, dlse, q, k, v, out, lse, *extras), filled, params)
     if extras.sinks is not None:
         dsinks.copy_(sinks_gradient(extras.sinks, lse, rowwise[1]))

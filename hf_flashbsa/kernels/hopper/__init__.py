@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 _log_once = functools.cache(logger.info)
 
+#: Rows of the longest sequences whose tiles programs take in turns. Those of longer ones may differ much.
+LONGEST_IN_TURNS = 4096
 #: The module that needs Gluon.
 _LAUNCHERS = "hf_flashbsa.kernels.hopper.launchers"
 
@@ -107,8 +109,24 @@ def refusal(
     return unavailable()
 
 
+def new_claims(extras: Extras, length: int, kernels: int, device: torch.device) -> torch.Tensor | tuple[None, ...]:
+    """Counters from which the programs of each of `kernels` claim their tiles (turns.py), `length` rows the longest
+    side; None each where tiles differ little, or the GPU has other kernels.
+    """
+    if not tuning.is_hopper(device) or (extras.work_q is None and length <= LONGEST_IN_TURNS):
+        return (None,) * kernels
+    return torch.zeros(kernels, 4, dtype=torch.int32, device=device)  # 16 bytes apart
+
+
 def launcher_of(
-    kernel: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, others: tuple, extras: Extras, params: Params
+    kernel: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    others: tuple,
+    claims: torch.Tensor | None,
+    extras: Extras,
+    params: Params,
 ):
     """What launches `kernel` here, called as the portable launchers are; None where `refusal` has a reason."""
     reason = refusal(kernel, q, k, v, others, extras, params)
@@ -117,4 +135,4 @@ def launcher_of(
             _log_once("Hopper kernels: the portable %s kernel takes calls with %s", kernel, reason)
         return None
     options = _options(kernel, q, k, extras, params)
-    return functools.partial(getattr(importlib.import_module(_LAUNCHERS), f"launch_{kernel}"), options)
+    return functools.partial(getattr(importlib.import_module(_LAUNCHERS), f"launch_{kernel}"), options, claims)

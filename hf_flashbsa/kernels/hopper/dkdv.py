@@ -1,6 +1,6 @@
 """Gradients of keys and values for Hopper, in Gluon: one warp loads by TMA, two warpgroups of 64 keys each compute.
 
-A program holds 128 keys and walks over the queries of every head that shares them, without atomics, so results repeat
+A job holds 128 keys and walks over the queries of every head that shares them, without atomics, so results repeat
 bitwise. The kernel of `dq` has made what depends on a query alone (rows.py).
 
 Scores are held keys by queries, so that weights and gradients of scores feed the last two products from registers.
@@ -14,30 +14,30 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from hf_flashbsa.kernels.hopper.common import (
-    CONSUMERS,
-    ROWS,
-    Call,
+from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS, Call
+from hf_flashbsa.kernels.hopper.jobs import (
     allocate_held,
     allocate_stream,
     clear_outside,
     fill,
     hold,
+    job_at,
+    leave,
+    noted_job,
+    pass_over,
     release,
-    send_rows,
-    span_met,
+    send_results,
     start_products,
     tile_of,
 )
+from hf_flashbsa.kernels.hopper.turns import claim, first_place, second_place, settled
 from hf_flashbsa.kernels.primitives import (
     dropout_keep,
     log2_factor,
     partial_position,
     place_of,
-    scheduled,
     visible,
     within,
-    work_item,
 )
 from hf_flashbsa.kernels.records import Rules, Tiles
 
@@ -56,34 +56,10 @@ class Ring(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What a program writes: descriptors, and Operands of the same tensors."""
+    """Operands of what a program writes."""
 
     dk: object
     dv: object
-    dk_rows: object
-    dv_rows: object
-
-
-class Job(NamedTuple):
-    """What a program works on: a tile of keys, their head, and the queries of each head that shares them; of these it
-    meets `count` blocks, the first `partial` of which need masking.
-    """
-
-    item: object
-    head_k: object
-    span: object
-    partial: object
-    count: object
-
-
-@gluon.jit
-def _job(call, tiles: gl.constexpr):
-    """The job of this program."""
-    row, head_k, tile = scheduled(call.work, gl.program_id(0), call.num_tiles, call.heads // call.group, tiles.n)
-    item = work_item(call.work, tile, row, call.len_k, call.len_q, call.diagonal, tiles.n)
-    span = span_met(item, call.rules, head_k * call.group, tiles, True)
-    partial = span.partial * call.group
-    return Job(item, head_k, span, partial, partial + (span.full_end - span.full_begin) // tiles.m * call.group)
 
 
 @gluon.jit
@@ -92,12 +68,12 @@ def _block(job, call, i, tiles: gl.constexpr):
     span, group = job.span, call.group
     is_partial = i < job.partial
     index = gl.where(is_partial, i, i - job.partial)
-    head = job.head_k
+    head = job.head
     if group != 1:
         # One division serves both kinds of blocks.
         full = (span.full_end - span.full_begin) // tiles.m
         blocks = gl.maximum(gl.where(is_partial, span.partial, full), 1)
-        head = job.head_k * group + index // blocks
+        head = job.head * group + index // blocks
         index = index % blocks
     full_position = span.full_begin + index * tiles.m
     position = gl.where(is_partial, partial_position(span, index, tiles.m, tiles), full_position)
@@ -112,7 +88,7 @@ def _look_ahead(job, call, i, tiles: gl.constexpr):
     """
     head, first = gl.to_tensor(0), gl.to_tensor(0)
     if tiles.listed > 0:
-        head, first = job.head_k, job.span.lo
+        head, first = job.head, job.span.lo
         if i < job.partial:
             head, first = _block(job, call, i, tiles)
     return head, first
@@ -128,32 +104,41 @@ def _masked_block(job, call, ahead, i, tiles: gl.constexpr):
 
 
 @gluon.jit
-def _load(q, dout, k, v, rowwise, plane, ring, call, tiles: gl.constexpr):
+def _load(q, dout, k, v, dk, dv, rowwise, plane, ring, call, tiles: gl.constexpr):
     """The producer."""
-    job = _job(call, tiles)
-    item, span = job.item, job.span
-    # A program must not end before what it loads is there, and consumers wait for nothing where they meet nothing.
-    if (item.begin < item.end) & (job.count > 0):
-        LAYOUT: gl.constexpr = gl.BlockedLayout([tiles.m // 32], [32], [1], [0])
-        offsets = gl.arange(0, tiles.m, layout=LAYOUT)
-        hold(ring.held, k, v, item.row, job.head_k, item.begin, tiles.d)
+    LAYOUT: gl.constexpr = gl.BlockedLayout([tiles.m // 32], [32], [1], [0])
+    offsets = gl.arange(0, tiles.m, layout=LAYOUT)
+    step, done = gl.to_tensor(0), gl.to_tensor(0)
+    place = first_place(call, tiles, True)
+    following = second_place(call, place, tiles, True)
+    while place < call.total:
+        claimed = claim(call, done + 2)
+        job = job_at(call, place, tiles, True)
+        item, span = job.item, job.span
+        send_results(ring.held, done, dk, dv, call.len_k, call)
+        hold(ring.held, done, k, v, job, following < call.total, call, tiles)
         for i in range(job.count):
             head, first = _block(job, call, i, tiles)
             queries = first + offsets
-            place = rowwise + (item.other_row.to(gl.int64) * call.heads + head) * call.len_q + queries
+            row = rowwise + (item.other_row.to(gl.int64) * call.heads + head) * call.len_q + queries
             live = (queries >= span.lo) & (queries < span.hi)
             # Queries outside of the span have weights of 0. Loaded before the wait, which hides the latency.
-            lse = gl.load(place, mask=live, other=float("inf"))
-            delta = gl.load(place + plane, mask=live, other=0.0)
-            fill(ring.stream, i, q, dout, item.other_row, head, first, tiles.m, tiles.d)
-            stage = i % ring.stream.stages
+            lse = gl.load(row, mask=live, other=float("inf"))
+            delta = gl.load(row + plane, mask=live, other=0.0)
+            fill(ring.stream, step, q, dout, item.other_row, head, first, tiles.m, tiles.d)
+            stage = step % ring.stream.stages
             word = stage * ring.words
             ring.row_words.index(word).store(lse)
             ring.row_words.index(word + 1).store(delta)
             if call.rules.score.seed is not None:
-                ring.row_words.index(word + 2).store(gl.load(place + 2 * plane, mask=live, other=0.0))
-                ring.row_words.index(word + 3).store(gl.load(place + 3 * plane, mask=live, other=0.0))
+                ring.row_words.index(word + 2).store(gl.load(row + 2 * plane, mask=live, other=0.0))
+                ring.row_words.index(word + 3).store(gl.load(row + 3 * plane, mask=live, other=0.0))
             mbarrier.arrive(ring.stream.full.index(stage), count=1)
+            step += 1
+        place, following = following, settled(call, claimed, tiles, True)
+        done += 1
+    send_results(ring.held, done, dk, dv, call.len_k, call)
+    send_results(ring.held, done + 1, dk, dv, call.len_k, call)
 
 
 @gluon.jit
@@ -163,8 +148,8 @@ def _row_word(i, word, ring, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def _weights(i, begin, head, first, s, lse, job, rules, ring, tiles: gl.constexpr):
-    """Weights of keys from `begin` on with block `i`, of query head `head` from query `first` on.
+def _weights(i, step, begin, head, first, s, lse, job, rules, ring, tiles: gl.constexpr):
+    """Weights of keys from `begin` on with block `i` of the job, block `step` of the stream, of query head `head` from query `first` on.
 
     Weights that dropout drops have a minus sign: both gradients need to know, and a sign takes no registers.
     """
@@ -181,8 +166,8 @@ def _weights(i, begin, head, first, s, lse, job, rules, ring, tiles: gl.constexp
         s = gl.where(ok, s, float("-inf"))
     p = gl.exp2(s * log2_factor(rules) - lse[None, :])
     if rules.score.seed is not None:
-        pad = _row_word(i, 2, ring, COLUMNS).to(gl.uint32, bitcast=True)
-        factor = _row_word(i, 3, ring, COLUMNS).to(gl.uint32, bitcast=True)
+        pad = _row_word(step, 2, ring, COLUMNS).to(gl.uint32, bitcast=True)
+        factor = _row_word(step, 3, ring, COLUMNS).to(gl.uint32, bitcast=True)
         offsets = gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout))[:, None]
         keep = dropout_keep(rules.score, pad[None, :], factor[None, :], begin - item.key_origin, offsets)
         p = gl.where(keep, p, -p)
@@ -227,19 +212,21 @@ def _finish(i, p, ds, dk, dv, ring, tiles: gl.constexpr):
 
 
 @gluon.jit
-def _begin(k_tile, v_tile, zero, job, begin, ring, call, tiles: gl.constexpr):
-    """Weights of the first block, the product of the values with output gradients, and delta of the queries."""
+def _begin(step, k_tile, v_tile, zero, job, begin, ring, call, tiles: gl.constexpr):
+    """Weights of the first block, block `step` of the stream, the product of the values with output gradients, and delta of the queries."""
     COLUMNS: gl.constexpr = gl.SliceLayout(0, zero.type.layout)
     head, first = _masked_block(job, call, _look_ahead(job, call, 0, tiles), 0, tiles)
-    clear_outside(ring.stream, 0, first, job.span, tiles.m, tiles.d)
-    s, dp = start_products(0, k_tile, v_tile, ring.stream, zero, tiles.m, tiles.d)
-    lse, delta = _row_word(0, 0, ring, COLUMNS), _row_word(0, 1, ring, COLUMNS)
+    clear_outside(ring.stream, step, first, job.span, tiles.m, tiles.d)
+    s, dp = start_products(step, k_tile, v_tile, ring.stream, zero, tiles.m, tiles.d)
+    lse, delta = _row_word(step, 0, ring, COLUMNS), _row_word(step, 1, ring, COLUMNS)
     s, dp = warpgroup_mma_wait(0, deps=(s, dp))
-    return _weights(0, begin, head, first, s, lse, job, call.rules, ring, tiles), dp, delta
+    return _weights(0, step, begin, head, first, s, lse, job, call.rules, ring, tiles), dp, delta
 
 
 @gluon.jit
-def _rotated(dk, dv, k_tile, v_tile, zero, job, begin, ring, call, OPERAND: gl.constexpr, tiles: gl.constexpr):
+def _rotated(
+    step, dk, dv, k_tile, v_tile, zero, job, begin, ring, call, OPERAND: gl.constexpr, tiles: gl.constexpr,
+):  # fmt: skip
     """Adds all blocks to `dk` and `dv`. A round issues the last products of a block behind its weights, and with them
     the first ones of the next block; the second of those runs under that block's weights.
     """
@@ -247,31 +234,36 @@ def _rotated(dk, dv, k_tile, v_tile, zero, job, begin, ring, call, OPERAND: gl.c
     COLUMNS: gl.constexpr = gl.SliceLayout(0, zero.type.layout)
     rules = call.rules
     ahead = _look_ahead(job, call, 1, tiles)
-    weights, dp, delta = _begin(k_tile, v_tile, zero, job, begin, ring, call, tiles)
+    weights, dp, delta = _begin(step, k_tile, v_tile, zero, job, begin, ring, call, tiles)
     for i in range(1, job.count):
-        last = i - 1
+        at, last = step + i, step + i - 1
         head_q, first_q = _masked_block(job, call, ahead, i, tiles)
-        clear_outside(ring.stream, i, first_q, job.span, tiles.m, tiles.d)
+        clear_outside(ring.stream, at, first_q, job.span, tiles.m, tiles.d)
         p = gl.convert_layout(_kept(weights, rules.score).to(dtype), OPERAND)
         dv_next = warpgroup_mma(p, _dout(ring, last, tiles), dv, is_async=True)
         ds = gl.convert_layout(_gradient(weights, dp, delta, rules.score).to(dtype), OPERAND)
         dk_next = warpgroup_mma(ds, _queries(ring, last, tiles), dk, is_async=True)
-        s, dp_next = start_products(i, k_tile, v_tile, ring.stream, zero, tiles.m, tiles.d)
+        s, dp_next = start_products(at, k_tile, v_tile, ring.stream, zero, tiles.m, tiles.d)
         ahead = _look_ahead(job, call, i + 1, tiles)
-        lse = _row_word(i, 0, ring, COLUMNS)
+        lse = _row_word(at, 0, ring, COLUMNS)
         s, dv, dk, _, _ = warpgroup_mma_wait(1, deps=(s, dv_next, dk_next, p, ds))
         release(ring.stream, last)
-        weights = _weights(i, begin, head_q, first_q, s, lse, job, rules, ring, tiles)
-        delta = _row_word(i, 1, ring, COLUMNS)
+        weights = _weights(i, at, begin, head_q, first_q, s, lse, job, rules, ring, tiles)
+        delta = _row_word(at, 1, ring, COLUMNS)
         dp = warpgroup_mma_wait(0, deps=(dp_next,))
     p = gl.convert_layout(_kept(weights, rules.score).to(dtype), OPERAND)
     ds = gl.convert_layout(_gradient(weights, dp, delta, rules.score).to(dtype), OPERAND)
-    dk, dv = _finish(job.count - 1, p, ds, dk, dv, ring, tiles)
-    return warpgroup_mma_wait(0, deps=(dk, dv))
+    last = step + job.count - 1
+    dk, dv = _finish(last, p, ds, dk, dv, ring, tiles)
+    dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
+    release(ring.stream, last)
+    return dk, dv
 
 
 @gluon.jit
-def _late(dk, dv, k_tile, v_tile, zero, job, begin, ring, call, OPERAND: gl.constexpr, tiles: gl.constexpr):
+def _late(
+    step, dk, dv, k_tile, v_tile, zero, job, begin, ring, call, OPERAND: gl.constexpr, tiles: gl.constexpr,
+):  # fmt: skip
     """Adds all blocks to `dk` and `dv`. The last products of a block are issued behind the first ones of the next
     block, and run under that block's weights.
     """
@@ -279,20 +271,20 @@ def _late(dk, dv, k_tile, v_tile, zero, job, begin, ring, call, OPERAND: gl.cons
     COLUMNS: gl.constexpr = gl.SliceLayout(0, zero.type.layout)
     rules = call.rules
     ahead = _look_ahead(job, call, 1, tiles)
-    weights, dp, delta = _begin(k_tile, v_tile, zero, job, begin, ring, call, tiles)
+    weights, dp, delta = _begin(step, k_tile, v_tile, zero, job, begin, ring, call, tiles)
     p = gl.convert_layout(_kept(weights, rules.score).to(dtype), OPERAND)
     ds = gl.convert_layout(_gradient(weights, dp, delta, rules.score).to(dtype), OPERAND)
     for i in range(1, job.count):
-        last = i - 1
+        at, last = step + i, step + i - 1
         head_q, first_q = _masked_block(job, call, ahead, i, tiles)
-        clear_outside(ring.stream, i, first_q, job.span, tiles.m, tiles.d)
-        s, dp = start_products(i, k_tile, v_tile, ring.stream, zero, tiles.m, tiles.d)
+        clear_outside(ring.stream, at, first_q, job.span, tiles.m, tiles.d)
+        s, dp = start_products(at, k_tile, v_tile, ring.stream, zero, tiles.m, tiles.d)
         dk_next, dv_next = _finish(last, p, ds, dk, dv, ring, tiles)
         ahead = _look_ahead(job, call, i + 1, tiles)
-        lse = _row_word(i, 0, ring, COLUMNS)
+        lse = _row_word(at, 0, ring, COLUMNS)
         s = warpgroup_mma_wait(3, deps=(s,))
-        weights = _weights(i, begin, head_q, first_q, s, lse, job, rules, ring, tiles)
-        delta = _row_word(i, 1, ring, COLUMNS)
+        weights = _weights(i, at, begin, head_q, first_q, s, lse, job, rules, ring, tiles)
+        delta = _row_word(at, 1, ring, COLUMNS)
         p_next = _kept(weights, rules.score)
         dp = warpgroup_mma_wait(2, deps=(dp,))
         ds_next = _gradient(weights, dp, delta, rules.score)
@@ -301,28 +293,35 @@ def _late(dk, dv, k_tile, v_tile, zero, job, begin, ring, call, OPERAND: gl.cons
         release(ring.stream, last)
         p = gl.convert_layout(p_next.to(dtype), OPERAND)
         ds = gl.convert_layout(ds_next.to(dtype), OPERAND)
-    dk, dv = _finish(job.count - 1, p, ds, dk, dv, ring, tiles)
-    return warpgroup_mma_wait(0, deps=(dk, dv))
+    last = step + job.count - 1
+    dk, dv = _finish(last, p, ds, dk, dv, ring, tiles)
+    dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
+    release(ring.stream, last)
+    return dk, dv
 
 
 @gluon.jit
 def _compute(part: gl.constexpr, out, ring, call, tiles: gl.constexpr, ROTATED: gl.constexpr):
-    """A consumer: the `part`-th 64 keys of the tile. No product is left running at the end of a round."""
+    """A consumer: the `part`-th 64 keys of each job. No product is left running at the end of a round."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tiles.m, 16])
     DK: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tiles.d, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, DK, 2)
-    job = _job(call, tiles)
-    item = job.item
-    if item.begin < item.end:
-        score = call.rules.score
-        begin = item.begin + part * ROWS
+    held, score = ring.held, call.rules.score
+    step, done = gl.to_tensor(0), gl.to_tensor(0)
+    running = first_place(call, tiles, True) < call.total
+    while running:
+        place = (done & 1) * CONSUMERS + part
+        mbarrier.wait(held.full.index(place), (done >> 1) & 1)
+        job, running = noted_job(held.notes, done & 1, call, tiles, True)
+        begin = job.item.begin + part * ROWS
         dk = gl.zeros([ROWS, tiles.d], gl.float32, DK)
         dv = gl.zeros([ROWS, tiles.d], gl.float32, DK)
-        if job.count > 0:
+        if begin >= job.item.end:
+            pass_over(ring.stream, step, step + job.count)
+        elif job.count > 0:
             zero = gl.zeros([ROWS, tiles.m], gl.float32, S)
-            k_tile = ring.held.first.index(part).reshape([ROWS, tiles.d])
-            v_tile = ring.held.second.index(part).reshape([ROWS, tiles.d])
-            mbarrier.wait(ring.held.full.index(part), 0)
+            k_tile = held.first.index(place).reshape([ROWS, tiles.d])
+            v_tile = held.second.index(place).reshape([ROWS, tiles.d])
             # From registers as far as there are some, and masks of partial blocks take many: shared memory feeds
             # products with few queries too slowly.
             if (tiles.d == 64) or (tiles.listed == 0) or (call.rules.blocks.masks is None):
@@ -330,20 +329,16 @@ def _compute(part: gl.constexpr, out, ring, call, tiles: gl.constexpr, ROTATED: 
             if tiles.d == 64:
                 v_tile = v_tile.load(gl.DotOperandLayout(0, S, 2))
             if ROTATED:
-                dk, dv = _rotated(dk, dv, k_tile, v_tile, zero, job, begin, ring, call, OPERAND, tiles)
+                dk, dv = _rotated(step, dk, dv, k_tile, v_tile, zero, job, begin, ring, call, OPERAND, tiles)
             else:
-                dk, dv = _late(dk, dv, k_tile, v_tile, zero, job, begin, ring, call, OPERAND, tiles)
-        send_rows(
-            out.dk, out.dk_rows, call.len_k, item.row, job.head_k, begin, item.end, dk * score.scale,
-            ring.held.first.index(part), call, tiles.d,
-        )  # fmt: skip
+                dk, dv = _late(step, dk, dv, k_tile, v_tile, zero, job, begin, ring, call, OPERAND, tiles)
+        leave(held.first.index(place), dk * score.scale, out.dk, job, begin, call, tiles.d)
         if score.seed is not None:
             dv = dv * score.keep_scale
-        send_rows(
-            out.dv, out.dv_rows, call.len_k, item.row, job.head_k, begin, item.end, dv,
-            ring.held.second.index(part), call, tiles.d,
-        )  # fmt: skip
-        tma.store_wait(0)
+        leave(held.second.index(place), dv, out.dv, job, begin, call, tiles.d)
+        mbarrier.arrive(held.empty.index(place), count=1)
+        step += job.count
+        done += 1
 
 
 @gluon.jit
@@ -356,20 +351,20 @@ def _consumer_1(out, ring, call, tiles: gl.constexpr, ROTATED: gl.constexpr):
     _compute(1, out, ring, call, tiles, ROTATED)
 
 
-@gluon.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles", "plane"])
+@gluon.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles", "total", "plane"])
 def dkdv_kernel(
-    dout, dk, dk_rows, dv, dv_rows, q, k, v, rowwise, plane, work, mask, dense, blocks, score, bias, diagonal, heads,
-    group, len_q, len_k, num_tiles, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    dout, dk, dk_rows, dv, dv_rows, q, k, v, rowwise, plane, work, claims, mask, dense, blocks, score, bias, diagonal, heads,
+    group, len_q, len_k, num_tiles, total, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
     ROTATED: gl.constexpr, LISTED: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
     """Writes `dk` and `dv`. They, `dout`, `q`, `k` and `v` are descriptors of `(B, H, S, D)` with boxes of BLOCK_M
     (dout, q) or 64 rows; `dk_rows` and `dv_rows` are Operands. `rowwise` and its planes are those of rows.py.
 
-    Grid: tiles of 128 keys x heads of keys x batch rows.
+    Grid: programs that share the `total` tiles of 128 keys of all their heads and batch rows.
     """
     gl.static_assert((score.softcap is None) and (bias.ptr is None), "scores are only scaled")
     tiles: gl.constexpr = Tiles(BLOCK_M, CONSUMERS * ROWS, HEAD_DIM, HEAD_DIM, HEAD_DIM, HEAD_DIM, LISTED, WIDTH)
-    call = Call(work, Rules(mask, dense, blocks, score, bias), diagonal, heads, group, len_q, len_k, num_tiles, None)
+    call = Call(work, Rules(mask, dense, blocks, score, bias), diagonal, heads, group, len_q, len_k, num_tiles, total, claims)
     WORDS: gl.constexpr = 4 if score.seed is not None else 2
     WORD: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     ring = Ring(
@@ -379,12 +374,12 @@ def dkdv_kernel(
         gl.allocate_shared_memory(gl.float32, [STAGES * WORDS, BLOCK_M], WORD),
         WORDS,
     )
-    out = Gradients(dk, dv, dk_rows, dv_rows)
+    out = Gradients(dk_rows, dv_rows)
     gl.warp_specialize(
         [
             (_consumer_0, (out, ring, call, tiles, ROTATED)),
             (_consumer_1, (out, ring, call, tiles, ROTATED)),
-            (_load, (q, dout, k, v, rowwise, plane, ring, call, tiles)),
+            (_load, (q, dout, k, v, dk, dv, rowwise, plane, ring, call, tiles)),
         ],
         [4, 1],
         [240, 24],

@@ -1,7 +1,7 @@
 """The gradient of the queries for Hopper, in Gluon: one warp loads by TMA, two warpgroups of 64 queries each compute.
 
-A program holds 128 queries and walks over their keys, without atomics, so results repeat bitwise. Before it does, it
-makes what the backward kernels need of each query (rows.py).
+A job holds 128 queries and walks over their keys, without atomics, so results repeat bitwise. Before it does, it makes
+what the backward kernels need of each query (rows.py).
 
 The gradients of the scores feed the product with the keys from registers. It is issued one block later, behind the
 first two products of the next block, and runs while that block's weights are computed.
@@ -15,90 +15,103 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from hf_flashbsa.kernels.hopper.common import (
-    CONSUMERS,
-    ROWS,
-    Call,
+from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS, Call, first_key
+from hf_flashbsa.kernels.hopper.jobs import (
     allocate_held,
     allocate_stream,
     clear_outside,
     fill,
-    first_key,
     hold,
-    load_rows,
+    job_at,
+    leave,
+    noted_job,
+    pass_over,
     release,
-    send_rows,
-    span_met,
+    send_results,
     start_products,
     tile_of,
-    visits,
+    wait_for,
 )
-from hf_flashbsa.kernels.primitives import dropout_keep, log2_factor, scheduled, visible, within, work_item
+from hf_flashbsa.kernels.hopper.turns import claim, first_place, second_place, settled
+from hf_flashbsa.kernels.primitives import dropout_keep, log2_factor, visible, within
 from hf_flashbsa.kernels.records import Rules, Tiles
 from hf_flashbsa.kernels.rows import begin_rows, finish_rows
 
 
 class Ring(NamedTuple):
-    """Shared memory: queries and output gradients are held, keys and values pass by."""
+    """Shared memory: queries and output gradients are held; outputs, then keys and values pass by."""
 
     held: object
     stream: object
 
 
 class Sources(NamedTuple):
-    """What `Rows` are made from, the Operand `out` and rows `lse` and `dlse`, and the planes that they go to."""
+    """What `Rows` are made from besides outputs and their gradients, rows `lse` and `dlse`, and the planes that they
+    go to."""
 
-    out: object
     lse: object
     dlse: object
     rowwise: object
     plane: object
 
 
-class Job(NamedTuple):
-    """What a program works on: a tile of queries, their head, and the keys that they meet in `count` blocks."""
-
-    item: object
-    head: object
-    span: object
-    count: object
+@gluon.jit
+def _fill_out(stream, i, out, job, tiles: gl.constexpr):
+    """Loads the outputs of a job's queries as block `i` of the stream."""
+    stage, phase = i % stream.stages, (i // stream.stages) & 1
+    full = stream.full.index(stage)
+    row, begin = job.item.row, job.item.begin
+    mbarrier.wait(stream.empty.index(stage), phase ^ 1)
+    mbarrier.expect(full, tiles.m * tiles.d * 2)
+    tma.async_copy_global_to_shared(out, [row, job.head, begin, 0], full, stream.first.index(stage))
+    if tiles.n == ROWS:
+        tma.async_copy_global_to_shared(out, [row, job.head, begin + ROWS, 0], full, stream.second.index(stage))
 
 
 @gluon.jit
-def _job(call, tiles: gl.constexpr):
-    """The job of this program."""
-    row, head, tile = scheduled(call.work, gl.program_id(0), call.num_tiles, call.heads, tiles.m)
-    if call.work is None:
-        tile = call.num_tiles - 1 - tile
-    item = work_item(call.work, tile, row, call.len_q, call.len_k, call.diagonal, tiles.m)
-    span = span_met(item, call.rules, head, tiles, False)
-    return Job(item, head, span, visits(span, tiles))
+def _out(part: gl.constexpr, stream, i, tiles: gl.constexpr):
+    """A consumer's 64 rows of the outputs that are block `i` of the stream."""
+    if tiles.n == ROWS:
+        return tile_of(stream.first if part == 0 else stream.second, stream, i, ROWS, tiles.d)
+    else:
+        return tile_of(stream.first, stream, i, tiles.n, tiles.d).slice(part * ROWS, ROWS)
 
 
 @gluon.jit
-def _load(q, dout, k, v, ring, call, tiles: gl.constexpr):
+def _load(q, dout, k, v, out, dq, ring, call, tiles: gl.constexpr):
     """The producer."""
-    job = _job(call, tiles)
-    item = job.item
-    # A program must not end before what it loads is there: consumers wait for all of it.
-    if item.begin < item.end:
-        hold(ring.held, q, dout, item.row, job.head, item.begin, tiles.d)
+    step, done = gl.to_tensor(0), gl.to_tensor(0)
+    place = first_place(call, tiles, False)
+    following = second_place(call, place, tiles, False)
+    while place < call.total:
+        claimed = claim(call, done + 2)
+        job = job_at(call, place, tiles, False)
+        send_results(ring.held, done, dq, None, call.len_q, call)
+        hold(ring.held, done, q, dout, job, following < call.total, call, tiles)
+        _fill_out(ring.stream, step, out, job, tiles)
+        step += 1
         head_k = job.head // call.group
         for i in range(job.count):
             first = first_key(job.span, call.rules.blocks, i, tiles)
-            fill(ring.stream, i, k, v, item.other_row, head_k, first, tiles.n, tiles.d)
+            fill(ring.stream, step, k, v, job.item.other_row, head_k, first, tiles.n, tiles.d)
+            step += 1
+        place, following = following, settled(call, claimed, tiles, False)
+        done += 1
+    send_results(ring.held, done, dq, None, call.len_q, call)
+    send_results(ring.held, done + 1, dq, None, call.len_q, call)
 
 
 @gluon.jit
-def _rows(part: gl.constexpr, begin, queries, sources, job, ring, call, tiles: gl.constexpr):
-    """Waits for the tiles that the program holds, and makes Rows of its `part`-th 64 queries, from `begin` on."""
-    item, score = job.item, call.rules.score
-    batch_head, live = item.row * call.heads + job.head, queries < item.end
+def _rows(part: gl.constexpr, step, queries, do_tile, sources, job, ring, call, tiles: gl.constexpr):
+    """Makes Rows of the job's `part`-th 64 queries. Their outputs are block `step` of the stream, which it releases."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([tiles.d // 16, 8], [32 * 8 // tiles.d, tiles.d // 8], [4, 1], [1, 0])
+    score = call.rules.score
+    batch_head, live = job.item.row * call.heads + job.head, queries < job.item.end
     rows = begin_rows(sources.lse, sources.dlse, score, batch_head, queries, live, call.len_q)
-    out = load_rows(sources.out, item.row, job.head, begin, item.end, tiles.d)
-    mbarrier.wait(ring.held.full.index(part), 0)
-    dout = ring.held.second.index(part).reshape([ROWS, tiles.d]).load(out.type.layout)
+    wait_for(ring.stream, step)
+    out, dout = _out(part, ring.stream, step, tiles).load(LAYOUT), do_tile.load(LAYOUT)
     product = gl.convert_layout(gl.sum(out.to(gl.float32) * dout.to(gl.float32), 1), queries.type.layout)
+    release(ring.stream, step)
     return finish_rows(rows, product, sources.rowwise, sources.plane, score, batch_head, queries, live, call.len_q)
 
 
@@ -111,7 +124,7 @@ def _look_ahead(job, rules, i, tiles: gl.constexpr):
     ahead = gl.to_tensor(0)
     if tiles.listed > 0:
         ahead = job.span.lo
-        needed = job.span.partial if rules.score.seed is None else job.count
+        needed = job.partial if rules.score.seed is None else job.count
         if i < needed:
             ahead = first_key(job.span, rules.blocks, i, tiles)
     return ahead
@@ -166,92 +179,110 @@ def _gradient(first, p, dp, item, score, rows):
 
 
 @gluon.jit
-def _compute(part: gl.constexpr, dq_out, dq_rows, sources, ring, call, tiles: gl.constexpr):
-    """A consumer: the `part`-th 64 queries of the tile. No product is left running at the end of a round."""
+def _gradients(
+    part: gl.constexpr, step, dq, q_tile, do_tile, begin, rows, job, ring, call, S: gl.constexpr, DS: gl.constexpr,
+    tiles: gl.constexpr,
+):  # fmt: skip
+    """Adds all blocks of a job, of which the first one is block `step` of the stream, to `dq`."""
+    rules, item, span = call.rules, job.item, job.span
+    dtype: gl.constexpr = ring.held.first.dtype
+    zero = gl.zeros([ROWS, tiles.n], gl.float32, S)
+    if tiles.n == 64:
+        # From registers, which blocks of 128 keys leave none of: shared memory feeds products with 64 keys too slowly.
+        q_tile = q_tile.load(gl.DotOperandLayout(0, S, 2))
+    first = _key_of(job, _look_ahead(job, rules, 0, tiles), 0, tiles)
+    ahead = _look_ahead(job, rules, 1, tiles)
+    s, dp = _issue(step, first, q_tile, do_tile, ring, span, zero, tiles)
+    s, dp = warpgroup_mma_wait(0, deps=(s, dp))
+    p = _weights(0, begin, first, s, job, rules, rows, tiles)
+    ds = _gradient(first, p, dp, item, rules.score, rows)
+    ds = gl.convert_layout(ds.to(dtype), DS)
+    for i in range(1, job.count):
+        begin_key = _key_of(job, ahead, i, tiles)
+        s, dp = _issue(step + i, begin_key, q_tile, do_tile, ring, span, zero, tiles)
+        ahead = _look_ahead(job, rules, i + 1, tiles)
+        dq_next = warpgroup_mma(ds, _keys(ring, step + i - 1, tiles), dq, is_async=True)
+        s = warpgroup_mma_wait(2, deps=(s,))
+        p = _weights(i, begin, begin_key, s, job, rules, rows, tiles)
+        dp = warpgroup_mma_wait(1, deps=(dp,))
+        ds_next = _gradient(begin_key, p, dp, item, rules.score, rows)
+        # The product in flight reads the registers of `ds`.
+        dq, _ = warpgroup_mma_wait(0, deps=(dq_next, ds))
+        release(ring.stream, step + i - 1)
+        ds = gl.convert_layout(ds_next.to(dtype), DS)
+    last = step + job.count - 1
+    dq = warpgroup_mma(ds, _keys(ring, last, tiles), dq, is_async=True)
+    dq = warpgroup_mma_wait(0, deps=(dq,))
+    release(ring.stream, last)
+    return dq
+
+
+@gluon.jit
+def _compute(part: gl.constexpr, dq_rows, sources, ring, call, tiles: gl.constexpr):
+    """A consumer: the `part`-th 64 queries of each job. No product is left running at the end of a round."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tiles.n, 16])
     DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tiles.d, 16])
     DS: gl.constexpr = gl.DotOperandLayout(0, DQ, 2)
-    job = _job(call, tiles)
-    item, span = job.item, job.span
-    if item.begin < item.end:
-        rules = call.rules
-        dtype: gl.constexpr = ring.held.first.dtype
-        begin = item.begin + part * ROWS
+    held = ring.held
+    step, done = gl.to_tensor(0), gl.to_tensor(0)
+    running = first_place(call, tiles, False) < call.total
+    while running:
+        place = (done & 1) * CONSUMERS + part
+        mbarrier.wait(held.full.index(place), (done >> 1) & 1)
+        job, running = noted_job(held.notes, done & 1, call, tiles, False)
+        begin = job.item.begin + part * ROWS
         queries = begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
-        rows = _rows(part, begin, queries, sources, job, ring, call, tiles)
+        q_tile = held.first.index(place).reshape([ROWS, tiles.d])
+        do_tile = held.second.index(place).reshape([ROWS, tiles.d])
+        rows = _rows(part, step, queries, do_tile, sources, job, ring, call, tiles)
+        step += 1
         dq = gl.zeros([ROWS, tiles.d], gl.float32, DQ)
-        if job.count > 0:
-            zero = gl.zeros([ROWS, tiles.n], gl.float32, S)
-            q_tile = ring.held.first.index(part).reshape([ROWS, tiles.d])
-            do_tile = ring.held.second.index(part).reshape([ROWS, tiles.d])
-            if tiles.n == 64:
-                # From registers, which blocks of 128 keys leave none of: shared memory feeds products with 64 keys
-                # too slowly.
-                q_tile = q_tile.load(gl.DotOperandLayout(0, S, 2))
-            first = _key_of(job, _look_ahead(job, rules, 0, tiles), 0, tiles)
-            ahead = _look_ahead(job, rules, 1, tiles)
-            s, dp = _issue(0, first, q_tile, do_tile, ring, span, zero, tiles)
-            s, dp = warpgroup_mma_wait(0, deps=(s, dp))
-            p = _weights(0, begin, first, s, job, rules, rows, tiles)
-            ds = _gradient(first, p, dp, item, rules.score, rows)
-            ds = gl.convert_layout(ds.to(dtype), DS)
-            for i in range(1, job.count):
-                begin_key = _key_of(job, ahead, i, tiles)
-                s, dp = _issue(i, begin_key, q_tile, do_tile, ring, span, zero, tiles)
-                ahead = _look_ahead(job, rules, i + 1, tiles)
-                dq_next = warpgroup_mma(ds, _keys(ring, i - 1, tiles), dq, is_async=True)
-                s = warpgroup_mma_wait(2, deps=(s,))
-                p = _weights(i, begin, begin_key, s, job, rules, rows, tiles)
-                dp = warpgroup_mma_wait(1, deps=(dp,))
-                ds_next = _gradient(begin_key, p, dp, item, rules.score, rows)
-                # The product in flight reads the registers of `ds`.
-                dq, _ = warpgroup_mma_wait(0, deps=(dq_next, ds))
-                release(ring.stream, i - 1)
-                ds = gl.convert_layout(ds_next.to(dtype), DS)
-            dq = warpgroup_mma(ds, _keys(ring, job.count - 1, tiles), dq, is_async=True)
-            dq = warpgroup_mma_wait(0, deps=(dq,))
-        send_rows(
-            dq_out, dq_rows, call.len_q, item.row, job.head, begin, item.end, dq * rules.score.scale,
-            ring.held.first.index(part), call, tiles.d,
-        )  # fmt: skip
-        tma.store_wait(0)
+        if begin >= job.item.end:
+            pass_over(ring.stream, step, step + job.count)
+        elif job.count > 0:
+            dq = _gradients(part, step, dq, q_tile, do_tile, begin, rows, job, ring, call, S, DS, tiles)
+        leave(held.first.index(place), dq * call.rules.score.scale, dq_rows, job, begin, call, tiles.d)
+        mbarrier.arrive(held.empty.index(place), count=1)
+        step += job.count
+        done += 1
 
 
 @gluon.jit
-def _consumer_0(dq, dq_rows, sources, ring, call, tiles: gl.constexpr):
-    _compute(0, dq, dq_rows, sources, ring, call, tiles)
+def _consumer_0(dq_rows, sources, ring, call, tiles: gl.constexpr):
+    _compute(0, dq_rows, sources, ring, call, tiles)
 
 
 @gluon.jit
-def _consumer_1(dq, dq_rows, sources, ring, call, tiles: gl.constexpr):
-    _compute(1, dq, dq_rows, sources, ring, call, tiles)
+def _consumer_1(dq_rows, sources, ring, call, tiles: gl.constexpr):
+    _compute(1, dq_rows, sources, ring, call, tiles)
 
 
-@gluon.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles", "plane"])
+@gluon.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles", "total", "plane"])
 def dq_kernel(
-    dout, dq, dq_rows, q, k, v, out, lse, dlse, rowwise, plane, work, mask, dense, blocks, score, bias, diagonal,
-    heads, group, len_q, len_k, num_tiles, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    dout, dq, dq_rows, q, k, v, out, lse, dlse, rowwise, plane, work, claims, mask, dense, blocks, score, bias, diagonal,
+    heads, group, len_q, len_k, num_tiles, total, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     LISTED: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
-    """Writes `dq` and `rowwise`. `dout`, `dq`, `q`, `k` and `v` are descriptors of `(B, H, S, D)` with boxes of 64
-    (dout, dq, q) or BLOCK_N rows, `dq_rows` and `out` are Operands.
+    """Writes `dq` and `rowwise`. `dout`, `dq`, `q`, `k`, `v` and `out` are descriptors of `(B, H, S, D)` with boxes of
+    64 (dout, dq, q) or BLOCK_N rows; `dq_rows`, an Operand, is `dq` once more, for parts of tiles whose box has rows of
+    another sequence.
 
-    A block of keys is needed a round longer than its values: from STAGES = 3 on, blocks load ahead. Grid: tiles of 128
-    queries x heads x batch rows.
+    A block of keys is needed a round longer than its values: from STAGES = 3 on, blocks load ahead. Grid: programs
+    that share the `total` tiles of 128 queries of all heads and batch rows.
     """
     gl.static_assert((score.softcap is None) and (bias.ptr is None), "scores are only scaled")
     tiles: gl.constexpr = Tiles(CONSUMERS * ROWS, BLOCK_N, HEAD_DIM, HEAD_DIM, HEAD_DIM, HEAD_DIM, LISTED, WIDTH)
-    call = Call(work, Rules(mask, dense, blocks, score, bias), diagonal, heads, group, len_q, len_k, num_tiles, None)
+    call = Call(work, Rules(mask, dense, blocks, score, bias), diagonal, heads, group, len_q, len_k, num_tiles, total, claims)
     ring = Ring(
         allocate_held(q, dout, HEAD_DIM),
         allocate_stream(k, v, BLOCK_N, HEAD_DIM, STAGES, 1),
     )
-    sources = Sources(out, lse, dlse, rowwise, plane)
+    sources = Sources(lse, dlse, rowwise, plane)
     gl.warp_specialize(
         [
-            (_consumer_0, (dq, dq_rows, sources, ring, call, tiles)),
-            (_consumer_1, (dq, dq_rows, sources, ring, call, tiles)),
-            (_load, (q, dout, k, v, ring, call, tiles)),
+            (_consumer_0, (dq_rows, sources, ring, call, tiles)),
+            (_consumer_1, (dq_rows, sources, ring, call, tiles)),
+            (_load, (q, dout, k, v, out, dq, ring, call, tiles)),
         ],
         [4, 1],
         [240, 24],

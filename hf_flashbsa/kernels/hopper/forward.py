@@ -26,12 +26,14 @@ from hf_flashbsa.kernels.hopper.common import (
     barrier,
     clear,
     first_key,
+    read_note,
     span_met,
     store_shared,
     visits,
+    write_note,
 )
 from hf_flashbsa.kernels.hopper.softmax import hide, no_state, operand, softmax
-from hf_flashbsa.kernels.hopper.turns import next_turn, tile_at, turns_of
+from hf_flashbsa.kernels.hopper.turns import claim, first_place, second_place, settled, tile_at
 from hf_flashbsa.kernels.primitives import LN2, LOG2E, block_pointer, dropout_words
 from hf_flashbsa.kernels.records import Item, Rules, Tiles
 
@@ -63,32 +65,20 @@ FINAL = gl.constexpr(4)
 
 
 @gluon.jit
-def _write(notes, place, value):
-    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    notes.index(place).store(gl.full([1], value, gl.int32, ONE))
-
-
-@gluon.jit
-def _read(notes, place):
-    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    return gl.sum(notes.index(place).load(ONE), 0)
-
-
-@gluon.jit
 def _note_tile(notes, slot, call, head, begin, item, span):
     """Notes what a consumer asks about its part of a tile, from query `begin` on."""
     place = slot * TILE_NOTES
-    _write(notes, place, item.row)
-    _write(notes, place + 1, head)
-    _write(notes, place + 2, begin)
-    _write(notes, place + 3, item.end)
-    _write(notes, place + 4, span.lo)
-    _write(notes, place + 5, span.hi)
+    write_note(notes, place, item.row)
+    write_note(notes, place + 1, head)
+    write_note(notes, place + 2, begin)
+    write_note(notes, place + 3, item.end)
+    write_note(notes, place + 4, span.lo)
+    write_note(notes, place + 5, span.hi)
     if call.work is not None:
-        _write(notes, place + 6, item.other_row)
-        _write(notes, place + 7, item.diagonal)
-        _write(notes, place + 8, item.query_origin)
-        _write(notes, place + 9, item.key_origin)
+        write_note(notes, place + 6, item.other_row)
+        write_note(notes, place + 7, item.diagonal)
+        write_note(notes, place + 8, item.query_origin)
+        write_note(notes, place + 9, item.key_origin)
     barrier()  # one thread tells of what all of them wrote
 
 
@@ -96,12 +86,12 @@ def _note_tile(notes, slot, call, head, begin, item, span):
 def _noted_tile(notes, slot, call):
     """The head and part of a tile that were noted, as an Item whose bounds `lo` and `hi` are those of the span."""
     place = slot * TILE_NOTES
-    row, head, begin = _read(notes, place), _read(notes, place + 1), _read(notes, place + 2)
-    end, lo, hi = _read(notes, place + 3), _read(notes, place + 4), _read(notes, place + 5)
+    row, head, begin = read_note(notes, place), read_note(notes, place + 1), read_note(notes, place + 2)
+    end, lo, hi = read_note(notes, place + 3), read_note(notes, place + 4), read_note(notes, place + 5)
     other_row, diagonal, query_origin, key_origin = row, call.diagonal, 0, 0
     if call.work is not None:
-        other_row, diagonal = _read(notes, place + 6), _read(notes, place + 7)
-        query_origin, key_origin = _read(notes, place + 8), _read(notes, place + 9)
+        other_row, diagonal = read_note(notes, place + 6), read_note(notes, place + 7)
+        query_origin, key_origin = read_note(notes, place + 8), read_note(notes, place + 9)
     return head, Item(row, begin, end, other_row, lo, lo, hi, hi, diagonal, query_origin, key_origin)
 
 
@@ -160,10 +150,10 @@ def _load_keys(k, row, head, first, todo, kind, full, step, ring, tiles: gl.cons
     """Loads the keys of the `step`-th block, and notes what to do with it."""
     stage, phase = step % STAGES, (step // STAGES) & 1
     mbarrier.wait(ring.k_empty.index(stage), phase ^ 1)
-    _write(ring.block_notes, stage * BLOCK_NOTES, first)
-    _write(ring.block_notes, stage * BLOCK_NOTES + 1, todo)
-    _write(ring.block_notes, stage * BLOCK_NOTES + 2, kind)
-    _write(ring.block_notes, stage * BLOCK_NOTES + 3, full)
+    write_note(ring.block_notes, stage * BLOCK_NOTES, first)
+    write_note(ring.block_notes, stage * BLOCK_NOTES + 1, todo)
+    write_note(ring.block_notes, stage * BLOCK_NOTES + 2, kind)
+    write_note(ring.block_notes, stage * BLOCK_NOTES + 3, full)
     barrier()
     mbarrier.expect(ring.k_full.index(stage), tiles.n * tiles.d * 2)
     tma.async_copy_global_to_shared(k, [row, head, first, 0], ring.k_full.index(stage), ring.k_tiles.index(stage))
@@ -187,20 +177,21 @@ def _load(q, k, v, out, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr, S
     """
     step, done = gl.to_tensor(0), gl.to_tensor(0)
     v_row, v_head, v_first = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
-    turn, turns = next_turn(call, 0, tiles), turns_of(call)
-    while turn < turns:
-        head, item = tile_at(call, turn, tiles)
-        turn = next_turn(call, turn + 1, tiles)
+    place = first_place(call, tiles, False)
+    following = second_place(call, place, tiles, False)
+    while place < call.total:
+        claimed = claim(call, done + 2)
+        head, item = tile_at(call, place, tiles, False)
         span, count = _span(call, item, head, tiles)
         head_k = head // call.group
         grid_row = 0
         if tiles.listed > 0:
             if call.rules.blocks.masks is not None:
                 # Tiles that meet nothing may lie beyond the grid.
-                place = gl.where(visits(span, tiles) > 0, item.begin - item.query_origin, 0)
-                grid_row = block_pointer(call.rules.blocks, item.row, head, place, 0, tiles)
+                own = gl.where(visits(span, tiles) > 0, item.begin - item.query_origin, 0)
+                grid_row = block_pointer(call.rules.blocks, item.row, head, own, 0, tiles)
         first, kind = _block(call, span, grid_row, 0, tiles)
-        at_end = gl.where(turn < turns, LAST, LAST | FINAL)
+        at_end = gl.where(following < call.total, LAST, LAST | FINAL)
         # The last block that consumers ask notes of.
         general = gl.maximum(span.partial - 1, 0) if STEADY else count - 1
         todo = gl.where((span.partial > 0) | (kind == 0), MASKED, 0) | gl.where(general == 0, at_end, 0)
@@ -215,14 +206,15 @@ def _load(q, k, v, out, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr, S
         first, kind = _block(call, span, grid_row, gl.minimum(1, count - 1), tiles)
         for i in range(1, count):
             # On its way while this round waits.
-            following, following_kind = _block(call, span, grid_row, gl.minimum(i + 1, count - 1), tiles)
+            coming, coming_kind = _block(call, span, grid_row, gl.minimum(i + 1, count - 1), tiles)
             todo = gl.where(i < span.partial, MASKED, 0) | gl.where(i == general, at_end, 0)
             full = gl.where(i == general, count - 1 - i, 0)
             _load_keys(k, item.other_row, head_k, first, todo, kind, full, step, ring, tiles, STAGES)
             _load_values(v, item.other_row, head_k, v_first, step - 1, ring, tiles, STAGES)
             v_first = first
-            first, kind = following, following_kind
+            first, kind = coming, coming_kind
             step += 1
+        place, following = following, settled(call, claimed, tiles, False)
         done += 1
     if done > 0:
         _load_values(v, v_row, v_head, v_first, step - 1, ring, tiles, STAGES)
@@ -323,7 +315,7 @@ def _compute(
     # Triton loses changes of a variable that enters a loop as the value of another one.
     step, done, todo = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(LAST)
     begun = gl.to_tensor(0)
-    running = next_turn(call, 0, tiles) < turns_of(call)
+    running = first_place(call, tiles, False) < call.total
     while running:
         live = (todo & FINAL) == 0
         fresh = (todo & LAST) != 0
@@ -332,11 +324,11 @@ def _compute(
         mbarrier.wait(ring.q_full.index(q_slot), (done >> 1) & 1, pred=fresh & live)
         s, product = _start(step, q_slot, s, p, o, begun, live, ring, tiles, STAGES)
         s = warpgroup_mma_wait(1, deps=(s,))
-        first = _read(ring.block_notes, stage * BLOCK_NOTES)
-        todo = _read(ring.block_notes, stage * BLOCK_NOTES + 1)
-        kind = _read(ring.block_notes, stage * BLOCK_NOTES + 2)
+        first = read_note(ring.block_notes, stage * BLOCK_NOTES)
+        todo = read_note(ring.block_notes, stage * BLOCK_NOTES + 1)
+        kind = read_note(ring.block_notes, stage * BLOCK_NOTES + 2)
         # The round without block reads what was noted of another one.
-        full = gl.where(live, _read(ring.block_notes, stage * BLOCK_NOTES + 3), 0)
+        full = gl.where(live, read_note(ring.block_notes, stage * BLOCK_NOTES + 3), 0)
         mbarrier.arrive(ring.k_empty.index(stage), count=1, pred=live)
         old = state
         if fresh:
@@ -374,7 +366,7 @@ def _compute(
             for _ in range(full):
                 s, product = _start(step, q_slot, s, p, o, begun, True, ring, tiles, STAGES)
                 if rules.score.seed is not None:
-                    first = _read(ring.block_notes, step % STAGES * BLOCK_NOTES)
+                    first = read_note(ring.block_notes, step % STAGES * BLOCK_NOTES)
                 s = warpgroup_mma_wait(1, deps=(s,))
                 mbarrier.arrive(ring.k_empty.index(step % STAGES), count=1)
                 place = _place(first, q_slot, ring, call)
@@ -399,7 +391,7 @@ def _consumer_1(rows_out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: g
 
 @gluon.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles", "total"])
 def forward_kernel(
-    q, k, v, out, rows_out, lse, sinks, work, mask, dense, blocks, score, bias, diagonal, heads, group, len_q, len_k,
+    q, k, v, out, rows_out, lse, sinks, work, claims, mask, dense, blocks, score, bias, diagonal, heads, group, len_q, len_k,
     num_tiles, total, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
     STEADY: gl.constexpr, LISTED: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
@@ -410,7 +402,7 @@ def forward_kernel(
     """
     gl.static_assert((score.softcap is None) and (bias.ptr is None), "scores are only scaled")
     tiles: gl.constexpr = Tiles(CONSUMERS * ROWS, BLOCK_N, HEAD_DIM, HEAD_DIM, HEAD_DIM, HEAD_DIM, LISTED, WIDTH)
-    call = Call(work, Rules(mask, dense, blocks, score, bias), diagonal, heads, group, len_q, len_k, num_tiles, total)
+    call = Call(work, Rules(mask, dense, blocks, score, bias), diagonal, heads, group, len_q, len_k, num_tiles, total, claims)
     ring = Ring(
         gl.allocate_shared_memory(q.dtype, [2 * CONSUMERS, 1, 1, ROWS, HEAD_DIM], q.layout),
         gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, BLOCK_N, HEAD_DIM], k.layout),

@@ -19,9 +19,6 @@ from hf_flashbsa.kernels.state import Extras, Params
 TILE = ROWS.value * CONSUMERS.value
 #: Threads of the two consumers and the producer share the registers of a multiprocessor.
 OPTIONS = {"num_warps": 4, "maxnreg": 168}
-#: Up to so many tiles in a sequence, programs stay and take one tile after the other, which hides how tiles begin and
-#: end. Where more, the GPU's own order balances unequal tiles better, unless a work table has ordered them.
-RESIDENT_TILES = 32
 
 
 @functools.cache
@@ -48,47 +45,54 @@ def _meta(options: dict, q: torch.Tensor, lists: torch.Tensor | None, params: Pa
     return {"HEAD_DIM": q.shape[-1], "LISTED": params.block_size, "WIDTH": width_of(lists), **options, **OPTIONS}
 
 
-def launch_forward(options: dict, launch, q, k, v, out, lse, extras: Extras, params: Params) -> None:
+def _programs(total: int, device: torch.device) -> int:
+    """How many programs share `total` tiles."""
+    return min(total, _multiprocessors(device))
+
+
+def launch_forward(options: dict, claims, launch, q, k, v, out, lse, extras: Extras, params: Params) -> None:
     (batch, heads, len_q, _), (_, heads_k, len_k, _) = q.shape, k.shape
     tiles, batch = tiles_of(extras.work_q, len_q, batch, TILE)
     total = tiles * heads * batch
-    resident = extras.work_q is not None or tiles <= RESIDENT_TILES
     lists = extras.blocks_q
     launch(
-        forward_kernel, (min(total, _multiprocessors(q.device)) if resident else total,),
+        forward_kernel, (_programs(total, q.device),),
         _descriptor(q, ROWS.value), _descriptor(k, options["BLOCK_N"]), _descriptor(v, options["BLOCK_N"]),
-        _descriptor(out, ROWS.value), operand_of(out), lse, extras.sinks, extras.work_q,
+        _descriptor(out, ROWS.value), operand_of(out), lse, extras.sinks, extras.work_q, claims,
         *rules_of(lists, extras, params), params.diagonal, heads, heads // heads_k, len_q, len_k, tiles, total,
         **_meta(options, q, lists, params),
     )  # fmt: skip
 
 
 def launch_dq(
-    options: dict, launch, dout, dq, q, k, v, out, lse, dlse, rowwise, plane: int, extras: Extras, params: Params
+    options: dict, claims, launch, dout, dq, q, k, v, out, lse, dlse, rowwise, plane: int, extras: Extras, params: Params
 ) -> None:
     (batch, heads, len_q, _), (_, heads_k, len_k, _) = q.shape, k.shape
     tiles, batch = tiles_of(extras.work_q, len_q, batch, TILE)
+    total = tiles * heads * batch
     keys, lists = options["BLOCK_N"], extras.blocks_q
     launch(
-        dq_kernel, (tiles * heads * batch,),
+        dq_kernel, (_programs(total, q.device),),
         _descriptor(dout, ROWS.value), _descriptor(dq, ROWS.value), operand_of(dq), _descriptor(q, ROWS.value),
-        _descriptor(k, keys), _descriptor(v, keys), operand_of(out), lse, dlse, rowwise, plane, extras.work_q,
-        *rules_of(lists, extras, params), params.diagonal, heads, heads // heads_k, len_q, len_k, tiles,
+        _descriptor(k, keys), _descriptor(v, keys), _descriptor(out, keys), lse, dlse, rowwise, plane,
+        extras.work_q, claims,
+        *rules_of(lists, extras, params), params.diagonal, heads, heads // heads_k, len_q, len_k, tiles, total,
         **_meta(options, q, lists, params),
     )  # fmt: skip
 
 
 def launch_dkdv(
-    options: dict, launch, dout, dk, dv, q, k, v, rowwise, plane: int, extras: Extras, params: Params
+    options: dict, claims, launch, dout, dk, dv, q, k, v, rowwise, plane: int, extras: Extras, params: Params
 ) -> None:
     (_, heads, len_q, _), (batch, heads_k, len_k, _) = q.shape, k.shape
     tiles, batch = tiles_of(extras.work_k, len_k, batch, TILE)
+    total = tiles * heads_k * batch
     queries, lists = options["BLOCK_M"], extras.blocks_k
     launch(
-        dkdv_kernel, (tiles * heads_k * batch,),
+        dkdv_kernel, (_programs(total, q.device),),
         _descriptor(dout, queries), _descriptor(dk, ROWS.value), operand_of(dk), _descriptor(dv, ROWS.value),
         operand_of(dv), _descriptor(q, queries), _descriptor(k, ROWS.value), _descriptor(v, ROWS.value), rowwise,
-        plane, extras.work_k,
-        *rules_of(lists, extras, params), params.diagonal, heads, heads // heads_k, len_q, len_k, tiles,
+        plane, extras.work_k, claims,
+        *rules_of(lists, extras, params), params.diagonal, heads, heads // heads_k, len_q, len_k, tiles, total,
         **_meta(options, q, lists, params),
     )  # fmt: skip

@@ -1,0 +1,277 @@
+"""What the Hopper kernels of the backward pass share: their jobs, and how tiles come to the consumers and leave them.
+
+A program stays for several tiles of own rows, one job after the other. Of each it holds two tiles for as long as the
+job takes, in one of two slots: while consumers work on one job, the loading warp fills the slot of the next one and
+sends off what the job before left in its own.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
+
+from hf_flashbsa.kernels.hopper.common import (
+    CONSUMERS,
+    ROWS,
+    barrier,
+    clear,
+    read_note,
+    shared,
+    span_met,
+    store_shared,
+    write_note,
+)
+from hf_flashbsa.kernels.hopper.turns import tile_at
+from hf_flashbsa.kernels.primitives import list_of
+from hf_flashbsa.kernels.records import Item, Span
+
+
+class Job(NamedTuple):
+    """A tile of own rows, its head (of keys, if it is one of keys), and what it visits: `count` blocks of the other
+    side, of all heads that share the keys; the first `partial` of them need masking.
+    """
+
+    item: object
+    head: object
+    span: object
+    partial: object
+    count: object
+
+
+#: How many numbers are noted of a job.
+NOTES = gl.constexpr(19)
+
+
+@gluon.jit
+def _job(call, item, head, span, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
+    if TRANSPOSED:
+        partial, full = span.partial * call.group, (span.full_end - span.full_begin) // tiles.m * call.group
+    else:
+        partial, full = span.partial, (span.full_end - span.full_begin) // tiles.n
+    return Job(item, head, span, partial, partial + full)
+
+
+@gluon.jit
+def job_at(call, place, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
+    """The job that has a place: a tile of queries, or with `TRANSPOSED` of keys."""
+    head, item = tile_at(call, place, tiles, TRANSPOSED)
+    head_q = head * call.group if TRANSPOSED else head
+    return _job(call, item, head, span_met(item, call.rules, head_q, tiles, TRANSPOSED), tiles, TRANSPOSED)
+
+
+@gluon.jit
+def note_job(notes, slot, job, follows, call, tiles: gl.constexpr):
+    """Notes a job for the consumers, and whether another one follows."""
+    item, span = job.item, job.span
+    place = slot * NOTES
+    write_note(notes, place, item.row)
+    write_note(notes, place + 1, job.head)
+    write_note(notes, place + 2, item.begin)
+    write_note(notes, place + 3, item.end)
+    write_note(notes, place + 4, follows.to(gl.int32))
+    write_note(notes, place + 5, span.begin)
+    write_note(notes, place + 6, span.left)
+    write_note(notes, place + 7, span.partial)
+    write_note(notes, place + 8, span.full_begin)
+    write_note(notes, place + 9, span.full_end)
+    write_note(notes, place + 10, span.lo)
+    write_note(notes, place + 11, span.hi)
+    if call.work is not None:
+        write_note(notes, place + 12, item.other_row)
+        write_note(notes, place + 13, item.diagonal)
+        write_note(notes, place + 14, item.query_origin)
+        write_note(notes, place + 15, item.key_origin)
+    if tiles.listed > 0:
+        write_note(notes, place + 16, span.right)
+        write_note(notes, place + 17, span.listed)
+        write_note(notes, place + 18, span.origin)
+    barrier()
+
+
+@gluon.jit
+def noted_job(notes, slot, call, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
+    """The job that was noted, and whether another one follows."""
+    place = slot * NOTES
+    row, head = shared(read_note(notes, place)), shared(read_note(notes, place + 1))
+    begin, end = shared(read_note(notes, place + 2)), shared(read_note(notes, place + 3))
+    follows = shared(read_note(notes, place + 4)) != 0
+    span_begin, left = shared(read_note(notes, place + 5)), shared(read_note(notes, place + 6))
+    partial = shared(read_note(notes, place + 7))
+    full_begin, full_end = shared(read_note(notes, place + 8)), shared(read_note(notes, place + 9))
+    lo, hi = shared(read_note(notes, place + 10)), shared(read_note(notes, place + 11))
+    other_row, diagonal, query_origin, key_origin = row, call.diagonal, 0, 0
+    if call.work is not None:
+        other_row, diagonal = shared(read_note(notes, place + 12)), shared(read_note(notes, place + 13))
+        query_origin, key_origin = shared(read_note(notes, place + 14)), shared(read_note(notes, place + 15))
+    item = Item(row, begin, end, other_row, lo, lo, hi, hi, diagonal, query_origin, key_origin)
+    right, listed, origin, index = left, 0, 0, 0
+    if tiles.listed > 0:
+        right, listed = shared(read_note(notes, place + 16)), shared(read_note(notes, place + 17))
+        origin = shared(read_note(notes, place + 18))
+        head_q = head * call.group if TRANSPOSED else head
+        index = list_of(item, call.rules.blocks, head_q, lo, hi, tiles, TRANSPOSED) + 2
+    span = Span(span_begin, left, right, partial, full_begin, full_end, listed, lo, hi, index, origin)
+    return _job(call, item, head, span, tiles, TRANSPOSED), follows
+
+
+class Held(NamedTuple):
+    """The tiles of two operands that a job keeps, one of each per consumer, in two slots; the barriers that tell that
+    they are there, and that results are in their place; and `notes` of each slot's job.
+    """
+
+    first: object
+    second: object
+    full: object
+    empty: object
+    notes: object
+
+
+class Stream(NamedTuple):
+    """Pairs of tiles in shared memory that the producer fills and the consumers empty, in turn; `stages` of them.
+
+    Both tiles of a pair share their barriers, because waiting and telling take time: the threads that tell must meet.
+    """
+
+    first: object
+    second: object
+    full: object
+    empty: object
+    stages: object
+
+
+@gluon.jit
+def allocate_held(first, second, DIM: gl.constexpr):
+    """Two slots, each with room for a tile of each descriptor per consumer."""
+    PLACES: gl.constexpr = 2 * CONSUMERS
+    tiles_first = gl.allocate_shared_memory(first.dtype, [PLACES, 1, 1, ROWS, DIM], first.layout)
+    tiles_second = gl.allocate_shared_memory(second.dtype, [PLACES, 1, 1, ROWS, DIM], second.layout)
+    full = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
+    for place in gl.static_range(PLACES):
+        mbarrier.init(full.index(place), count=1)
+        mbarrier.init(empty.index(place), count=1)
+    notes = gl.allocate_shared_memory(gl.int32, [2 * NOTES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    return Held(tiles_first, tiles_second, full, empty, notes)
+
+
+@gluon.jit
+def allocate_stream(first, second, BLOCK: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr, FILLS: gl.constexpr):
+    """A stream of tiles of BLOCK rows of each descriptor. A pair takes FILLS arrivals to be full."""
+    tiles_first = gl.allocate_shared_memory(first.dtype, [STAGES, 1, 1, BLOCK, DIM], first.layout)
+    tiles_second = gl.allocate_shared_memory(second.dtype, [STAGES, 1, 1, BLOCK, DIM], second.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=FILLS)
+        mbarrier.init(empty.index(stage), count=CONSUMERS)
+    return Stream(tiles_first, tiles_second, full, empty, STAGES)
+
+
+@gluon.jit
+def send_results(held, done, first, second, length, call):
+    """Waits for the slot of the `done`-th job, and sends off what the last but one before it left there: to `first`
+    and `second`, descriptors of tensors of `length` rows, or to `first` alone.
+    """
+    slot = done & 1
+    for part in gl.static_range(CONSUMERS):
+        place = slot * CONSUMERS + part
+        mbarrier.wait(held.empty.index(place), ((done >> 1) & 1) ^ 1)
+        if done > 1:
+            note = slot * NOTES
+            row, head = read_note(held.notes, note), read_note(held.notes, note + 1)
+            begin = read_note(held.notes, note + 2) + part * ROWS
+            if call.work is not None:
+                # Nothing is written beyond the tensor. Consumers write parts that end early (`leave`).
+                begin = gl.where(begin + ROWS > read_note(held.notes, note + 3), length, begin)
+            tma.async_copy_shared_to_global(first, [row, head, begin, 0], held.first.index(place))
+            if second is not None:
+                tma.async_copy_shared_to_global(second, [row, head, begin, 0], held.second.index(place))
+    tma.store_wait(0)
+
+
+@gluon.jit
+def hold(held, done, first, second, job, follows, call, tiles: gl.constexpr):
+    """Loads and notes what the `done`-th job keeps."""
+    slot = done & 1
+    note_job(held.notes, slot, job, follows, call, tiles)
+    for part in gl.static_range(CONSUMERS):
+        place = slot * CONSUMERS + part
+        full = held.full.index(place)
+        begin = job.item.begin + part * ROWS
+        mbarrier.expect(full, 2 * ROWS * tiles.d * 2)
+        tma.async_copy_global_to_shared(first, [job.item.row, job.head, begin, 0], full, held.first.index(place))
+        tma.async_copy_global_to_shared(second, [job.item.row, job.head, begin, 0], full, held.second.index(place))
+
+
+@gluon.jit
+def leave(tile, values, rows, job, begin, call, DIM: gl.constexpr):
+    """Leaves 64 rows of results from `begin` on in a held tile that is done with, for the producer to send off. `rows`
+    is an Operand of the tensor that they belong to.
+    """
+    tile = tile.reshape([ROWS, DIM])
+    tile.store(values.to(tile.dtype))
+    if call.work is not None:
+        if begin + ROWS > job.item.end:
+            # Rows of another sequence follow, which the producer would overwrite.
+            store_shared(rows, job.item.row, job.head, begin, job.item.end, tile, DIM)
+    fence_async_shared()
+
+
+@gluon.jit
+def fill(stream, i, first, second, row, head, begin, BLOCK: gl.constexpr, DIM: gl.constexpr):
+    """Loads block `i` of a stream, rows from `begin` on, once its stage is empty."""
+    stage, phase = i % stream.stages, (i // stream.stages) & 1
+    full = stream.full.index(stage)
+    mbarrier.wait(stream.empty.index(stage), phase ^ 1)
+    mbarrier.expect(full, 2 * BLOCK * DIM * 2)
+    tma.async_copy_global_to_shared(first, [row, head, begin, 0], full, stream.first.index(stage))
+    tma.async_copy_global_to_shared(second, [row, head, begin, 0], full, stream.second.index(stage))
+
+
+@gluon.jit
+def wait_for(stream, i):
+    """Waits until block `i` of a stream is there."""
+    mbarrier.wait(stream.full.index(i % stream.stages), (i // stream.stages) & 1)
+
+
+@gluon.jit
+def tile_of(tiles, stream, i, BLOCK: gl.constexpr, DIM: gl.constexpr):
+    """Block `i` of a stream, of its `first` or `second` tiles."""
+    return tiles.index(i % stream.stages).reshape([BLOCK, DIM])
+
+
+@gluon.jit
+def start_products(i, first, second, stream, zero, BLOCK: gl.constexpr, DIM: gl.constexpr):
+    """Starts the products of two held tiles with those of block `i` of a stream, transposed."""
+    wait_for(stream, i)
+    tile = tile_of(stream.first, stream, i, BLOCK, DIM)
+    s = warpgroup_mma(first, tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+    tile = tile_of(stream.second, stream, i, BLOCK, DIM)
+    dp = warpgroup_mma(second, tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+    return s, dp
+
+
+@gluon.jit
+def release(stream, i):
+    """Gives back the stage of block `i`."""
+    mbarrier.arrive(stream.empty.index(i % stream.stages), count=1)
+
+
+@gluon.jit
+def pass_over(stream, begin, end):
+    """Waits for blocks `[begin, end)` of a stream and gives them back."""
+    for i in range(begin, end):
+        wait_for(stream, i)
+        release(stream, i)
+
+
+@gluon.jit
+def clear_outside(stream, i, begin, span, BLOCK: gl.constexpr, DIM: gl.constexpr):
+    """Waits for block `i` of a stream, rows from `begin` on, and clears those outside of the span, if it has any."""
+    if (begin < span.lo) | (begin + BLOCK > span.hi):
+        wait_for(stream, i)
+        clear(tile_of(stream.first, stream, i, BLOCK, DIM), begin, span.lo, span.hi, BLOCK, DIM)
+        clear(tile_of(stream.second, stream, i, BLOCK, DIM), begin, span.lo, span.hi, BLOCK, DIM)
