@@ -90,21 +90,78 @@ def lost_operands(sass: str) -> list[str]:
     """Products in a loop whose left operand was loaded into registers ahead of it, and that the loop overwrites.
 
     ptxas gives away registers of such operands where it lacks some (Triton 3.6 and its ptxas 12.8): the next round
-    multiplies with whatever they hold. What was loaded ahead is read off the order of instructions.
+    multiplies with whatever they hold.
     """
     code, place = _code(sass)
-    jumps = [(place.get(int(m[1], 16)), i) for i, (_, x) in enumerate(code) if (m := _JUMP.search(x))]
-    loops = [(begin, end) for begin, end in jumps if begin is not None and begin < end]
+    before: list[list[int]] = [[] for _ in code]
+    for i, following in enumerate(_successors(code, place)):
+        for j in following:
+            before[j].append(i)
+    loops = _loops(before)
     found = []
     for i, (address, product) in enumerate(code):
-        around = [loop for loop in loops if loop[0] <= i <= loop[1]]
         match = _PRODUCT.match(product)
+        around = [loop for loop in loops if i in loop[1]]
         if match is None or not around:
             continue
-        begin, end = min(around, key=lambda loop: loop[1] - loop[0])
+        head, body = min(around, key=lambda loop: len(loop[1]))
         operand = set(range(int(match[1]), int(match[1]) + 4))
-        writes = [at for at in range(end + 1) if operand.intersection(_written(code[at][1]))]
-        ahead = [code[at][1] for at in writes if at < begin]
-        if ahead and ahead[-1].startswith("LDSM") and writes[-1] >= begin:
-            found.append(f"{address:#x} {product} / {code[writes[-1]][0]:#x} {code[writes[-1]][1]}")
+        writes = {at for at, (_, x) in enumerate(code) if operand.intersection(_written(x))}
+        own = sorted(writes & body)
+        is_held = head in _reach(before, [i], writes, body)
+        ahead = _reach(before, [at for at in before[head] if at not in body], writes, set(range(len(code))))
+        if own and is_held and {code[at][1].split(".")[0] for at in ahead & writes} == {"LDSM"}:
+            found.append(f"{address:#x} {product} / {code[own[0]][0]:#x} {code[own[0]][1]}")
     return found
+
+
+def _successors(code: list[tuple[int, str]], place: dict[int, int]) -> list[list[int]]:
+    """Which instructions may follow each."""
+    following = []
+    for i, (_, instruction) in enumerate(code):
+        jump = _JUMP.search(instruction)
+        targets = [place[int(jump[1], 16)]] if jump and int(jump[1], 16) in place else []
+        if not instruction.startswith(("EXIT", "BRA 0x")) and i + 1 < len(code):
+            targets.append(i + 1)
+        following.append(targets)
+    return following
+
+
+def _loops(before: list[list[int]]) -> list[tuple[int, set[int]]]:
+    """Natural loops: the head, which each path into the loop passes, and all instructions. A wait that is repeated
+    somewhere behind, and jumps back from there, makes no loop of what lies between."""
+    # Bit j of dominators[i]: every path from the first instruction to i passes j.
+    dominators = [1] + [-1] * (len(before) - 1)
+    changed = True
+    while changed:
+        changed = False
+        for i in range(1, len(before)):
+            passed = -1
+            for j in before[i]:
+                passed &= dominators[j]
+            passed |= 1 << i
+            if passed != dominators[i]:
+                dominators[i], changed = passed, True
+    bodies: dict[int, set[int]] = {}
+    for head in range(len(before)):
+        for tail in before[head]:
+            if dominators[tail] >= 0 and dominators[tail] >> head & 1:
+                body, todo = bodies.setdefault(head, {head}), [tail]
+                while todo:
+                    if (i := todo.pop()) not in body:
+                        body.add(i)
+                        todo += before[i]
+    return list(bodies.items())
+
+
+def _reach(before: list[list[int]], ends: list[int], writes: set[int], within: set[int]) -> set[int]:
+    """Instructions from which `ends` can be reached without one of `writes` between, all `within` a set; the ends, and
+    writes that come first, included."""
+    reached, todo = set(), list(ends)
+    while todo:
+        i = todo.pop()
+        if i not in reached and i in within:
+            reached.add(i)
+            if i not in writes:
+                todo += before[i]
+    return reached

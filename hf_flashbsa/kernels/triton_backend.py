@@ -129,7 +129,7 @@ def _backward(launch, inputs, outputs, params: Params) -> None:
 def forward(q, k, v, out, lse, extras: Extras, params: Params) -> None:
     """Fills `out` and `lse`, as `autograd` makes them for `q` and `v`."""
     if q.numel() > 0:
-        claims = hopper.new_claims(extras, max(q.shape[2], k.shape[2]), 1, q.device)
+        claims = hopper.new_claims(extras, 1, q.device)
         replay(_forward, (q, k, v, *extras), (out, lse, *claims), params)
 
 
@@ -138,7 +138,7 @@ def backward(dout, dlse, q, k, v, out, lse, gradients, extras: Extras, params: P
     dq, dk, dv, dbias, dsinks = gradients
     rowwise = lse.new_empty((4 if params.drop_threshold > 0 else 2, *lse.shape))
     dlse = None if dlse is None else dlse.contiguous()
-    claims = hopper.new_claims(extras, max(q.shape[2], k.shape[2]), 2, q.device)
+    claims = hopper.new_claims(extras, 2, q.device)
     filled = (rowwise, dq, dk, dv, None if dbias is None or dbias.numel() == 0 else dbias, *claims)
     replay(_backward, (dout, dlse, q, k, v, out, lse, *extras), filled, params)
     if extras.sinks is not None:

@@ -24,8 +24,6 @@ logger = logging.getLogger(__name__)
 
 _log_once = functools.cache(logger.info)
 
-#: Rows of the longest sequences whose tiles programs take in turns. Those of longer ones may differ much.
-LONGEST_IN_TURNS = 4096
 #: The module that needs Gluon.
 _LAUNCHERS = "hf_flashbsa.kernels.hopper.launchers"
 
@@ -109,11 +107,11 @@ def refusal(
     return unavailable()
 
 
-def new_claims(extras: Extras, length: int, kernels: int, device: torch.device) -> torch.Tensor | tuple[None, ...]:
-    """Counters from which the programs of each of `kernels` claim their tiles (turns.py), `length` rows the longest
-    side; None each where tiles differ little, or the GPU has other kernels.
+def new_claims(extras: Extras, kernels: int, device: torch.device) -> torch.Tensor | tuple[None, ...]:
+    """Counters from which the programs of each of `kernels` claim the tiles of a work table (turns.py); None each
+    without one, or where the GPU has other kernels.
     """
-    if not tuning.is_hopper(device) or (extras.work_q is None and length <= LONGEST_IN_TURNS):
+    if extras.work_q is None or not tuning.is_hopper(device):
         return (None,) * kernels
     return torch.zeros(kernels, 4, dtype=torch.int32, device=device)  # 16 bytes apart
 

@@ -12,19 +12,23 @@ from typing import NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS, Call
 from hf_flashbsa.kernels.hopper.jobs import (
     allocate_held,
     allocate_stream,
+    await_job,
     clear_outside,
     fill,
-    hold,
-    job_at,
+    has_no_rows,
     leave,
+    noted_block,
+    noted_item,
     noted_job,
+    noted_share,
     pass_over,
+    prepare,
     release,
     send_results,
     start_products,
@@ -81,64 +85,56 @@ def _block(job, call, i, tiles: gl.constexpr):
 
 
 @gluon.jit
-def _look_ahead(job, call, i, tiles: gl.constexpr):
-    """What `_masked_block` needs for block `i`, asked for a round earlier: entries of a list take their time to come.
+def _fill_blocks(q, dout, rowwise, plane, begin, end, step, slot, ring, call, tiles: gl.constexpr):
+    """Loads blocks `[begin, end)` of queries of the job in a slot, with what belongs to them; the stream's next step.
 
-    `span.lo` stands for a full block, with as many queries behind it.
+    The job is read anew for each block: the producer has registers for little.
     """
-    head, first = gl.to_tensor(0), gl.to_tensor(0)
-    if tiles.listed > 0:
-        head, first = job.head, job.span.lo
-        if i < job.partial:
-            head, first = _block(job, call, i, tiles)
-    return head, first
-
-
-@gluon.jit
-def _masked_block(job, call, ahead, i, tiles: gl.constexpr):
-    """`_block` for consumers, to whom only partial ones matter."""
-    if tiles.listed > 0:
-        return ahead
-    else:
-        return _block(job, call, i, tiles)
+    LAYOUT: gl.constexpr = gl.BlockedLayout([tiles.m // 32], [32], [1], [0])
+    offsets = gl.arange(0, tiles.m, layout=LAYOUT)
+    for i in range(begin, end):
+        job = noted_job(ring.held.notes, slot, call, tiles, True)
+        item, span = job.item, job.span
+        head, first = _block(job, call, i, tiles)
+        queries = first + offsets
+        row = rowwise + (item.other_row.to(gl.int64) * call.heads + head) * call.len_q + queries
+        live = (queries >= span.lo) & (queries < span.hi)
+        # Queries outside of the span have weights of 0. Loaded before the wait, which hides the latency.
+        lse = gl.load(row, mask=live, other=float("inf"))
+        delta = gl.load(row + plane, mask=live, other=0.0)
+        fill(ring.stream, step, q, dout, item.other_row, head, first, tiles.m, tiles.d)
+        stage = step % ring.stream.stages
+        word = stage * ring.words
+        ring.row_words.index(word).store(lse)
+        ring.row_words.index(word + 1).store(delta)
+        if call.rules.score.seed is not None:
+            ring.row_words.index(word + 2).store(gl.load(row + 2 * plane, mask=live, other=0.0))
+            ring.row_words.index(word + 3).store(gl.load(row + 3 * plane, mask=live, other=0.0))
+        mbarrier.arrive(ring.stream.full.index(stage), count=1)
+        step += 1
+    return step
 
 
 @gluon.jit
 def _load(q, dout, k, v, dk, dv, rowwise, plane, ring, call, tiles: gl.constexpr):
     """The producer."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([tiles.m // 32], [32], [1], [0])
-    offsets = gl.arange(0, tiles.m, layout=LAYOUT)
+    held = ring.held
     step, done = gl.to_tensor(0), gl.to_tensor(0)
     place = first_place(call, tiles, True)
     following = second_place(call, place, tiles, True)
+    prepare(held, 0, k, v, place, call, tiles, True)
     while place < call.total:
         claimed = claim(call, done + 2)
-        job = job_at(call, place, tiles, True)
-        item, span = job.item, job.span
-        send_results(ring.held, done, dk, dv, call.len_k, call)
-        hold(ring.held, done, k, v, job, following < call.total, call, tiles)
-        for i in range(job.count):
-            head, first = _block(job, call, i, tiles)
-            queries = first + offsets
-            row = rowwise + (item.other_row.to(gl.int64) * call.heads + head) * call.len_q + queries
-            live = (queries >= span.lo) & (queries < span.hi)
-            # Queries outside of the span have weights of 0. Loaded before the wait, which hides the latency.
-            lse = gl.load(row, mask=live, other=float("inf"))
-            delta = gl.load(row + plane, mask=live, other=0.0)
-            fill(ring.stream, step, q, dout, item.other_row, head, first, tiles.m, tiles.d)
-            stage = step % ring.stream.stages
-            word = stage * ring.words
-            ring.row_words.index(word).store(lse)
-            ring.row_words.index(word + 1).store(delta)
-            if call.rules.score.seed is not None:
-                ring.row_words.index(word + 2).store(gl.load(row + 2 * plane, mask=live, other=0.0))
-                ring.row_words.index(word + 3).store(gl.load(row + 3 * plane, mask=live, other=0.0))
-            mbarrier.arrive(ring.stream.full.index(stage), count=1)
-            step += 1
+        count = noted_job(held.notes, done & 1, call, tiles, True).count
+        # Once a block of this job was given back, the last one has left its results.
+        early = gl.minimum(count, ring.stream.stages + 1)
+        step = _fill_blocks(q, dout, rowwise, plane, 0, early, step, done & 1, ring, call, tiles)
+        send_results(held, done + 1, dk, dv, call.len_k, call)
+        prepare(held, done + 1, k, v, following, call, tiles, True)
+        step = _fill_blocks(q, dout, rowwise, plane, early, count, step, done & 1, ring, call, tiles)
         place, following = following, settled(call, claimed, tiles, True)
         done += 1
-    send_results(ring.held, done, dk, dv, call.len_k, call)
-    send_results(ring.held, done + 1, dk, dv, call.len_k, call)
+    send_results(held, done + 1, dk, dv, call.len_k, call)
 
 
 @gluon.jit
@@ -148,20 +144,22 @@ def _row_word(i, word, ring, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def _weights(i, step, begin, head, first, s, lse, job, rules, ring, tiles: gl.constexpr):
-    """Weights of keys from `begin` on with block `i` of the job, block `step` of the stream, of query head `head` from query `first` on.
+def _weights(i, step, s, lse, share, ring, call, tiles: gl.constexpr):
+    """Weights of a share's keys with block `i` of its job, block `step` of the stream.
 
     Weights that dropout drops have a minus sign: both gradients need to know, and a sign takes no registers.
     """
     COLUMNS: gl.constexpr = gl.SliceLayout(0, s.type.layout)
-    item, span = job.item, job.span
-    queries = first + gl.arange(0, tiles.m, layout=COLUMNS)
-    keys = begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout))
-    if i < job.partial:
-        inside = within(rules.mask, keys, queries, item.end, span.lo, span.hi, item.diagonal, True)
+    rules = call.rules
+    if i < share.partial:
+        item, _ = noted_item(ring.held.notes, share.slot, call)
+        first, head = noted_block(ring.stream, step)
+        queries = first + gl.arange(0, tiles.m, layout=COLUMNS)
+        keys = share.begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout))
+        inside = within(rules.mask, keys, queries, item.end, item.lo, item.hi, item.diagonal, True)
         ok = visible(
             rules, item.other_row, item.row, head, queries[None, :], keys[:, None], inside, item.query_origin,
-            item.key_origin, first, begin, tiles,
+            item.key_origin, first, share.begin, tiles,
         )  # fmt: skip
         s = gl.where(ok, s, float("-inf"))
     p = gl.exp2(s * log2_factor(rules) - lse[None, :])
@@ -169,8 +167,8 @@ def _weights(i, step, begin, head, first, s, lse, job, rules, ring, tiles: gl.co
         pad = _row_word(step, 2, ring, COLUMNS).to(gl.uint32, bitcast=True)
         factor = _row_word(step, 3, ring, COLUMNS).to(gl.uint32, bitcast=True)
         offsets = gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout))[:, None]
-        keep = dropout_keep(rules.score, pad[None, :], factor[None, :], begin - item.key_origin, offsets)
-        p = gl.where(keep, p, -p)
+        place = share.begin - share.key_origin
+        p = gl.where(dropout_keep(rules.score, pad[None, :], factor[None, :], place, offsets), p, -p)
     return p
 
 
@@ -212,20 +210,27 @@ def _finish(i, p, ds, dk, dv, ring, tiles: gl.constexpr):
 
 
 @gluon.jit
-def _begin(step, k_tile, v_tile, zero, job, begin, ring, call, tiles: gl.constexpr):
-    """Weights of the first block, block `step` of the stream, the product of the values with output gradients, and delta of the queries."""
+def _start(i, step, k_tile, v_tile, zero, share, ring, call, tiles: gl.constexpr):
+    """Starts the products of keys with the queries of block `i`, and of values with their output gradients."""
+    if i < share.partial:
+        clear_outside(ring.stream, step, ring.held.notes, share, call, tiles.m, tiles.d)
+    return start_products(step, k_tile, v_tile, ring.stream, zero, tiles.m, tiles.d)
+
+
+@gluon.jit
+def _begin(step, k_tile, v_tile, zero, share, ring, call, tiles: gl.constexpr):
+    """Weights of the first block, block `step` of the stream, the product of the values with output gradients, and
+    delta of the queries."""
     COLUMNS: gl.constexpr = gl.SliceLayout(0, zero.type.layout)
-    head, first = _masked_block(job, call, _look_ahead(job, call, 0, tiles), 0, tiles)
-    clear_outside(ring.stream, step, first, job.span, tiles.m, tiles.d)
-    s, dp = start_products(step, k_tile, v_tile, ring.stream, zero, tiles.m, tiles.d)
+    s, dp = _start(0, step, k_tile, v_tile, zero, share, ring, call, tiles)
     lse, delta = _row_word(step, 0, ring, COLUMNS), _row_word(step, 1, ring, COLUMNS)
     s, dp = warpgroup_mma_wait(0, deps=(s, dp))
-    return _weights(0, step, begin, head, first, s, lse, job, call.rules, ring, tiles), dp, delta
+    return _weights(0, step, s, lse, share, ring, call, tiles), dp, delta
 
 
 @gluon.jit
 def _rotated(
-    step, dk, dv, k_tile, v_tile, zero, job, begin, ring, call, OPERAND: gl.constexpr, tiles: gl.constexpr,
+    step, dk, dv, k_tile, v_tile, zero, share, ring, call, OPERAND: gl.constexpr, tiles: gl.constexpr,
 ):  # fmt: skip
     """Adds all blocks to `dk` and `dv`. A round issues the last products of a block behind its weights, and with them
     the first ones of the next block; the second of those runs under that block's weights.
@@ -233,27 +238,23 @@ def _rotated(
     dtype: gl.constexpr = ring.held.first.dtype
     COLUMNS: gl.constexpr = gl.SliceLayout(0, zero.type.layout)
     rules = call.rules
-    ahead = _look_ahead(job, call, 1, tiles)
-    weights, dp, delta = _begin(step, k_tile, v_tile, zero, job, begin, ring, call, tiles)
-    for i in range(1, job.count):
+    weights, dp, delta = _begin(step, k_tile, v_tile, zero, share, ring, call, tiles)
+    for i in range(1, share.count):
         at, last = step + i, step + i - 1
-        head_q, first_q = _masked_block(job, call, ahead, i, tiles)
-        clear_outside(ring.stream, at, first_q, job.span, tiles.m, tiles.d)
         p = gl.convert_layout(_kept(weights, rules.score).to(dtype), OPERAND)
         dv_next = warpgroup_mma(p, _dout(ring, last, tiles), dv, is_async=True)
         ds = gl.convert_layout(_gradient(weights, dp, delta, rules.score).to(dtype), OPERAND)
         dk_next = warpgroup_mma(ds, _queries(ring, last, tiles), dk, is_async=True)
-        s, dp_next = start_products(at, k_tile, v_tile, ring.stream, zero, tiles.m, tiles.d)
-        ahead = _look_ahead(job, call, i + 1, tiles)
+        s, dp_next = _start(i, at, k_tile, v_tile, zero, share, ring, call, tiles)
         lse = _row_word(at, 0, ring, COLUMNS)
         s, dv, dk, _, _ = warpgroup_mma_wait(1, deps=(s, dv_next, dk_next, p, ds))
         release(ring.stream, last)
-        weights = _weights(i, at, begin, head_q, first_q, s, lse, job, rules, ring, tiles)
+        weights = _weights(i, at, s, lse, share, ring, call, tiles)
         delta = _row_word(at, 1, ring, COLUMNS)
         dp = warpgroup_mma_wait(0, deps=(dp_next,))
     p = gl.convert_layout(_kept(weights, rules.score).to(dtype), OPERAND)
     ds = gl.convert_layout(_gradient(weights, dp, delta, rules.score).to(dtype), OPERAND)
-    last = step + job.count - 1
+    last = step + share.count - 1
     dk, dv = _finish(last, p, ds, dk, dv, ring, tiles)
     dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
     release(ring.stream, last)
@@ -262,7 +263,7 @@ def _rotated(
 
 @gluon.jit
 def _late(
-    step, dk, dv, k_tile, v_tile, zero, job, begin, ring, call, OPERAND: gl.constexpr, tiles: gl.constexpr,
+    step, dk, dv, k_tile, v_tile, zero, share, ring, call, OPERAND: gl.constexpr, tiles: gl.constexpr,
 ):  # fmt: skip
     """Adds all blocks to `dk` and `dv`. The last products of a block are issued behind the first ones of the next
     block, and run under that block's weights.
@@ -270,20 +271,16 @@ def _late(
     dtype: gl.constexpr = ring.held.first.dtype
     COLUMNS: gl.constexpr = gl.SliceLayout(0, zero.type.layout)
     rules = call.rules
-    ahead = _look_ahead(job, call, 1, tiles)
-    weights, dp, delta = _begin(step, k_tile, v_tile, zero, job, begin, ring, call, tiles)
+    weights, dp, delta = _begin(step, k_tile, v_tile, zero, share, ring, call, tiles)
     p = gl.convert_layout(_kept(weights, rules.score).to(dtype), OPERAND)
     ds = gl.convert_layout(_gradient(weights, dp, delta, rules.score).to(dtype), OPERAND)
-    for i in range(1, job.count):
+    for i in range(1, share.count):
         at, last = step + i, step + i - 1
-        head_q, first_q = _masked_block(job, call, ahead, i, tiles)
-        clear_outside(ring.stream, at, first_q, job.span, tiles.m, tiles.d)
-        s, dp = start_products(at, k_tile, v_tile, ring.stream, zero, tiles.m, tiles.d)
+        s, dp = _start(i, at, k_tile, v_tile, zero, share, ring, call, tiles)
         dk_next, dv_next = _finish(last, p, ds, dk, dv, ring, tiles)
-        ahead = _look_ahead(job, call, i + 1, tiles)
         lse = _row_word(at, 0, ring, COLUMNS)
         s = warpgroup_mma_wait(3, deps=(s,))
-        weights = _weights(i, at, begin, head_q, first_q, s, lse, job, rules, ring, tiles)
+        weights = _weights(i, at, s, lse, share, ring, call, tiles)
         delta = _row_word(at, 1, ring, COLUMNS)
         p_next = _kept(weights, rules.score)
         dp = warpgroup_mma_wait(2, deps=(dp,))
@@ -293,7 +290,7 @@ def _late(
         release(ring.stream, last)
         p = gl.convert_layout(p_next.to(dtype), OPERAND)
         ds = gl.convert_layout(ds_next.to(dtype), OPERAND)
-    last = step + job.count - 1
+    last = step + share.count - 1
     dk, dv = _finish(last, p, ds, dk, dv, ring, tiles)
     dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
     release(ring.stream, last)
@@ -308,17 +305,14 @@ def _compute(part: gl.constexpr, out, ring, call, tiles: gl.constexpr, ROTATED: 
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, DK, 2)
     held, score = ring.held, call.rules.score
     step, done = gl.to_tensor(0), gl.to_tensor(0)
-    running = first_place(call, tiles, True) < call.total
-    while running:
+    while await_job(part, held, done):
         place = (done & 1) * CONSUMERS + part
-        mbarrier.wait(held.full.index(place), (done >> 1) & 1)
-        job, running = noted_job(held.notes, done & 1, call, tiles, True)
-        begin = job.item.begin + part * ROWS
+        share = noted_share(part, held.notes, done & 1, call, tiles, True)
         dk = gl.zeros([ROWS, tiles.d], gl.float32, DK)
         dv = gl.zeros([ROWS, tiles.d], gl.float32, DK)
-        if begin >= job.item.end:
-            pass_over(ring.stream, step, step + job.count)
-        elif job.count > 0:
+        if has_no_rows(share, held, call):
+            pass_over(ring.stream, step, step + share.count)
+        elif share.count > 0:
             zero = gl.zeros([ROWS, tiles.m], gl.float32, S)
             k_tile = held.first.index(place).reshape([ROWS, tiles.d])
             v_tile = held.second.index(place).reshape([ROWS, tiles.d])
@@ -329,15 +323,15 @@ def _compute(part: gl.constexpr, out, ring, call, tiles: gl.constexpr, ROTATED: 
             if tiles.d == 64:
                 v_tile = v_tile.load(gl.DotOperandLayout(0, S, 2))
             if ROTATED:
-                dk, dv = _rotated(step, dk, dv, k_tile, v_tile, zero, job, begin, ring, call, OPERAND, tiles)
+                dk, dv = _rotated(step, dk, dv, k_tile, v_tile, zero, share, ring, call, OPERAND, tiles)
             else:
-                dk, dv = _late(step, dk, dv, k_tile, v_tile, zero, job, begin, ring, call, OPERAND, tiles)
-        leave(held.first.index(place), dk * score.scale, out.dk, job, begin, call, tiles.d)
+                dk, dv = _late(step, dk, dv, k_tile, v_tile, zero, share, ring, call, OPERAND, tiles)
+        leave(held.first.index(place), dk * score.scale, out.dk, share, held, call, tiles.d)
         if score.seed is not None:
             dv = dv * score.keep_scale
-        leave(held.second.index(place), dv, out.dv, job, begin, call, tiles.d)
+        leave(held.second.index(place), dv, out.dv, share, held, call, tiles.d)
         mbarrier.arrive(held.empty.index(place), count=1)
-        step += job.count
+        step += share.count
         done += 1
 
 

@@ -19,13 +19,17 @@ from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS, Call, first_key
 from hf_flashbsa.kernels.hopper.jobs import (
     allocate_held,
     allocate_stream,
+    await_job,
     clear_outside,
     fill,
-    hold,
-    job_at,
+    has_no_rows,
     leave,
+    noted_block,
+    noted_item,
     noted_job,
+    noted_share,
     pass_over,
+    prepare,
     release,
     send_results,
     start_products,
@@ -78,35 +82,50 @@ def _out(part: gl.constexpr, stream, i, tiles: gl.constexpr):
 
 
 @gluon.jit
-def _load(q, dout, k, v, out, dq, ring, call, tiles: gl.constexpr):
-    """The producer."""
-    step, done = gl.to_tensor(0), gl.to_tensor(0)
-    place = first_place(call, tiles, False)
-    following = second_place(call, place, tiles, False)
-    while place < call.total:
-        claimed = claim(call, done + 2)
-        job = job_at(call, place, tiles, False)
-        send_results(ring.held, done, dq, None, call.len_q, call)
-        hold(ring.held, done, q, dout, job, following < call.total, call, tiles)
-        _fill_out(ring.stream, step, out, job, tiles)
+def _fill_blocks(k, v, begin, end, step, slot, ring, call, tiles: gl.constexpr):
+    """Loads blocks `[begin, end)` of keys and values of the job in a slot; the stream's next step.
+
+    The job is read anew for each block: the producer has registers for little.
+    """
+    for i in range(begin, end):
+        job = noted_job(ring.held.notes, slot, call, tiles, False)
+        first = first_key(job.span, call.rules.blocks, i, tiles)
+        fill(ring.stream, step, k, v, job.item.other_row, job.head // call.group, first, tiles.n, tiles.d)
         step += 1
-        head_k = job.head // call.group
-        for i in range(job.count):
-            first = first_key(job.span, call.rules.blocks, i, tiles)
-            fill(ring.stream, step, k, v, job.item.other_row, head_k, first, tiles.n, tiles.d)
-            step += 1
-        place, following = following, settled(call, claimed, tiles, False)
-        done += 1
-    send_results(ring.held, done, dq, None, call.len_q, call)
-    send_results(ring.held, done + 1, dq, None, call.len_q, call)
+    return step
 
 
 @gluon.jit
-def _rows(part: gl.constexpr, step, queries, do_tile, sources, job, ring, call, tiles: gl.constexpr):
-    """Makes Rows of the job's `part`-th 64 queries. Their outputs are block `step` of the stream, which it releases."""
+def _load(q, dout, k, v, out, dq, ring, call, tiles: gl.constexpr):
+    """The producer."""
+    held = ring.held
+    step, done = gl.to_tensor(0), gl.to_tensor(0)
+    place = first_place(call, tiles, False)
+    following = second_place(call, place, tiles, False)
+    prepare(held, 0, q, dout, place, call, tiles, False)
+    while place < call.total:
+        claimed = claim(call, done + 2)
+        job = noted_job(held.notes, done & 1, call, tiles, False)
+        _fill_out(ring.stream, step, out, job, tiles)
+        # Once a block of this job was given back, the last one has left its results.
+        count = job.count
+        early = gl.minimum(count, ring.stream.stages + 1)
+        step = _fill_blocks(k, v, 0, early, step + 1, done & 1, ring, call, tiles)
+        send_results(held, done + 1, dq, None, call.len_q, call)
+        prepare(held, done + 1, q, dout, following, call, tiles, False)
+        step = _fill_blocks(k, v, early, count, step, done & 1, ring, call, tiles)
+        place, following = following, settled(call, claimed, tiles, False)
+        done += 1
+    send_results(held, done + 1, dq, None, call.len_q, call)
+
+
+@gluon.jit
+def _rows(part: gl.constexpr, step, queries, do_tile, sources, share, ring, call, tiles: gl.constexpr):
+    """Makes Rows of a share's queries. Their outputs are block `step` of the stream, which it gives back."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([tiles.d // 16, 8], [32 * 8 // tiles.d, tiles.d // 8], [4, 1], [1, 0])
     score = call.rules.score
-    batch_head, live = job.item.row * call.heads + job.head, queries < job.item.end
+    item, head = noted_item(ring.held.notes, share.slot, call)
+    batch_head, live = item.row * call.heads + head, queries < item.end
     rows = begin_rows(sources.lse, sources.dlse, score, batch_head, queries, live, call.len_q)
     wait_for(ring.stream, step)
     out, dout = _out(part, ring.stream, step, tiles).load(LAYOUT), do_tile.load(LAYOUT)
@@ -116,34 +135,11 @@ def _rows(part: gl.constexpr, step, queries, do_tile, sources, job, ring, call, 
 
 
 @gluon.jit
-def _look_ahead(job, rules, i, tiles: gl.constexpr):
-    """What `_key_of` needs for block `i`, asked for a round earlier: entries of a list take their time to come.
-
-    Only dropout needs the place of a full block. Otherwise `span.lo` stands for it, with as many keys behind it.
-    """
-    ahead = gl.to_tensor(0)
-    if tiles.listed > 0:
-        ahead = job.span.lo
-        needed = job.partial if rules.score.seed is None else job.count
-        if i < needed:
-            ahead = first_key(job.span, rules.blocks, i, tiles)
-    return ahead
-
-
-@gluon.jit
-def _key_of(job, ahead, i, tiles: gl.constexpr):
-    """First key of block `i`."""
-    if tiles.listed > 0:
-        return ahead
-    else:
-        return first_key(job.span, None, i, tiles)
-
-
-@gluon.jit
-def _issue(i, first, q_tile, do_tile, ring, span, zero, tiles: gl.constexpr):
-    """Starts the products of the queries with block `i` of the keys, and of their output gradients with its values."""
-    clear_outside(ring.stream, i, first, span, tiles.n, tiles.d)
-    return start_products(i, q_tile, do_tile, ring.stream, zero, tiles.n, tiles.d)
+def _start(i, step, q_tile, do_tile, zero, share, ring, call, tiles: gl.constexpr):
+    """Starts the products of queries with the keys of block `i`, and of output gradients with its values."""
+    if i < share.partial:
+        clear_outside(ring.stream, step, ring.held.notes, share, call, tiles.n, tiles.d)
+    return start_products(step, q_tile, do_tile, ring.stream, zero, tiles.n, tiles.d)
 
 
 @gluon.jit
@@ -153,64 +149,62 @@ def _keys(ring, i, tiles: gl.constexpr):
 
 
 @gluon.jit
-def _weights(i, begin, first, s, job, rules, rows, tiles: gl.constexpr):
-    """Weights of queries from `begin` on with block `i`, before dropout."""
-    item, span = job.item, job.span
-    queries = begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout))
-    keys = first + gl.arange(0, tiles.n, layout=gl.SliceLayout(0, s.type.layout))
-    if i < span.partial:
-        inside = within(rules.mask, queries, keys, item.end, span.lo, span.hi, item.diagonal, False)
+def _weights(i, step, s, rows, share, ring, call, tiles: gl.constexpr):
+    """Weights of a share's queries with block `i` of its job, block `step` of the stream, before dropout."""
+    rules = call.rules
+    if i < share.partial:
+        item, head = noted_item(ring.held.notes, share.slot, call)
+        first, _ = noted_block(ring.stream, step)
+        queries = share.begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout))
+        keys = first + gl.arange(0, tiles.n, layout=gl.SliceLayout(0, s.type.layout))
+        inside = within(rules.mask, queries, keys, item.end, item.lo, item.hi, item.diagonal, False)
         ok = visible(
-            rules, item.row, item.other_row, job.head, queries[:, None], keys[None, :], inside, item.query_origin,
-            item.key_origin, begin, first, tiles,
+            rules, item.row, item.other_row, head, queries[:, None], keys[None, :], inside, item.query_origin,
+            item.key_origin, share.begin, first, tiles,
         )  # fmt: skip
         s = gl.where(ok, s, float("-inf"))
     return gl.exp2(s * log2_factor(rules) - rows.lse[:, None])
 
 
 @gluon.jit
-def _gradient(first, p, dp, item, score, rows):
-    """Gradient of the scaled scores of the block from key `first` on."""
+def _gradient(step, p, dp, rows, share, ring, score):
+    """Gradient of the scaled scores of block `step` of the stream."""
     if score.seed is not None:
+        first, _ = noted_block(ring.stream, step)
         offsets = gl.arange(0, p.shape[1], layout=gl.SliceLayout(0, p.type.layout))[None, :]
-        keep = dropout_keep(score, rows.pad[:, None], rows.factor[:, None], first - item.key_origin, offsets)
+        keep = dropout_keep(score, rows.pad[:, None], rows.factor[:, None], first - share.key_origin, offsets)
         dp = gl.where(keep, dp * score.keep_scale, 0.0)
     return p * (dp - rows.delta[:, None])
 
 
 @gluon.jit
 def _gradients(
-    part: gl.constexpr, step, dq, q_tile, do_tile, begin, rows, job, ring, call, S: gl.constexpr, DS: gl.constexpr,
-    tiles: gl.constexpr,
+    step, dq, q_tile, do_tile, rows, share, ring, call, S: gl.constexpr, DS: gl.constexpr, tiles: gl.constexpr
 ):  # fmt: skip
     """Adds all blocks of a job, of which the first one is block `step` of the stream, to `dq`."""
-    rules, item, span = call.rules, job.item, job.span
+    score = call.rules.score
     dtype: gl.constexpr = ring.held.first.dtype
     zero = gl.zeros([ROWS, tiles.n], gl.float32, S)
     if tiles.n == 64:
         # From registers, which blocks of 128 keys leave none of: shared memory feeds products with 64 keys too slowly.
         q_tile = q_tile.load(gl.DotOperandLayout(0, S, 2))
-    first = _key_of(job, _look_ahead(job, rules, 0, tiles), 0, tiles)
-    ahead = _look_ahead(job, rules, 1, tiles)
-    s, dp = _issue(step, first, q_tile, do_tile, ring, span, zero, tiles)
+    s, dp = _start(0, step, q_tile, do_tile, zero, share, ring, call, tiles)
     s, dp = warpgroup_mma_wait(0, deps=(s, dp))
-    p = _weights(0, begin, first, s, job, rules, rows, tiles)
-    ds = _gradient(first, p, dp, item, rules.score, rows)
-    ds = gl.convert_layout(ds.to(dtype), DS)
-    for i in range(1, job.count):
-        begin_key = _key_of(job, ahead, i, tiles)
-        s, dp = _issue(step + i, begin_key, q_tile, do_tile, ring, span, zero, tiles)
-        ahead = _look_ahead(job, rules, i + 1, tiles)
-        dq_next = warpgroup_mma(ds, _keys(ring, step + i - 1, tiles), dq, is_async=True)
+    p = _weights(0, step, s, rows, share, ring, call, tiles)
+    ds = gl.convert_layout(_gradient(step, p, dp, rows, share, ring, score).to(dtype), DS)
+    for i in range(1, share.count):
+        at, last = step + i, step + i - 1
+        s, dp = _start(i, at, q_tile, do_tile, zero, share, ring, call, tiles)
+        dq_next = warpgroup_mma(ds, _keys(ring, last, tiles), dq, is_async=True)
         s = warpgroup_mma_wait(2, deps=(s,))
-        p = _weights(i, begin, begin_key, s, job, rules, rows, tiles)
+        p = _weights(i, at, s, rows, share, ring, call, tiles)
         dp = warpgroup_mma_wait(1, deps=(dp,))
-        ds_next = _gradient(begin_key, p, dp, item, rules.score, rows)
+        ds_next = _gradient(at, p, dp, rows, share, ring, score)
         # The product in flight reads the registers of `ds`.
         dq, _ = warpgroup_mma_wait(0, deps=(dq_next, ds))
-        release(ring.stream, step + i - 1)
+        release(ring.stream, last)
         ds = gl.convert_layout(ds_next.to(dtype), DS)
-    last = step + job.count - 1
+    last = step + share.count - 1
     dq = warpgroup_mma(ds, _keys(ring, last, tiles), dq, is_async=True)
     dq = warpgroup_mma_wait(0, deps=(dq,))
     release(ring.stream, last)
@@ -225,25 +219,22 @@ def _compute(part: gl.constexpr, dq_rows, sources, ring, call, tiles: gl.constex
     DS: gl.constexpr = gl.DotOperandLayout(0, DQ, 2)
     held = ring.held
     step, done = gl.to_tensor(0), gl.to_tensor(0)
-    running = first_place(call, tiles, False) < call.total
-    while running:
+    while await_job(part, held, done):
         place = (done & 1) * CONSUMERS + part
-        mbarrier.wait(held.full.index(place), (done >> 1) & 1)
-        job, running = noted_job(held.notes, done & 1, call, tiles, False)
-        begin = job.item.begin + part * ROWS
-        queries = begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
+        share = noted_share(part, held.notes, done & 1, call, tiles, False)
+        queries = share.begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
         q_tile = held.first.index(place).reshape([ROWS, tiles.d])
         do_tile = held.second.index(place).reshape([ROWS, tiles.d])
-        rows = _rows(part, step, queries, do_tile, sources, job, ring, call, tiles)
+        rows = _rows(part, step, queries, do_tile, sources, share, ring, call, tiles)
         step += 1
         dq = gl.zeros([ROWS, tiles.d], gl.float32, DQ)
-        if begin >= job.item.end:
-            pass_over(ring.stream, step, step + job.count)
-        elif job.count > 0:
-            dq = _gradients(part, step, dq, q_tile, do_tile, begin, rows, job, ring, call, S, DS, tiles)
-        leave(held.first.index(place), dq * call.rules.score.scale, dq_rows, job, begin, call, tiles.d)
+        if has_no_rows(share, held, call):
+            pass_over(ring.stream, step, step + share.count)
+        elif share.count > 0:
+            dq = _gradients(step, dq, q_tile, do_tile, rows, share, ring, call, S, DS, tiles)
+        leave(held.first.index(place), dq * call.rules.score.scale, dq_rows, share, held, call, tiles.d)
         mbarrier.arrive(held.empty.index(place), count=1)
-        step += job.count
+        step += share.count
         done += 1
 
 

@@ -1,8 +1,8 @@
 """What the Hopper kernels of the backward pass share: their jobs, and how tiles come to the consumers and leave them.
 
 A program stays for several tiles of own rows, one job after the other. Of each it holds two tiles for as long as the
-job takes, in one of two slots: while consumers work on one job, the loading warp fills the slot of the next one and
-sends off what the job before left in its own.
+job takes, in one of two slots: while consumers work on one job, the loading warp sends off what the job before left in
+its slot, and prepares the next one there.
 """
 
 from __future__ import annotations
@@ -41,8 +41,21 @@ class Job(NamedTuple):
     count: object
 
 
-#: How many numbers are noted of a job.
+class Share(NamedTuple):
+    """What a consumer keeps of a job: the slot of its notes, the first of its own 64 rows, the first key of their
+    sequence, and how many blocks are visited, of which the first `partial` need masking.
+    """
+
+    slot: object
+    begin: object
+    key_origin: object
+    partial: object
+    count: object
+
+
+#: How many numbers are noted of a job, and of a block: its first row and its head.
 NOTES = gl.constexpr(19)
+BLOCK_NOTES = gl.constexpr(2)
 
 
 @gluon.jit
@@ -63,22 +76,21 @@ def job_at(call, place, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
 
 
 @gluon.jit
-def note_job(notes, slot, job, follows, call, tiles: gl.constexpr):
-    """Notes a job for the consumers, and whether another one follows."""
+def _note_job(notes, slot, job, call, tiles: gl.constexpr):
     item, span = job.item, job.span
     place = slot * NOTES
-    write_note(notes, place, item.row)
-    write_note(notes, place + 1, job.head)
-    write_note(notes, place + 2, item.begin)
-    write_note(notes, place + 3, item.end)
-    write_note(notes, place + 4, follows.to(gl.int32))
-    write_note(notes, place + 5, span.begin)
-    write_note(notes, place + 6, span.left)
-    write_note(notes, place + 7, span.partial)
-    write_note(notes, place + 8, span.full_begin)
-    write_note(notes, place + 9, span.full_end)
-    write_note(notes, place + 10, span.lo)
-    write_note(notes, place + 11, span.hi)
+    write_note(notes, place, 1)  # there is one
+    write_note(notes, place + 1, item.row)
+    write_note(notes, place + 2, job.head)
+    write_note(notes, place + 3, item.begin)
+    write_note(notes, place + 4, item.end)
+    write_note(notes, place + 5, span.lo)
+    write_note(notes, place + 6, span.hi)
+    write_note(notes, place + 7, span.begin)
+    write_note(notes, place + 8, span.left)
+    write_note(notes, place + 9, span.partial)
+    write_note(notes, place + 10, span.full_begin)
+    write_note(notes, place + 11, span.full_end)
     if call.work is not None:
         write_note(notes, place + 12, item.other_row)
         write_note(notes, place + 13, item.diagonal)
@@ -88,33 +100,48 @@ def note_job(notes, slot, job, follows, call, tiles: gl.constexpr):
         write_note(notes, place + 16, span.right)
         write_note(notes, place + 17, span.listed)
         write_note(notes, place + 18, span.origin)
-    barrier()
+
+
+@gluon.jit
+def noted_item(notes, slot, call):
+    """The tile and head of a job that was noted. Bounds of the Item are those of its span."""
+    place = slot * NOTES
+    row, head = read_note(notes, place + 1), read_note(notes, place + 2)
+    begin, end = read_note(notes, place + 3), read_note(notes, place + 4)
+    lo, hi = read_note(notes, place + 5), read_note(notes, place + 6)
+    other_row, diagonal, query_origin, key_origin = row, call.diagonal, 0, 0
+    if call.work is not None:
+        other_row, diagonal = read_note(notes, place + 12), read_note(notes, place + 13)
+        query_origin, key_origin = read_note(notes, place + 14), read_note(notes, place + 15)
+    return Item(row, begin, end, other_row, lo, lo, hi, hi, diagonal, query_origin, key_origin), head
 
 
 @gluon.jit
 def noted_job(notes, slot, call, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
-    """The job that was noted, and whether another one follows."""
+    """The job that was noted."""
     place = slot * NOTES
-    row, head = shared(read_note(notes, place)), shared(read_note(notes, place + 1))
-    begin, end = shared(read_note(notes, place + 2)), shared(read_note(notes, place + 3))
-    follows = shared(read_note(notes, place + 4)) != 0
-    span_begin, left = shared(read_note(notes, place + 5)), shared(read_note(notes, place + 6))
-    partial = shared(read_note(notes, place + 7))
-    full_begin, full_end = shared(read_note(notes, place + 8)), shared(read_note(notes, place + 9))
-    lo, hi = shared(read_note(notes, place + 10)), shared(read_note(notes, place + 11))
-    other_row, diagonal, query_origin, key_origin = row, call.diagonal, 0, 0
-    if call.work is not None:
-        other_row, diagonal = shared(read_note(notes, place + 12)), shared(read_note(notes, place + 13))
-        query_origin, key_origin = shared(read_note(notes, place + 14)), shared(read_note(notes, place + 15))
-    item = Item(row, begin, end, other_row, lo, lo, hi, hi, diagonal, query_origin, key_origin)
+    item, head = noted_item(notes, slot, call)
+    begin, left, partial = read_note(notes, place + 7), read_note(notes, place + 8), read_note(notes, place + 9)
+    full_begin, full_end = read_note(notes, place + 10), read_note(notes, place + 11)
     right, listed, origin, index = left, 0, 0, 0
     if tiles.listed > 0:
-        right, listed = shared(read_note(notes, place + 16)), shared(read_note(notes, place + 17))
-        origin = shared(read_note(notes, place + 18))
+        right, listed = read_note(notes, place + 16), read_note(notes, place + 17)
+        origin = read_note(notes, place + 18)
         head_q = head * call.group if TRANSPOSED else head
-        index = list_of(item, call.rules.blocks, head_q, lo, hi, tiles, TRANSPOSED) + 2
-    span = Span(span_begin, left, right, partial, full_begin, full_end, listed, lo, hi, index, origin)
-    return _job(call, item, head, span, tiles, TRANSPOSED), follows
+        index = list_of(item, call.rules.blocks, head_q, item.lo, item.hi, tiles, TRANSPOSED) + 2
+    span = Span(begin, left, right, partial, full_begin, full_end, listed, item.lo, item.hi, index, origin)
+    return _job(call, item, head, span, tiles, TRANSPOSED)
+
+
+@gluon.jit
+def noted_share(part: gl.constexpr, notes, slot, call, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
+    """A consumer's share of a job that was noted. Little of it, because it stays in registers for as long."""
+    job = noted_job(notes, slot, call, tiles, TRANSPOSED)
+    key_origin = 0
+    if call.work is not None:
+        key_origin = shared(job.item.key_origin)
+    begin = shared(job.item.begin) + part * ROWS
+    return Share(slot, begin, key_origin, shared(job.partial), shared(job.count))
 
 
 class Held(NamedTuple):
@@ -130,7 +157,8 @@ class Held(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """Pairs of tiles in shared memory that the producer fills and the consumers empty, in turn; `stages` of them.
+    """Pairs of tiles in shared memory that the producer fills and the consumers empty, in turn; `stages` of them, and
+    `notes` of each.
 
     Both tiles of a pair share their barriers, because waiting and telling take time: the threads that tell must meet.
     """
@@ -139,6 +167,7 @@ class Stream(NamedTuple):
     second: object
     full: object
     empty: object
+    notes: object
     stages: object
 
 
@@ -167,7 +196,8 @@ def allocate_stream(first, second, BLOCK: gl.constexpr, DIM: gl.constexpr, STAGE
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=FILLS)
         mbarrier.init(empty.index(stage), count=CONSUMERS)
-    return Stream(tiles_first, tiles_second, full, empty, STAGES)
+    notes = gl.allocate_shared_memory(gl.int32, [STAGES * BLOCK_NOTES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    return Stream(tiles_first, tiles_second, full, empty, notes, STAGES)
 
 
 @gluon.jit
@@ -181,11 +211,11 @@ def send_results(held, done, first, second, length, call):
         mbarrier.wait(held.empty.index(place), ((done >> 1) & 1) ^ 1)
         if done > 1:
             note = slot * NOTES
-            row, head = read_note(held.notes, note), read_note(held.notes, note + 1)
-            begin = read_note(held.notes, note + 2) + part * ROWS
+            row, head = read_note(held.notes, note + 1), read_note(held.notes, note + 2)
+            begin = read_note(held.notes, note + 3) + part * ROWS
             if call.work is not None:
                 # Nothing is written beyond the tensor. Consumers write parts that end early (`leave`).
-                begin = gl.where(begin + ROWS > read_note(held.notes, note + 3), length, begin)
+                begin = gl.where(begin + ROWS > read_note(held.notes, note + 4), length, begin)
             tma.async_copy_shared_to_global(first, [row, head, begin, 0], held.first.index(place))
             if second is not None:
                 tma.async_copy_shared_to_global(second, [row, head, begin, 0], held.second.index(place))
@@ -193,39 +223,67 @@ def send_results(held, done, first, second, length, call):
 
 
 @gluon.jit
-def hold(held, done, first, second, job, follows, call, tiles: gl.constexpr):
-    """Loads and notes what the `done`-th job keeps."""
+def prepare(held, done, first, second, place_of_job, call, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
+    """Loads and notes what the `done`-th job keeps, into a slot that `send_results` made free; or tells that there is
+    none, if it has no place."""
     slot = done & 1
-    note_job(held.notes, slot, job, follows, call, tiles)
-    for part in gl.static_range(CONSUMERS):
-        place = slot * CONSUMERS + part
-        full = held.full.index(place)
-        begin = job.item.begin + part * ROWS
-        mbarrier.expect(full, 2 * ROWS * tiles.d * 2)
-        tma.async_copy_global_to_shared(first, [job.item.row, job.head, begin, 0], full, held.first.index(place))
-        tma.async_copy_global_to_shared(second, [job.item.row, job.head, begin, 0], full, held.second.index(place))
+    if place_of_job < call.total:
+        job = job_at(call, place_of_job, tiles, TRANSPOSED)
+        _note_job(held.notes, slot, job, call, tiles)
+        barrier()
+        for part in gl.static_range(CONSUMERS):
+            place = slot * CONSUMERS + part
+            full = held.full.index(place)
+            begin = job.item.begin + part * ROWS
+            mbarrier.expect(full, 2 * ROWS * tiles.d * 2)
+            tma.async_copy_global_to_shared(first, [job.item.row, job.head, begin, 0], full, held.first.index(place))
+            tma.async_copy_global_to_shared(second, [job.item.row, job.head, begin, 0], full, held.second.index(place))
+    else:
+        write_note(held.notes, slot * NOTES, 0)
+        barrier()
+        for part in gl.static_range(CONSUMERS):
+            mbarrier.arrive(held.full.index(slot * CONSUMERS + part), count=1)
 
 
 @gluon.jit
-def leave(tile, values, rows, job, begin, call, DIM: gl.constexpr):
-    """Leaves 64 rows of results from `begin` on in a held tile that is done with, for the producer to send off. `rows`
-    is an Operand of the tensor that they belong to.
+def await_job(part: gl.constexpr, held, done):
+    """Waits until a consumer's part of the slot of the `done`-th job is ready; whether there is such a job."""
+    slot = done & 1
+    mbarrier.wait(held.full.index(slot * CONSUMERS + part), (done >> 1) & 1)
+    return shared(read_note(held.notes, slot * NOTES)) != 0
+
+
+@gluon.jit
+def has_no_rows(share, held, call):
+    """Whether a tile ends before a consumer's share of it begins."""
+    item, _ = noted_item(held.notes, share.slot, call)
+    return share.begin >= shared(item.end)
+
+
+@gluon.jit
+def leave(tile, values, rows, share, held, call, DIM: gl.constexpr):
+    """Leaves 64 rows of results in a held tile that is done with, for the producer to send off. `rows` is an Operand
+    of the tensor that they belong to.
     """
     tile = tile.reshape([ROWS, DIM])
     tile.store(values.to(tile.dtype))
     if call.work is not None:
-        if begin + ROWS > job.item.end:
+        item, head = noted_item(held.notes, share.slot, call)
+        if share.begin + ROWS > item.end:
             # Rows of another sequence follow, which the producer would overwrite.
-            store_shared(rows, job.item.row, job.head, begin, job.item.end, tile, DIM)
+            store_shared(rows, item.row, head, share.begin, item.end, tile, DIM)
     fence_async_shared()
 
 
 @gluon.jit
 def fill(stream, i, first, second, row, head, begin, BLOCK: gl.constexpr, DIM: gl.constexpr):
-    """Loads block `i` of a stream, rows from `begin` on, once its stage is empty."""
+    """Loads and notes block `i` of a stream, rows from `begin` on, once its stage is empty."""
     stage, phase = i % stream.stages, (i // stream.stages) & 1
     full = stream.full.index(stage)
     mbarrier.wait(stream.empty.index(stage), phase ^ 1)
+    write_note(stream.notes, stage * BLOCK_NOTES, begin)
+    write_note(stream.notes, stage * BLOCK_NOTES + 1, head)
+    barrier()
     mbarrier.expect(full, 2 * BLOCK * DIM * 2)
     tma.async_copy_global_to_shared(first, [row, head, begin, 0], full, stream.first.index(stage))
     tma.async_copy_global_to_shared(second, [row, head, begin, 0], full, stream.second.index(stage))
@@ -235,6 +293,13 @@ def fill(stream, i, first, second, row, head, begin, BLOCK: gl.constexpr, DIM: g
 def wait_for(stream, i):
     """Waits until block `i` of a stream is there."""
     mbarrier.wait(stream.full.index(i % stream.stages), (i // stream.stages) & 1)
+
+
+@gluon.jit
+def noted_block(stream, i):
+    """First row and head of block `i` of a stream, which must be there."""
+    place = i % stream.stages * BLOCK_NOTES
+    return read_note(stream.notes, place), read_note(stream.notes, place + 1)
 
 
 @gluon.jit
@@ -269,9 +334,11 @@ def pass_over(stream, begin, end):
 
 
 @gluon.jit
-def clear_outside(stream, i, begin, span, BLOCK: gl.constexpr, DIM: gl.constexpr):
-    """Waits for block `i` of a stream, rows from `begin` on, and clears those outside of the span, if it has any."""
-    if (begin < span.lo) | (begin + BLOCK > span.hi):
-        wait_for(stream, i)
-        clear(tile_of(stream.first, stream, i, BLOCK, DIM), begin, span.lo, span.hi, BLOCK, DIM)
-        clear(tile_of(stream.second, stream, i, BLOCK, DIM), begin, span.lo, span.hi, BLOCK, DIM)
+def clear_outside(stream, i, notes, share, call, BLOCK: gl.constexpr, DIM: gl.constexpr):
+    """Waits for block `i` of a stream, one that needs masking, and clears rows that the job does not meet."""
+    wait_for(stream, i)
+    begin, _ = noted_block(stream, i)
+    item, _ = noted_item(notes, share.slot, call)
+    if (begin < item.lo) | (begin + BLOCK > item.hi):
+        clear(tile_of(stream.first, stream, i, BLOCK, DIM), begin, item.lo, item.hi, BLOCK, DIM)
+        clear(tile_of(stream.second, stream, i, BLOCK, DIM), begin, item.lo, item.hi, BLOCK, DIM)
