@@ -67,71 +67,71 @@ class Gradients(NamedTuple):
 
 
 @gluon.jit
-def _block(job, call, i, tiles: gl.constexpr):
-    """Head and first query of the `i`-th block that is visited: partial ones of all heads first."""
-    span, group = job.span, call.group
-    is_partial = i < job.partial
-    index = gl.where(is_partial, i, i - job.partial)
-    head = job.head
-    if group != 1:
-        # One division serves both kinds of blocks.
-        full = (span.full_end - span.full_begin) // tiles.m
-        blocks = gl.maximum(gl.where(is_partial, span.partial, full), 1)
-        head = job.head * group + index // blocks
-        index = index % blocks
-    full_position = span.full_begin + index * tiles.m
-    position = gl.where(is_partial, partial_position(span, index, tiles.m, tiles), full_position)
+def _block(job, call, i, PARTIAL: gl.constexpr, tiles: gl.constexpr):
+    """Head and first query of a job's `i`-th block of those that need masking, or of the others: those of the first
+    head come first."""
+    span, head = job.span, job.head
+    if call.group != 1:
+        blocks = span.partial if PARTIAL else (span.full_end - span.full_begin) // tiles.m
+        head = job.head * call.group + i // blocks
+        i = i % blocks
+    if PARTIAL:
+        position = partial_position(span, i, tiles.m, tiles)
+    else:
+        position = span.full_begin + i * tiles.m
     return head, place_of(span, call.rules.blocks, position, tiles)
 
 
 @gluon.jit
-def _fill_blocks(q, dout, rowwise, plane, begin, end, step, slot, ring, call, tiles: gl.constexpr):
-    """Loads blocks `[begin, end)` of queries of the job in a slot, with what belongs to them; the stream's next step.
-
-    The job is read anew for each block: the producer has registers for little.
-    """
+def _fill(i, step, q, dout, rowwise, plane, job, slot, ring, call, tiles: gl.constexpr):
+    """Loads a job's `i`-th block of queries with what belongs to them, as block `step` of the stream."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([tiles.m // 32], [32], [1], [0])
-    offsets = gl.arange(0, tiles.m, layout=LAYOUT)
-    for i in range(begin, end):
-        job = noted_job(ring.held.notes, slot, call, tiles, True)
-        item, span = job.item, job.span
-        head, first = _block(job, call, i, tiles)
-        queries = first + offsets
-        row = rowwise + (item.other_row.to(gl.int64) * call.heads + head) * call.len_q + queries
-        live = (queries >= span.lo) & (queries < span.hi)
-        # Queries outside of the span have weights of 0. Loaded before the wait, which hides the latency.
-        lse = gl.load(row, mask=live, other=float("inf"))
-        delta = gl.load(row + plane, mask=live, other=0.0)
-        fill(ring.stream, step, q, dout, item.other_row, head, first, tiles.m, tiles.d)
-        stage = step % ring.stream.stages
-        word = stage * ring.words
-        ring.row_words.index(word).store(lse)
-        ring.row_words.index(word + 1).store(delta)
-        if call.rules.score.seed is not None:
-            ring.row_words.index(word + 2).store(gl.load(row + 2 * plane, mask=live, other=0.0))
-            ring.row_words.index(word + 3).store(gl.load(row + 3 * plane, mask=live, other=0.0))
-        mbarrier.arrive(ring.stream.full.index(stage), count=1)
-        step += 1
-    return step
+    is_partial = i < job.partial
+    lo, hi = gl.to_tensor(0), gl.to_tensor(call.len_q)
+    if is_partial:
+        # The job is read anew, because the producer has registers for little.
+        whole = noted_job(ring.held.notes, slot, call, tiles, True)
+        head, first = _block(whole, call, i, True, tiles)
+        lo, hi = whole.span.lo, whole.span.hi
+    else:
+        head, first = _block(job, call, i - job.partial, False, tiles)
+    queries = first + gl.arange(0, tiles.m, layout=LAYOUT)
+    row = rowwise + (job.item.other_row.to(gl.int64) * call.heads + head) * call.len_q + queries
+    live = (queries >= lo) & (queries < hi)
+    # Queries outside of the span have weights of 0. Loaded before the wait, which hides the latency.
+    lse = gl.load(row, mask=live, other=float("inf"))
+    delta = gl.load(row + plane, mask=live, other=0.0)
+    fill(ring.stream, step, q, dout, job.item.other_row, head, first, is_partial, tiles.m, tiles.d)
+    stage = step % ring.stream.stages
+    word = stage * ring.words
+    ring.row_words.index(word).store(lse)
+    ring.row_words.index(word + 1).store(delta)
+    if call.rules.score.seed is not None:
+        ring.row_words.index(word + 2).store(gl.load(row + 2 * plane, mask=live, other=0.0))
+        ring.row_words.index(word + 3).store(gl.load(row + 3 * plane, mask=live, other=0.0))
+    mbarrier.arrive(ring.stream.full.index(stage), count=1)
 
 
 @gluon.jit
 def _load(q, dout, k, v, dk, dv, rowwise, plane, ring, call, tiles: gl.constexpr):
     """The producer."""
     held = ring.held
+    # Once consumers have given back a block of a job, they have left the results of the job before.
+    early = ring.stream.stages + 1
     step, done = gl.to_tensor(0), gl.to_tensor(0)
     place = first_place(call, tiles, True)
     following = second_place(call, place, tiles, True)
     prepare(held, 0, k, v, place, call, tiles, True)
     while place < call.total:
         claimed = claim(call, done + 2)
-        count = noted_job(held.notes, done & 1, call, tiles, True).count
-        # Once a block of this job was given back, the last one has left its results.
-        early = gl.minimum(count, ring.stream.stages + 1)
-        step = _fill_blocks(q, dout, rowwise, plane, 0, early, step, done & 1, ring, call, tiles)
-        send_results(held, done + 1, dk, dv, call.len_k, call)
-        prepare(held, done + 1, k, v, following, call, tiles, True)
-        step = _fill_blocks(q, dout, rowwise, plane, early, count, step, done & 1, ring, call, tiles)
+        job = noted_job(held.notes, done & 1, call, tiles, True)
+        for i in range(gl.maximum(job.count, early + 1)):
+            if i == early:
+                send_results(held, done + 1, dk, dv, call.len_k, call)
+                prepare(held, done + 1, k, v, following, call, tiles, True)
+            if i < job.count:
+                _fill(i, step + i, q, dout, rowwise, plane, job, done & 1, ring, call, tiles)
+        step += job.count
         place, following = following, settled(call, claimed, tiles, True)
         done += 1
     send_results(held, done + 1, dk, dv, call.len_k, call)
@@ -144,14 +144,14 @@ def _row_word(i, word, ring, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def _weights(i, step, s, lse, share, ring, call, tiles: gl.constexpr):
+def _weights(i, step, s, lse, share, ring, call, MASKED: gl.constexpr, tiles: gl.constexpr):
     """Weights of a share's keys with block `i` of its job, block `step` of the stream.
 
     Weights that dropout drops have a minus sign: both gradients need to know, and a sign takes no registers.
     """
     COLUMNS: gl.constexpr = gl.SliceLayout(0, s.type.layout)
     rules = call.rules
-    if i < share.partial:
+    if MASKED and (i < share.partial):
         item, _ = noted_item(ring.held.notes, share.slot, call)
         first, head = noted_block(ring.stream, step)
         queries = first + gl.arange(0, tiles.m, layout=COLUMNS)
@@ -202,7 +202,7 @@ def _dout(ring, i, tiles: gl.constexpr):
 
 
 @gluon.jit
-def _finish(i, p, ds, dk, dv, ring, tiles: gl.constexpr):
+def _last_products(i, p, ds, dk, dv, ring, tiles: gl.constexpr):
     """Starts the products of weights and gradients of scores with block `i`."""
     dv = warpgroup_mma(p, _dout(ring, i, tiles), dv, is_async=True)
     dk = warpgroup_mma(ds, _queries(ring, i, tiles), dk, is_async=True)
@@ -210,9 +210,18 @@ def _finish(i, p, ds, dk, dv, ring, tiles: gl.constexpr):
 
 
 @gluon.jit
-def _start(i, step, k_tile, v_tile, zero, share, ring, call, tiles: gl.constexpr):
+def _finish(i, p, ds, dk, dv, ring, tiles: gl.constexpr):
+    """The last products of the last block."""
+    dk, dv = _last_products(i, p, ds, dk, dv, ring, tiles)
+    dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
+    release(ring.stream, i)
+    return dk, dv
+
+
+@gluon.jit
+def _start(i, step, k_tile, v_tile, zero, share, ring, call, MASKED: gl.constexpr, tiles: gl.constexpr):
     """Starts the products of keys with the queries of block `i`, and of values with their output gradients."""
-    if i < share.partial:
+    if MASKED and (i < share.partial):
         clear_outside(ring.stream, step, ring.held.notes, share, call, tiles.m, tiles.d)
     return start_products(step, k_tile, v_tile, ring.stream, zero, tiles.m, tiles.d)
 
@@ -222,83 +231,122 @@ def _begin(step, k_tile, v_tile, zero, share, ring, call, tiles: gl.constexpr):
     """Weights of the first block, block `step` of the stream, the product of the values with output gradients, and
     delta of the queries."""
     COLUMNS: gl.constexpr = gl.SliceLayout(0, zero.type.layout)
-    s, dp = _start(0, step, k_tile, v_tile, zero, share, ring, call, tiles)
+    s, dp = _start(0, step, k_tile, v_tile, zero, share, ring, call, True, tiles)
     lse, delta = _row_word(step, 0, ring, COLUMNS), _row_word(step, 1, ring, COLUMNS)
     s, dp = warpgroup_mma_wait(0, deps=(s, dp))
-    return _weights(0, step, s, lse, share, ring, call, tiles), dp, delta
+    return _weights(0, step, s, lse, share, ring, call, True, tiles), dp, delta
+
+
+@gluon.jit
+def _rotated_rounds(
+    begin, end, step, weights, dp, delta, dk, dv, k_tile, v_tile, zero, share, ring, call, OPERAND: gl.constexpr,
+    MASKED: gl.constexpr, tiles: gl.constexpr,
+):  # fmt: skip
+    """Rounds `[begin, end)` of `_rotated`, without masks unless `MASKED`."""
+    dtype: gl.constexpr = ring.held.first.dtype
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, zero.type.layout)
+    score = call.rules.score
+    for i in range(begin, end):
+        at, last = step + i, step + i - 1
+        p = gl.convert_layout(_kept(weights, score).to(dtype), OPERAND)
+        dv_next = warpgroup_mma(p, _dout(ring, last, tiles), dv, is_async=True)
+        ds = gl.convert_layout(_gradient(weights, dp, delta, score).to(dtype), OPERAND)
+        dk_next = warpgroup_mma(ds, _queries(ring, last, tiles), dk, is_async=True)
+        s, dp_next = _start(i, at, k_tile, v_tile, zero, share, ring, call, MASKED, tiles)
+        lse = _row_word(at, 0, ring, COLUMNS)
+        s, dv, dk, _, _ = warpgroup_mma_wait(1, deps=(s, dv_next, dk_next, p, ds))
+        release(ring.stream, last)
+        weights = _weights(i, at, s, lse, share, ring, call, MASKED, tiles)
+        delta = _row_word(at, 1, ring, COLUMNS)
+        dp = warpgroup_mma_wait(0, deps=(dp_next,))
+    return weights, dp, delta, dk, dv
 
 
 @gluon.jit
 def _rotated(
-    step, dk, dv, k_tile, v_tile, zero, share, ring, call, OPERAND: gl.constexpr, tiles: gl.constexpr,
+    step, dk, dv, k_tile, v_tile, zero, share, ring, call, OPERAND: gl.constexpr, STEADY: gl.constexpr,
+    tiles: gl.constexpr,
 ):  # fmt: skip
     """Adds all blocks to `dk` and `dv`. A round issues the last products of a block behind its weights, and with them
     the first ones of the next block; the second of those runs under that block's weights.
     """
     dtype: gl.constexpr = ring.held.first.dtype
-    COLUMNS: gl.constexpr = gl.SliceLayout(0, zero.type.layout)
-    rules = call.rules
+    score = call.rules.score
     weights, dp, delta = _begin(step, k_tile, v_tile, zero, share, ring, call, tiles)
-    for i in range(1, share.count):
-        at, last = step + i, step + i - 1
-        p = gl.convert_layout(_kept(weights, rules.score).to(dtype), OPERAND)
-        dv_next = warpgroup_mma(p, _dout(ring, last, tiles), dv, is_async=True)
-        ds = gl.convert_layout(_gradient(weights, dp, delta, rules.score).to(dtype), OPERAND)
-        dk_next = warpgroup_mma(ds, _queries(ring, last, tiles), dk, is_async=True)
-        s, dp_next = _start(i, at, k_tile, v_tile, zero, share, ring, call, tiles)
-        lse = _row_word(at, 0, ring, COLUMNS)
-        s, dv, dk, _, _ = warpgroup_mma_wait(1, deps=(s, dv_next, dk_next, p, ds))
-        release(ring.stream, last)
-        weights = _weights(i, at, s, lse, share, ring, call, tiles)
-        delta = _row_word(at, 1, ring, COLUMNS)
-        dp = warpgroup_mma_wait(0, deps=(dp_next,))
-    p = gl.convert_layout(_kept(weights, rules.score).to(dtype), OPERAND)
-    ds = gl.convert_layout(_gradient(weights, dp, delta, rules.score).to(dtype), OPERAND)
-    last = step + share.count - 1
-    dk, dv = _finish(last, p, ds, dk, dv, ring, tiles)
-    dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
-    release(ring.stream, last)
-    return dk, dv
+    masked = share.count
+    if STEADY:
+        masked = gl.maximum(share.partial, 1)
+    weights, dp, delta, dk, dv = _rotated_rounds(
+        1, masked, step, weights, dp, delta, dk, dv, k_tile, v_tile, zero, share, ring, call, OPERAND, True, tiles
+    )
+    if STEADY:
+        weights, dp, delta, dk, dv = _rotated_rounds(
+            masked, share.count, step, weights, dp, delta, dk, dv, k_tile, v_tile, zero, share, ring, call, OPERAND,
+            False, tiles,
+        )  # fmt: skip
+    p = gl.convert_layout(_kept(weights, score).to(dtype), OPERAND)
+    ds = gl.convert_layout(_gradient(weights, dp, delta, score).to(dtype), OPERAND)
+    return _finish(step + share.count - 1, p, ds, dk, dv, ring, tiles)
 
 
 @gluon.jit
-def _late(
-    step, dk, dv, k_tile, v_tile, zero, share, ring, call, OPERAND: gl.constexpr, tiles: gl.constexpr,
+def _late_rounds(
+    begin, end, step, p, ds, dk, dv, k_tile, v_tile, zero, share, ring, call, OPERAND: gl.constexpr,
+    MASKED: gl.constexpr, tiles: gl.constexpr,
 ):  # fmt: skip
-    """Adds all blocks to `dk` and `dv`. The last products of a block are issued behind the first ones of the next
-    block, and run under that block's weights.
-    """
+    """Rounds `[begin, end)` of `_late`, without masks unless `MASKED`."""
     dtype: gl.constexpr = ring.held.first.dtype
     COLUMNS: gl.constexpr = gl.SliceLayout(0, zero.type.layout)
-    rules = call.rules
-    weights, dp, delta = _begin(step, k_tile, v_tile, zero, share, ring, call, tiles)
-    p = gl.convert_layout(_kept(weights, rules.score).to(dtype), OPERAND)
-    ds = gl.convert_layout(_gradient(weights, dp, delta, rules.score).to(dtype), OPERAND)
-    for i in range(1, share.count):
+    score = call.rules.score
+    for i in range(begin, end):
         at, last = step + i, step + i - 1
-        s, dp = _start(i, at, k_tile, v_tile, zero, share, ring, call, tiles)
-        dk_next, dv_next = _finish(last, p, ds, dk, dv, ring, tiles)
+        s, dp = _start(i, at, k_tile, v_tile, zero, share, ring, call, MASKED, tiles)
+        dk_next, dv_next = _last_products(last, p, ds, dk, dv, ring, tiles)
         lse = _row_word(at, 0, ring, COLUMNS)
         s = warpgroup_mma_wait(3, deps=(s,))
-        weights = _weights(i, at, s, lse, share, ring, call, tiles)
+        weights = _weights(i, at, s, lse, share, ring, call, MASKED, tiles)
         delta = _row_word(at, 1, ring, COLUMNS)
-        p_next = _kept(weights, rules.score)
+        p_next = _kept(weights, score)
         dp = warpgroup_mma_wait(2, deps=(dp,))
-        ds_next = _gradient(weights, dp, delta, rules.score)
+        ds_next = _gradient(weights, dp, delta, score)
         # Rounded only behind the wait: products in flight read the registers that the operands of the next ones take.
         dk, dv, _, _ = warpgroup_mma_wait(0, deps=(dk_next, dv_next, p, ds))
         release(ring.stream, last)
         p = gl.convert_layout(p_next.to(dtype), OPERAND)
         ds = gl.convert_layout(ds_next.to(dtype), OPERAND)
-    last = step + share.count - 1
-    dk, dv = _finish(last, p, ds, dk, dv, ring, tiles)
-    dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
-    release(ring.stream, last)
-    return dk, dv
+    return p, ds, dk, dv
 
 
 @gluon.jit
-def _compute(part: gl.constexpr, out, ring, call, tiles: gl.constexpr, ROTATED: gl.constexpr):
+def _late(
+    step, dk, dv, k_tile, v_tile, zero, share, ring, call, OPERAND: gl.constexpr, STEADY: gl.constexpr,
+    tiles: gl.constexpr,
+):  # fmt: skip
+    """Adds all blocks to `dk` and `dv`. The last products of a block are issued behind the first ones of the next
+    block, and run under that block's weights.
+    """
+    dtype: gl.constexpr = ring.held.first.dtype
+    score = call.rules.score
+    weights, dp, delta = _begin(step, k_tile, v_tile, zero, share, ring, call, tiles)
+    p = gl.convert_layout(_kept(weights, score).to(dtype), OPERAND)
+    ds = gl.convert_layout(_gradient(weights, dp, delta, score).to(dtype), OPERAND)
+    masked = share.count
+    if STEADY:
+        masked = gl.maximum(share.partial, 1)
+    p, ds, dk, dv = _late_rounds(
+        1, masked, step, p, ds, dk, dv, k_tile, v_tile, zero, share, ring, call, OPERAND, True, tiles
+    )
+    if STEADY:
+        p, ds, dk, dv = _late_rounds(
+            masked, share.count, step, p, ds, dk, dv, k_tile, v_tile, zero, share, ring, call, OPERAND, False, tiles
+        )
+    return _finish(step + share.count - 1, p, ds, dk, dv, ring, tiles)
+
+
+@gluon.jit
+def _compute(
+    part: gl.constexpr, out, ring, call, tiles: gl.constexpr, ROTATED: gl.constexpr, STEADY: gl.constexpr
+):  # fmt: skip
     """A consumer: the `part`-th 64 keys of each job. No product is left running at the end of a round."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tiles.m, 16])
     DK: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tiles.d, 16])
@@ -323,9 +371,9 @@ def _compute(part: gl.constexpr, out, ring, call, tiles: gl.constexpr, ROTATED: 
             if tiles.d == 64:
                 v_tile = v_tile.load(gl.DotOperandLayout(0, S, 2))
             if ROTATED:
-                dk, dv = _rotated(step, dk, dv, k_tile, v_tile, zero, share, ring, call, OPERAND, tiles)
+                dk, dv = _rotated(step, dk, dv, k_tile, v_tile, zero, share, ring, call, OPERAND, STEADY, tiles)
             else:
-                dk, dv = _late(step, dk, dv, k_tile, v_tile, zero, share, ring, call, OPERAND, tiles)
+                dk, dv = _late(step, dk, dv, k_tile, v_tile, zero, share, ring, call, OPERAND, STEADY, tiles)
         leave(held.first.index(place), dk * score.scale, out.dk, share, held, call, tiles.d)
         if score.seed is not None:
             dv = dv * score.keep_scale
@@ -336,20 +384,20 @@ def _compute(part: gl.constexpr, out, ring, call, tiles: gl.constexpr, ROTATED: 
 
 
 @gluon.jit
-def _consumer_0(out, ring, call, tiles: gl.constexpr, ROTATED: gl.constexpr):
-    _compute(0, out, ring, call, tiles, ROTATED)
+def _consumer_0(out, ring, call, tiles: gl.constexpr, ROTATED: gl.constexpr, STEADY: gl.constexpr):
+    _compute(0, out, ring, call, tiles, ROTATED, STEADY)
 
 
 @gluon.jit
-def _consumer_1(out, ring, call, tiles: gl.constexpr, ROTATED: gl.constexpr):
-    _compute(1, out, ring, call, tiles, ROTATED)
+def _consumer_1(out, ring, call, tiles: gl.constexpr, ROTATED: gl.constexpr, STEADY: gl.constexpr):
+    _compute(1, out, ring, call, tiles, ROTATED, STEADY)
 
 
 @gluon.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles", "total", "plane"])
 def dkdv_kernel(
     dout, dk, dk_rows, dv, dv_rows, q, k, v, rowwise, plane, work, claims, mask, dense, blocks, score, bias, diagonal, heads,
     group, len_q, len_k, num_tiles, total, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
-    ROTATED: gl.constexpr, LISTED: gl.constexpr, WIDTH: gl.constexpr,
+    ROTATED: gl.constexpr, STEADY: gl.constexpr, LISTED: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
     """Writes `dk` and `dv`. They, `dout`, `q`, `k` and `v` are descriptors of `(B, H, S, D)` with boxes of BLOCK_M
     (dout, q) or 64 rows; `dk_rows` and `dv_rows` are Operands. `rowwise` and its planes are those of rows.py.
@@ -371,8 +419,8 @@ def dkdv_kernel(
     out = Gradients(dk_rows, dv_rows)
     gl.warp_specialize(
         [
-            (_consumer_0, (out, ring, call, tiles, ROTATED)),
-            (_consumer_1, (out, ring, call, tiles, ROTATED)),
+            (_consumer_0, (out, ring, call, tiles, ROTATED, STEADY)),
+            (_consumer_1, (out, ring, call, tiles, ROTATED, STEADY)),
             (_load, (q, dout, k, v, dk, dv, rowwise, plane, ring, call, tiles)),
         ],
         [4, 1],

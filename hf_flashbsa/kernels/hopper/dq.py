@@ -15,7 +15,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS, Call, first_key
+from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS, Call
 from hf_flashbsa.kernels.hopper.jobs import (
     allocate_held,
     allocate_stream,
@@ -37,7 +37,7 @@ from hf_flashbsa.kernels.hopper.jobs import (
     wait_for,
 )
 from hf_flashbsa.kernels.hopper.turns import claim, first_place, second_place, settled
-from hf_flashbsa.kernels.primitives import dropout_keep, log2_factor, visible, within
+from hf_flashbsa.kernels.primitives import dropout_keep, log2_factor, partial_position, place_of, visible, within
 from hf_flashbsa.kernels.records import Rules, Tiles
 from hf_flashbsa.kernels.rows import begin_rows, finish_rows
 
@@ -82,23 +82,26 @@ def _out(part: gl.constexpr, stream, i, tiles: gl.constexpr):
 
 
 @gluon.jit
-def _fill_blocks(k, v, begin, end, step, slot, ring, call, tiles: gl.constexpr):
-    """Loads blocks `[begin, end)` of keys and values of the job in a slot; the stream's next step.
-
-    The job is read anew for each block: the producer has registers for little.
-    """
-    for i in range(begin, end):
-        job = noted_job(ring.held.notes, slot, call, tiles, False)
-        first = first_key(job.span, call.rules.blocks, i, tiles)
-        fill(ring.stream, step, k, v, job.item.other_row, job.head // call.group, first, tiles.n, tiles.d)
-        step += 1
-    return step
+def _fill(i, step, k, v, job, slot, ring, call, tiles: gl.constexpr):
+    """Loads a job's `i`-th block of keys and values as block `step` of the stream."""
+    is_partial = i < job.partial
+    if is_partial:
+        # The job is read anew, because the producer has registers for little.
+        whole = noted_job(ring.held.notes, slot, call, tiles, False)
+        position = partial_position(whole.span, i, tiles.n, tiles)
+    else:
+        position = job.span.full_begin + (i - job.partial) * tiles.n
+    first = place_of(job.span, call.rules.blocks, position, tiles)
+    noted = is_partial if call.rules.score.seed is None else True  # dropout goes by the places of all keys
+    fill(ring.stream, step, k, v, job.item.other_row, job.head // call.group, first, noted, tiles.n, tiles.d)
 
 
 @gluon.jit
 def _load(q, dout, k, v, out, dq, ring, call, tiles: gl.constexpr):
     """The producer."""
     held = ring.held
+    # Once consumers have given back a block of a job, they have left the results of the job before.
+    early = ring.stream.stages
     step, done = gl.to_tensor(0), gl.to_tensor(0)
     place = first_place(call, tiles, False)
     following = second_place(call, place, tiles, False)
@@ -107,13 +110,14 @@ def _load(q, dout, k, v, out, dq, ring, call, tiles: gl.constexpr):
         claimed = claim(call, done + 2)
         job = noted_job(held.notes, done & 1, call, tiles, False)
         _fill_out(ring.stream, step, out, job, tiles)
-        # Once a block of this job was given back, the last one has left its results.
-        count = job.count
-        early = gl.minimum(count, ring.stream.stages + 1)
-        step = _fill_blocks(k, v, 0, early, step + 1, done & 1, ring, call, tiles)
-        send_results(held, done + 1, dq, None, call.len_q, call)
-        prepare(held, done + 1, q, dout, following, call, tiles, False)
-        step = _fill_blocks(k, v, early, count, step, done & 1, ring, call, tiles)
+        step += 1
+        for i in range(gl.maximum(job.count, early + 1)):
+            if i == early:
+                send_results(held, done + 1, dq, None, call.len_q, call)
+                prepare(held, done + 1, q, dout, following, call, tiles, False)
+            if i < job.count:
+                _fill(i, step + i, k, v, job, done & 1, ring, call, tiles)
+        step += job.count
         place, following = following, settled(call, claimed, tiles, False)
         done += 1
     send_results(held, done + 1, dq, None, call.len_q, call)
@@ -135,9 +139,9 @@ def _rows(part: gl.constexpr, step, queries, do_tile, sources, share, ring, call
 
 
 @gluon.jit
-def _start(i, step, q_tile, do_tile, zero, share, ring, call, tiles: gl.constexpr):
+def _start(i, step, q_tile, do_tile, zero, share, ring, call, MASKED: gl.constexpr, tiles: gl.constexpr):
     """Starts the products of queries with the keys of block `i`, and of output gradients with its values."""
-    if i < share.partial:
+    if MASKED and (i < share.partial):
         clear_outside(ring.stream, step, ring.held.notes, share, call, tiles.n, tiles.d)
     return start_products(step, q_tile, do_tile, ring.stream, zero, tiles.n, tiles.d)
 
@@ -149,10 +153,10 @@ def _keys(ring, i, tiles: gl.constexpr):
 
 
 @gluon.jit
-def _weights(i, step, s, rows, share, ring, call, tiles: gl.constexpr):
+def _weights(i, step, s, rows, share, ring, call, MASKED: gl.constexpr, tiles: gl.constexpr):
     """Weights of a share's queries with block `i` of its job, block `step` of the stream, before dropout."""
     rules = call.rules
-    if i < share.partial:
+    if MASKED and (i < share.partial):
         item, head = noted_item(ring.held.notes, share.slot, call)
         first, _ = noted_block(ring.stream, step)
         queries = share.begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout))
@@ -178,32 +182,51 @@ def _gradient(step, p, dp, rows, share, ring, score):
 
 
 @gluon.jit
+def _rounds(
+    begin, end, step, ds, dq, q_tile, do_tile, zero, rows, share, ring, call, DS: gl.constexpr, MASKED: gl.constexpr,
+    tiles: gl.constexpr,
+):  # fmt: skip
+    """Adds blocks `[begin - 1, end - 1)` of a job to `dq`, without masks for their successors unless `MASKED`. `ds` is
+    that of the first block, then that of block `end - 1`."""
+    dtype: gl.constexpr = ring.held.first.dtype
+    for i in range(begin, end):
+        at, last = step + i, step + i - 1
+        s, dp = _start(i, at, q_tile, do_tile, zero, share, ring, call, MASKED, tiles)
+        dq_next = warpgroup_mma(ds, _keys(ring, last, tiles), dq, is_async=True)
+        s = warpgroup_mma_wait(2, deps=(s,))
+        p = _weights(i, at, s, rows, share, ring, call, MASKED, tiles)
+        dp = warpgroup_mma_wait(1, deps=(dp,))
+        ds_next = _gradient(at, p, dp, rows, share, ring, call.rules.score)
+        # The product in flight reads the registers of `ds`.
+        dq, _ = warpgroup_mma_wait(0, deps=(dq_next, ds))
+        release(ring.stream, last)
+        ds = gl.convert_layout(ds_next.to(dtype), DS)
+    return ds, dq
+
+
+@gluon.jit
 def _gradients(
-    step, dq, q_tile, do_tile, rows, share, ring, call, S: gl.constexpr, DS: gl.constexpr, tiles: gl.constexpr
+    step, dq, q_tile, do_tile, rows, share, ring, call, S: gl.constexpr, DS: gl.constexpr, STEADY: gl.constexpr,
+    tiles: gl.constexpr,
 ):  # fmt: skip
     """Adds all blocks of a job, of which the first one is block `step` of the stream, to `dq`."""
-    score = call.rules.score
     dtype: gl.constexpr = ring.held.first.dtype
     zero = gl.zeros([ROWS, tiles.n], gl.float32, S)
     if tiles.n == 64:
         # From registers, which blocks of 128 keys leave none of: shared memory feeds products with 64 keys too slowly.
         q_tile = q_tile.load(gl.DotOperandLayout(0, S, 2))
-    s, dp = _start(0, step, q_tile, do_tile, zero, share, ring, call, tiles)
+    s, dp = _start(0, step, q_tile, do_tile, zero, share, ring, call, True, tiles)
     s, dp = warpgroup_mma_wait(0, deps=(s, dp))
-    p = _weights(0, step, s, rows, share, ring, call, tiles)
-    ds = gl.convert_layout(_gradient(step, p, dp, rows, share, ring, score).to(dtype), DS)
-    for i in range(1, share.count):
-        at, last = step + i, step + i - 1
-        s, dp = _start(i, at, q_tile, do_tile, zero, share, ring, call, tiles)
-        dq_next = warpgroup_mma(ds, _keys(ring, last, tiles), dq, is_async=True)
-        s = warpgroup_mma_wait(2, deps=(s,))
-        p = _weights(i, at, s, rows, share, ring, call, tiles)
-        dp = warpgroup_mma_wait(1, deps=(dp,))
-        ds_next = _gradient(at, p, dp, rows, share, ring, score)
-        # The product in flight reads the registers of `ds`.
-        dq, _ = warpgroup_mma_wait(0, deps=(dq_next, ds))
-        release(ring.stream, last)
-        ds = gl.convert_layout(ds_next.to(dtype), DS)
+    p = _weights(0, step, s, rows, share, ring, call, True, tiles)
+    ds = gl.convert_layout(_gradient(step, p, dp, rows, share, ring, call.rules.score).to(dtype), DS)
+    masked = share.count
+    if STEADY:
+        masked = gl.maximum(share.partial, 1)
+    ds, dq = _rounds(1, masked, step, ds, dq, q_tile, do_tile, zero, rows, share, ring, call, DS, True, tiles)
+    if STEADY:
+        ds, dq = _rounds(
+            masked, share.count, step, ds, dq, q_tile, do_tile, zero, rows, share, ring, call, DS, False, tiles
+        )
     last = step + share.count - 1
     dq = warpgroup_mma(ds, _keys(ring, last, tiles), dq, is_async=True)
     dq = warpgroup_mma_wait(0, deps=(dq,))
@@ -212,7 +235,7 @@ def _gradients(
 
 
 @gluon.jit
-def _compute(part: gl.constexpr, dq_rows, sources, ring, call, tiles: gl.constexpr):
+def _compute(part: gl.constexpr, dq_rows, sources, ring, call, tiles: gl.constexpr, STEADY: gl.constexpr):
     """A consumer: the `part`-th 64 queries of each job. No product is left running at the end of a round."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tiles.n, 16])
     DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tiles.d, 16])
@@ -231,7 +254,7 @@ def _compute(part: gl.constexpr, dq_rows, sources, ring, call, tiles: gl.constex
         if has_no_rows(share, held, call):
             pass_over(ring.stream, step, step + share.count)
         elif share.count > 0:
-            dq = _gradients(step, dq, q_tile, do_tile, rows, share, ring, call, S, DS, tiles)
+            dq = _gradients(step, dq, q_tile, do_tile, rows, share, ring, call, S, DS, STEADY, tiles)
         leave(held.first.index(place), dq * call.rules.score.scale, dq_rows, share, held, call, tiles.d)
         mbarrier.arrive(held.empty.index(place), count=1)
         step += share.count
@@ -239,20 +262,20 @@ def _compute(part: gl.constexpr, dq_rows, sources, ring, call, tiles: gl.constex
 
 
 @gluon.jit
-def _consumer_0(dq_rows, sources, ring, call, tiles: gl.constexpr):
-    _compute(0, dq_rows, sources, ring, call, tiles)
+def _consumer_0(dq_rows, sources, ring, call, tiles: gl.constexpr, STEADY: gl.constexpr):
+    _compute(0, dq_rows, sources, ring, call, tiles, STEADY)
 
 
 @gluon.jit
-def _consumer_1(dq_rows, sources, ring, call, tiles: gl.constexpr):
-    _compute(1, dq_rows, sources, ring, call, tiles)
+def _consumer_1(dq_rows, sources, ring, call, tiles: gl.constexpr, STEADY: gl.constexpr):
+    _compute(1, dq_rows, sources, ring, call, tiles, STEADY)
 
 
 @gluon.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles", "total", "plane"])
 def dq_kernel(
     dout, dq, dq_rows, q, k, v, out, lse, dlse, rowwise, plane, work, claims, mask, dense, blocks, score, bias, diagonal,
     heads, group, len_q, len_k, num_tiles, total, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    LISTED: gl.constexpr, WIDTH: gl.constexpr,
+    STEADY: gl.constexpr, LISTED: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
     """Writes `dq` and `rowwise`. `dout`, `dq`, `q`, `k`, `v` and `out` are descriptors of `(B, H, S, D)` with boxes of
     64 (dout, dq, q) or BLOCK_N rows; `dq_rows`, an Operand, is `dq` once more, for parts of tiles whose box has rows of
@@ -271,8 +294,8 @@ def dq_kernel(
     sources = Sources(lse, dlse, rowwise, plane)
     gl.warp_specialize(
         [
-            (_consumer_0, (dq_rows, sources, ring, call, tiles)),
-            (_consumer_1, (dq_rows, sources, ring, call, tiles)),
+            (_consumer_0, (dq_rows, sources, ring, call, tiles, STEADY)),
+            (_consumer_1, (dq_rows, sources, ring, call, tiles, STEADY)),
             (_load, (q, dout, k, v, out, dq, ring, call, tiles)),
         ],
         [4, 1],

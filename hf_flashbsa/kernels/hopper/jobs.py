@@ -141,7 +141,12 @@ def noted_share(part: gl.constexpr, notes, slot, call, tiles: gl.constexpr, TRAN
     if call.work is not None:
         key_origin = shared(job.item.key_origin)
     begin = shared(job.item.begin) + part * ROWS
-    return Share(slot, begin, key_origin, shared(job.partial), shared(job.count))
+    partial = shared(job.partial)
+    if (call.work is None) & (call.rules.mask.window_left is None) & (call.rules.mask.window_right is None):
+        # A block of each head at most, which is where the other side ends. Told of that, the compiler leaves no masking
+        # in the loop over further blocks.
+        partial = gl.minimum(partial, call.group if TRANSPOSED else 1)
+    return Share(slot, begin, key_origin, partial, shared(job.count))
 
 
 class Held(NamedTuple):
@@ -276,14 +281,15 @@ def leave(tile, values, rows, share, held, call, DIM: gl.constexpr):
 
 
 @gluon.jit
-def fill(stream, i, first, second, row, head, begin, BLOCK: gl.constexpr, DIM: gl.constexpr):
-    """Loads and notes block `i` of a stream, rows from `begin` on, once its stage is empty."""
+def fill(stream, i, first, second, row, head, begin, noted, BLOCK: gl.constexpr, DIM: gl.constexpr):
+    """Loads block `i` of a stream, rows from `begin` on, once its stage is empty; if it is to be `noted`, notes it."""
     stage, phase = i % stream.stages, (i // stream.stages) & 1
     full = stream.full.index(stage)
     mbarrier.wait(stream.empty.index(stage), phase ^ 1)
-    write_note(stream.notes, stage * BLOCK_NOTES, begin)
-    write_note(stream.notes, stage * BLOCK_NOTES + 1, head)
-    barrier()
+    if noted:
+        write_note(stream.notes, stage * BLOCK_NOTES, begin)
+        write_note(stream.notes, stage * BLOCK_NOTES + 1, head)
+        barrier()
     mbarrier.expect(full, 2 * BLOCK * DIM * 2)
     tma.async_copy_global_to_shared(first, [row, head, begin, 0], full, stream.first.index(stage))
     tma.async_copy_global_to_shared(second, [row, head, begin, 0], full, stream.second.index(stage))
@@ -297,7 +303,7 @@ def wait_for(stream, i):
 
 @gluon.jit
 def noted_block(stream, i):
-    """First row and head of block `i` of a stream, which must be there."""
+    """First row and head of block `i` of a stream, which must be there, and noted."""
     place = i % stream.stages * BLOCK_NOTES
     return read_note(stream.notes, place), read_note(stream.notes, place + 1)
 
