@@ -112,13 +112,13 @@ def attention(
         or (bias is not None and bias.requires_grad)
         or (sinks is not None and sinks.requires_grad)
     )
-    numbers = (softmax_scale, softcap, dropout_p, _resolve_backend(backend, q), needs_grad)
+    options = (softmax_scale, softcap, dropout_p, backend, needs_grad)
     # All that `_resolve` depends on: the calls of a model's layers are alike and are validated once.
     arguments = (
         q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
-        q.stride(), k.stride(), v.stride(), numbers,
+        q.stride(), k.stride(), v.stride(), options,
     )  # fmt: skip
-    extras, params = spec.kept("call", arguments, lambda: _resolve(q, k, v, spec, *numbers))
+    extras, params = spec.kept("call", arguments, lambda: _resolve(q, k, v, spec, *options))
     if bias is not None:
         bias = _broadcast_bias(bias, q, k, spec)
         if bias.dtype == torch.float64 and q.dtype != torch.float64:
@@ -198,7 +198,8 @@ def _shape(q: torch.Tensor, k: torch.Tensor) -> Shape:
 
 
 def _resolve(q, k, v, spec, softmax_scale, softcap, dropout_p, backend, needs_grad: bool) -> tuple[Extras, Params]:
-    """Validates all arguments of `attention` but `bias`, `sinks` and `backend`, and gives them the back ends' form."""
+    """Validates all arguments of `attention` but `bias` and `sinks`, and gives them the back ends' form."""
+    backend = _resolve_backend(backend, q)
     _validate(q, k, v, spec)
     scale = 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else float(softmax_scale)
     if not 0.0 <= scale < math.inf:

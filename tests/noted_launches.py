@@ -27,7 +27,7 @@ class Compiled(CompiledKernel):
 
 
 def addressed(argument):
-    if isinstance(argument, tuple):
+    if isinstance(argument, (tuple, list)):
         return tuple(map(addressed, argument))
     if isinstance(argument, TensorDescriptor):
         sizes = (argument.shape, argument.strides, argument.block_shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 
 import pytest
 import torch
@@ -119,13 +120,19 @@ def test_calls_that_share_a_spec():
 
 
 @pytest.mark.parametrize("masking", [{"spec": AttentionSpec(causal=True)}, {"causal": True}], ids=" ".join)
-def test_alike_calls_are_validated_once(masking, monkeypatch):
-    validate, validated = AttentionSpec.validate, []
-    monkeypatch.setattr(AttentionSpec, "validate", lambda *args: validated.append(args) or validate(*args))
+def test_alike_calls_are_validated_and_given_a_back_end_once(masking, monkeypatch):
+    called = []
+
+    def count(owner, name: str) -> None:
+        function = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: called.append(name) or function(*args))
+
+    count(AttentionSpec, "validate")
+    count(sys.modules["hf_flashbsa.attention"], "choose_backend")
     _bounds_spec.cache_clear()
     for _ in range(3):
         attention(*inputs(), **masking)
-    assert len(validated) == 1
+    assert sorted(called) == ["choose_backend", "validate"]
 
 
 def test_keywords_are_refused_after_equal_ones_that_were_not():
@@ -210,8 +217,8 @@ class TestChoice:
 
         _log_choice.cache_clear()
         with caplog.at_level(logging.INFO, "hf_flashbsa"):
-            attention(*inputs())
-            attention(*inputs())
+            attention(*inputs(), AttentionSpec())
+            attention(*inputs(), AttentionSpec())
         assert [r.getMessage() for r in caplog.records] == [
             "attention runs on the torch back end: Triton kernels need a CUDA device, not 'cpu'"
         ]

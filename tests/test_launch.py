@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 from noted_launches import Compiled, addressed
-from triton import knobs
-from triton.backends.nvidia.driver import CudaLauncher
+from triton import knobs, runtime
+from triton.backends.nvidia.driver import CudaLauncher, wrap_handle_tensordesc
+from triton.compiler import LazyDict
 from triton.runtime import _allocation
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hf_flashbsa.kernels import launch, tuning
-from hf_flashbsa.kernels.launch import MAX_PLANS, replay
+from hf_flashbsa.kernels.launch import MAX_DESCRIPTORS, MAX_PLANS, replay
 
 
 class Kernel:
@@ -55,6 +56,7 @@ def pretended_gpu(current: int = 0):
 @pytest.fixture(autouse=True)
 def gpu():
     launch._kept.cache_clear()
+    launch._described.cache_clear()
     with pretended_gpu():
         yield
     launch._kept.cache_clear()
@@ -141,6 +143,88 @@ def test_what_is_launched_without_triton_s_launcher(scratch, monkeypatch):
     assert allocated == [(32 * 6, 16, 7)] * (3 if scratch else 0)
     # Without scratch memory: the first launch, and the one that shows what to pass.
     assert len(through_triton) == (3 if scratch else 2)
+
+
+class Utilities:
+    """What Triton's driver gives its launchers: here, encoding a descriptor counts and gives its arguments."""
+
+    def __init__(self):
+        self.encoded = 0
+
+    def fill_tma_descriptor(self, *arguments):
+        self.encoded += 1
+        return "encoded", arguments
+
+    fill_tma_descriptor_tiled = fill_tma_descriptor  # since Triton 3.7
+
+
+@pytest.fixture
+def utilities(monkeypatch) -> Utilities:
+    made = Utilities()
+    monkeypatch.setattr(runtime.driver, "_active", SimpleNamespace(utils=made))
+    return made
+
+
+#: What the compiler says of a kernel's argument that is a descriptor, or None where it reads it from memory.
+ENCODED = {"swizzle": 3, "elem_size": 4, "elem_type": 7, "block_size": [2, 8], "fp4_padded": False}
+
+
+def launcher_of_descriptors(metadata: dict | None, passed: list) -> CudaLauncher:
+    """Triton's launcher of a kernel with a descriptor and a tuple, which notes what the function in C gets."""
+    launcher = object.__new__(CudaLauncher)
+    signature = {"first": "tensordesc<fp32[2, 8]>", "pair": ("*fp32",), "number": "i32", "SIZE": "constexpr"}
+    vars(launcher).update(
+        launch=wrap_handle_tensordesc(lambda *arguments: passed.append(arguments), signature, [metadata]),
+        num_ctas=1, global_scratch_size=0, global_scratch_align=1, profile_scratch_size=0, profile_scratch_align=1,
+        launch_cooperative_grid=False, launch_pdl=False, arg_annotations=["some"], kernel_signature=b"signature",
+    )  # fmt: skip
+    return launcher
+
+
+def launch_described(run, inputs, outputs, params) -> None:
+    (kernel,) = params
+    run(kernel, (1,), TensorDescriptor.from_tensor(inputs[0], [2, 8]), tuple(outputs), 5, SIZE=8, num_warps=4)
+
+
+@pytest.mark.parametrize("metadata", [ENCODED, None], ids=["encoded", "in memory"])
+def test_descriptors_are_encoded_once_for_each_address(metadata, utilities):
+    """The function in C gets what Triton's own launcher would pass it."""
+    passed, wanted, counts = [], [], []
+    kernel, asked = (Kernel(launcher_of_descriptors(metadata, calls)) for calls in (passed, wanted))
+    calls = [((torch.zeros(4, 8),), (torch.zeros(4, 8),)) for _ in range(3)]
+    replay(launch_described, *calls[0], (kernel,))
+    for _ in range(2):
+        before = utilities.encoded
+        for tensors in calls:
+            replay(launch_described, *tensors, (kernel,))
+        counts.append(utilities.encoded - before)
+    for tensors in (calls[0], *calls, *calls):
+        launch.Launcher().record(launch_described, *tensors, (asked,))
+    assert counts == ([0, 0] if metadata is None else [3, 0])
+    assert kernel.asked == 1
+    assert addressed(passed) == addressed(wanted)
+
+
+def test_no_more_descriptors_than_a_bound_are_kept(utilities):
+    kernel, y = Kernel(launcher_of_descriptors(ENCODED, [])), torch.zeros(1)
+    space = torch.zeros(4 * MAX_DESCRIPTORS + 400)
+    for start in range(0, 4 * (MAX_DESCRIPTORS + 20), 4):
+        replay(launch_described, (space[start:][:32].view(4, 8),), (y,), (kernel,))
+    assert kernel.asked == 1
+    assert launch._described.cache_info().currsize == MAX_DESCRIPTORS
+
+
+def test_a_launcher_that_is_not_known_gets_descriptors(utilities):
+    """Triton's own would get them so too, and encode them."""
+    passed: list = []
+    launcher = launcher_of_descriptors(ENCODED, passed)
+    launcher.launch = lambda *arguments: passed.append(arguments)
+    kernel, x, y = Kernel(launcher), torch.zeros(4, 8), torch.zeros(1)
+    for _ in range(2):
+        replay(launch_described, (x,), (y,), (kernel,))
+    first, again = map(addressed, passed)
+    assert first == again and "descriptor" in repr(first)
+    assert (kernel.asked, utilities.encoded) == (1, 0)
 
 
 def _noting(function, calls: list):
@@ -257,6 +341,25 @@ def test_triton_hooks_see_repeated_launches(names, kernel):
         replay(body, (PLAIN["x"],), (PLAIN["y"],), (1,))
     assert kernel.asked == 1
     assert seen == [(name, {"name": "kernel", "function": "function of kernel", "stream": 7}) for name in names]
+
+
+def test_the_function_in_c_calls_triton_hooks(utilities):
+    passed: list = []
+    kernel, tensors = Kernel(launcher_of_descriptors(ENCODED, passed)), ((torch.zeros(4, 8),), (torch.zeros(1),))
+    replay(launch_described, *tensors, (kernel,))
+    chain = knobs.HookChain()
+    chain.add(print)
+    for hook in (None, chain, None):
+        with mock.patch.object(knobs.runtime, "launch_enter_hook", hook):
+            replay(launch_described, *tensors, (kernel,))
+    assert kernel.asked == 1
+    _, before, during, after = passed
+    assert before == after != during
+    told = [x for x, y in zip(during, before, strict=True) if x != y]
+    assert [x.get() if isinstance(x, LazyDict) else x for x in told] == [
+        {"name": "kernel", "function": "function of kernel", "stream": 7},
+        chain,
+    ]
 
 
 def test_an_inspected_compilation_is_not_kept(kernel):

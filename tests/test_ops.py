@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from hf_flashbsa import AttentionSpec, attention
+from hf_flashbsa.kernels import triton_backend
 
 BIAS = torch.randn(1, 4, 5, 7, requires_grad=True)
 SINKS = torch.randn(4, requires_grad=True)
@@ -133,6 +134,21 @@ def test_second_derivatives_are_refused(backend):
     out = attention(q, k, v, backend=backend)
     with pytest.raises(RuntimeError, match="second derivative"):
         torch.autograd.grad(out.sum(), q, create_graph=True)
+
+
+@options_sets
+def test_a_call_without_optional_tensors_saves_none_of_them(options):
+    """They would cost the host, in every call."""
+    saved = attention(*inputs(), **options).grad_fn.saved_tensors
+    assert (len(saved) == 5) == all(x is None for x in saved[5:])
+
+
+def test_launches_of_a_call_without_optional_tensors_get_none_of_them(monkeypatch):
+    got = []
+    monkeypatch.setattr(triton_backend, "replay", lambda body, inputs, outputs, params: got.append(len(inputs)))
+    tensors = inputs()
+    torch.autograd.grad(attention(*tensors, causal=True, backend="triton").sum(), tensors)
+    assert got == [3, 7]
 
 
 def test_ops_trace_without_data():

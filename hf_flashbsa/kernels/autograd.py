@@ -15,7 +15,7 @@ import torch
 from torch.overrides import has_torch_function_variadic
 
 from hf_flashbsa.kernels.dropout import drop_threshold
-from hf_flashbsa.kernels.state import Extras, Params
+from hf_flashbsa.kernels.state import NO_EXTRAS, Extras, Params, carried
 from hf_flashbsa.spec import TILE, AttentionSpec, Shape
 
 _EXTRAS = ", ".join(f"Tensor? {name}" for name in Extras._fields)
@@ -48,10 +48,10 @@ def _empty_outputs(q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torc
     """Uninitialised `out` and `lse`. `out` lies in memory as `(B, Sq, Hq, Dv)`, the order models want it in."""
     batch, heads, length, _ = q.shape
     dim = v.shape[-1]
-    strides = (length * heads * dim, dim, heads * dim, 1)
+    out = q.new_empty_strided((batch, heads, length, dim), (length * heads * dim, dim, heads * dim, 1))
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = q.new_empty_strided((batch, heads, length, dim), strides)
-    return out, torch.empty(batch, heads, length, dtype=lse_dtype, device=q.device)
+    lse = q.new_empty_strided((batch, heads, length), (heads * length, length, 1), dtype=lse_dtype)
+    return out, lse
 
 
 def _empty_gradients(q, k, v, extras: Extras, need_dbias: bool) -> tuple[torch.Tensor | None, ...]:
@@ -144,17 +144,18 @@ def _gradients(ctx, dout, dlse, need_dbias: bool) -> tuple[torch.Tensor | None, 
     if torch.is_grad_enabled():  # create_graph=True
         raise RuntimeError("hf_flashbsa: attention has no second derivative; use attn_implementation='eager'.")
     q, k, v, out, lse, *extras = ctx.saved_tensors
+    extras = Extras(*extras) if extras else NO_EXTRAS
     if dout is None:
         dout = torch.zeros_like(out)
     if ctx.plain and _is_plain(dout, dlse):
-        return _backward(dout, dlse, q, k, v, out, lse, Extras(*extras), ctx.params, need_dbias)
+        return _backward(dout, dlse, q, k, v, out, lse, extras, ctx.params, need_dbias)
     return torch.ops.hf_flashbsa.attention_backward.default(
         dout, dlse, q, k, v, out, lse, *extras, *ctx.params, need_dbias
     )
 
 
 def _keep(ctx, q, k, v, out, lse, extras: Extras, params: Params, plain: bool) -> None:
-    ctx.save_for_backward(q, k, v, out, lse, *extras)
+    ctx.save_for_backward(q, k, v, out, lse, *carried(extras))
     ctx.params, ctx.plain = params, plain
     ctx.set_materialize_grads(False)
 
@@ -237,7 +238,7 @@ def resolve(
         block_size=0 if layout is None else layout.block_size,
         backend=backend,
     )
-    return extras, params
+    return NO_EXTRAS if all(x is None for x in extras) else extras, params
 
 
 def attend(

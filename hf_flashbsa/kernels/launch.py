@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from operator import itemgetter
 
 import torch
 import triton
 from triton import knobs
-from triton.backends.nvidia.driver import CudaLauncher
+from triton.backends.nvidia.driver import CudaLauncher, make_tensordesc_arg
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
@@ -29,8 +30,11 @@ logger = logging.getLogger(__name__)
 
 #: Plans kept. A training step needs about ten for each shape of its batches.
 MAX_PLANS = 256
+#: Descriptors kept. A layer needs fifteen, and the next training step the same ones: torch's allocator gives the same
+#: addresses again.
+MAX_DESCRIPTORS = 8192
 #: Releases of Triton whose `JITFunction.run` launches a compiled kernel as `Plan.run` does, whose `CudaLauncher` does
-#: no more than `_call_of` says, and whose Gluon the Hopper kernels are written in.
+#: no more than `_call_of` says and copies what it gets, and whose Gluon the Hopper kernels are written in.
 KNOWN_TRITON = ("3.6", "3.7")
 
 
@@ -67,76 +71,74 @@ class Launcher:
         self.launched.append((compiled, (*grid, 1, 1)[:3], arguments))
 
 
-#: What stands for the stream until it is known.
-_STREAM = object()
+#: Stand in a plan for what is known when it runs: the stream, what Triton tells hooks of a launch, and the hooks.
+_STREAM, _METADATA, _ENTER, _LEAVE = _RUNTIME = tuple(object() for _ in range(4))
 
 
 class Plan:
     """What a `Launcher` launched, without the tensors.
 
-    Arguments are picked from one list of values: the tensors' addresses, the stream, then the constants. Tuples and
-    descriptors that hold addresses have their places among the constants and are made anew for each run.
+    Arguments are picked from one list of values: the tensors' addresses, what `_RUNTIME` stands for, then the
+    constants. Descriptors, and tuples of more than constants, have their places among the constants and are filled in
+    for each run.
     """
 
     def __init__(self, launcher: Launcher):
-        places = {id(x): place for place, x in enumerate(launcher.tensors) if x is not None}
-        places[id(_STREAM)] = len(launcher.tensors)
-        first_constant = len(launcher.tensors) + 1
-        changing = set(places.values())
+        changing = (*launcher.tensors, *_RUNTIME)
+        places = {id(x): place for place, x in enumerate(changing) if x is not None}
+        self._metadata = places[id(_METADATA)]
         self._constants: list = []
-        self._made: list[tuple[int, Callable]] = []
+        self._descriptors: list[tuple[int, _Redescribed, int]] = []
+        self._tuples: list[tuple[int, Callable]] = []
 
         def place_of(argument) -> int:
             if id(argument) in places:
                 return places[id(argument)]
             if isinstance(argument, torch.Tensor):
                 raise LookupError("a kernel got a tensor that `replay` was not given; give it, or the view of it.")
-            place = places[id(argument)] = first_constant + len(self._constants)
-            self._constants.append(argument)
-            if hasattr(argument, "base"):  # a TMA descriptor, which Triton's launcher encodes anew from its address
-                changing.add(place)
-                self._constants[-1] = None
-                self._made.append((place, _Redescribed(argument, place_of(argument.base))))
-            if isinstance(argument, tuple):
-                parts = tuple(map(place_of, argument))
-                if not changing.isdisjoint(parts):
-                    changing.add(place)
-                    self._constants[place - first_constant] = None
-                    self._made.append((place, _picker(parts)))
+            place = places[id(argument)] = len(changing) + len(self._constants)
+            self._constants.append(argument if _is_constant(argument) else None)
+            if hasattr(argument, "base"):
+                self._descriptors.append((place, _Redescribed(argument), place_of(argument.base)))
+            elif not _is_constant(argument):
+                self._tuples.append((place, _picker(tuple(map(place_of, argument)))))  # after those that it holds
             return place
 
         # All calls are alive until each has its places, which go by identity.
         calls = [_call_of(*launched) for launched in launcher.launched]
-        self._calls = [(function, _picker(tuple(map(place_of, arguments)))) for function, arguments in calls]
-        self._launches = [
-            (compiled, grid, _picker(tuple(map(place_of, arguments))))
-            for compiled, grid, arguments in launcher.launched
+        self._calls = [
+            (kernel, grid, function, _picker(tuple(map(place_of, arguments))))
+            for (kernel, grid, _), (function, arguments) in zip(launcher.launched, calls, strict=True)
         ]
 
     def run(self, addresses: list[int | None], device: int) -> None:
         """Launches on the current stream of `device`, which must be the current device."""
         stream = driver.active.get_current_stream(device)
         enter, leave = _hook(knobs.runtime.launch_enter_hook), _hook(knobs.runtime.launch_exit_hook)
-        values = [*addresses, stream, *self._constants]
-        for place, make in self._made:
-            values[place] = make(values)
-        if enter is None and leave is None:
-            for function, pick in self._calls:
-                function(*pick(values))
-            return
-        for kernel, grid, pick in self._launches:
-            arguments = pick(values)
-            metadata = kernel.launch_metadata(grid, stream, *arguments)
-            kernel.run(*grid, stream, kernel.function, kernel.packed_metadata, metadata, enter, leave, *arguments)
+        values = [*addresses, stream, None, enter, leave, *self._constants]
+        for place, like, base in self._descriptors:
+            values[place] = _described(like, values[base])
+        for place, pick in self._tuples:
+            values[place] = pick(values)
+        for kernel, grid, function, pick in self._calls:
+            if enter is not None or leave is not None:  # a kernel may have its arguments told too; none here does
+                values[self._metadata] = kernel.launch_metadata(grid, stream)
+            function(*pick(values))
+
+
+def _is_constant(argument) -> bool:
+    if isinstance(argument, tuple):
+        return all(map(_is_constant, argument))
+    return not (isinstance(argument, torch.Tensor) or hasattr(argument, "base") or argument in _RUNTIME)
 
 
 def _call_of(kernel: CompiledKernel, grid: tuple[int, ...], arguments: tuple) -> tuple[Callable, tuple]:
-    """A function that launches `kernel` without hooks, and its arguments, with `_STREAM` for the stream.
+    """A function that launches `kernel`, and its arguments, with `_RUNTIME` for what is known when it is called.
 
     Unless the kernel wants scratch memory, `CudaLauncher` only adds to its arguments what is the same each time and
     passes them to its `launch`. A copy with another `launch` tells what they are.
     """
-    arguments = (*grid, _STREAM, kernel.function, kernel.packed_metadata, None, None, None, *arguments)
+    arguments = (*grid, _STREAM, kernel.function, kernel.packed_metadata, _METADATA, _ENTER, _LEAVE, *arguments)
     run = kernel.run
     if not isinstance(run, CudaLauncher) or run.global_scratch_size or run.profile_scratch_size:
         return run, arguments
@@ -144,7 +146,27 @@ def _call_of(kernel: CompiledKernel, grid: tuple[int, ...], arguments: tuple) ->
     probe = copy.copy(run)
     probe.launch = lambda *passed: called.append(passed)
     probe(*arguments)
-    return run.launch, called[0]
+    # For a kernel with descriptors, `launch` is a closure that encodes them and calls the function in C. Should a
+    # release have another one, it is called with descriptors in Triton's form.
+    wrapper = inspect.getclosurevars(run.launch).nonlocals if inspect.isfunction(run.launch) else {}
+    if not {"launcher", "tensordesc_meta"} <= wrapper.keys():
+        return run.launch, called[0]
+    return wrapper["launcher"], _encoded(called[0], iter(wrapper["tensordesc_meta"]))
+
+
+def _encoded(arguments: tuple, metadata: Iterator[dict | None]) -> tuple:
+    """What Triton makes of `arguments` for the function in C, but for `_Encoded` instead of encoded descriptors."""
+    made: list = []
+    for x in arguments:
+        if isinstance(x, tuple):
+            made.append(_encoded(x, metadata))
+        elif hasattr(x, "base"):
+            of = next(metadata)
+            first, *sizes = make_tensordesc_arg(x, of)
+            made += first if of is None else _Encoded(x, of), *sizes
+        else:
+            made.append(x)
+    return tuple(made)
 
 
 def _picker(places: tuple[int, ...]) -> Callable:
@@ -161,17 +183,33 @@ class _Address(int):
         return self
 
 
-class _Redescribed:
-    """Makes descriptors like `like`, of what begins at the address in `place`."""
+class _Encoded:
+    """Stands for `descriptor` as the GPU reads it. `metadata` is what Triton knows of the kernel's argument."""
 
-    def __init__(self, like, place: int):
-        self._class, self._place = type(like), place
+    def __init__(self, descriptor, metadata: dict):
+        self.base, self.descriptor, self.metadata = descriptor.base, descriptor, metadata
+
+
+class _Redescribed:
+    """Makes descriptors, in Triton's form or encoded, like `like` but of what begins at another address."""
+
+    def __init__(self, like):
+        self._metadata = None
+        if isinstance(like, _Encoded):
+            like, self._metadata = like.descriptor, like.metadata
+        self._class = type(like)
         self._fields = {name: value for name, value in vars(like).items() if name != "base"}
 
-    def __call__(self, values: list):
+    def at(self, address: int):
         made = object.__new__(self._class)  # the checks of its constructor hold for the address too
-        made.__dict__ = {**self._fields, "base": _Address(values[self._place])}
-        return made
+        made.__dict__ = {**self._fields, "base": _Address(address)}
+        return made if self._metadata is None else make_tensordesc_arg(made, self._metadata)[0]
+
+
+@functools.lru_cache(MAX_DESCRIPTORS)
+def _described(like: _Redescribed, address: int):
+    """Kept, because nothing else decides what it is, and launches copy it."""
+    return like.at(address)
 
 
 def _hook(hook):

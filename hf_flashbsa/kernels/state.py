@@ -30,6 +30,15 @@ class Extras(NamedTuple):
     blocks_k: torch.Tensor | None = None
 
 
+#: The extras of most calls.
+NO_EXTRAS = Extras()
+
+
+def carried(extras: Extras) -> tuple[torch.Tensor | None, ...]:
+    """Arguments that `Extras` makes `extras` of: none for `NO_EXTRAS`, because passing None on costs the host too."""
+    return () if extras is NO_EXTRAS else extras
+
+
 class Params(NamedTuple):
     """Numbers of a call. 0 softcap is none, -1 is an unlimited window, `drop_threshold` is that of dropout.py,
     `block_size` that of a layout, 0 without."""

@@ -18,7 +18,7 @@ from hf_flashbsa.kernels.arguments import (
 from hf_flashbsa.kernels.backward import dbias_kernel, dkdv_kernel, dq_kernel
 from hf_flashbsa.kernels.forward import forward_kernel
 from hf_flashbsa.kernels.launch import replay
-from hf_flashbsa.kernels.state import Extras, Params, sinks_gradient
+from hf_flashbsa.kernels.state import Extras, Params, carried, sinks_gradient
 
 
 def _config(
@@ -130,16 +130,17 @@ def forward(q, k, v, out, lse, extras: Extras, params: Params) -> None:
     """Fills `out` and `lse`, as `autograd` makes them for `q` and `v`."""
     if q.numel() > 0:
         claims = hopper.new_claims(extras, 1, q.device)
-        replay(_forward, (q, k, v, *extras), (out, lse, *claims), params)
+        replay(_forward, (q, k, v, *carried(extras)), (out, lse, *claims), params)
 
 
 def backward(dout, dlse, q, k, v, out, lse, gradients, extras: Extras, params: Params) -> None:
     """Fills `gradients`: dq, dk, dv, dbias, dsinks, as `autograd` makes them for the other arguments, or None."""
     dq, dk, dv, dbias, dsinks = gradients
-    rowwise = lse.new_empty((4 if params.drop_threshold > 0 else 2, *lse.shape))
+    plane = lse.numel()
+    rowwise = lse.new_empty_strided((4 if params.drop_threshold > 0 else 2, plane), (plane, 1))
     dlse = None if dlse is None else dlse.contiguous()
     claims = hopper.new_claims(extras, 2, q.device)
     filled = (rowwise, dq, dk, dv, None if dbias is None or dbias.numel() == 0 else dbias, *claims)
-    replay(_backward, (dout, dlse, q, k, v, out, lse, *extras), filled, params)
+    replay(_backward, (dout, dlse, q, k, v, out, lse, *carried(extras)), filled, params)
     if extras.sinks is not None:
-        dsinks.copy_(sinks_gradient(extras.sinks, lse, rowwise[1]))
+        dsinks.copy_(sinks_gradient(extras.sinks, lse, rowwise[1].view_as(lse)))
