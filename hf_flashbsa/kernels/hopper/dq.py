@@ -273,20 +273,22 @@ def _consumer_1(dq_rows, sources, ring, call, tiles: gl.constexpr, STEADY: gl.co
 
 @gluon.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles", "total", "plane"])
 def dq_kernel(
-    dout, dq, dq_rows, q, k, v, out, lse, dlse, rowwise, plane, work, claims, mask, dense, blocks, score, bias, diagonal,
-    heads, group, len_q, len_k, num_tiles, total, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    STEADY: gl.constexpr, LISTED: gl.constexpr, WIDTH: gl.constexpr,
+    dout, dq, dq_rows, q, k, v, out, lse, dlse, rowwise, plane, work, claims, mask, dense, blocks, score, bias,
+    diagonal, heads, group, len_q, len_k, num_tiles, total, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, STEADY: gl.constexpr, LISTED: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
     """Writes `dq` and `rowwise`. `dout`, `dq`, `q`, `k`, `v` and `out` are descriptors of `(B, H, S, D)` with boxes of
-    64 (dout, dq, q) or BLOCK_N rows; `dq_rows`, an Operand, is `dq` once more, for parts of tiles whose box has rows of
-    another sequence.
+    64 (dout, dq, q) or BLOCK_N rows; `dq_rows`, an Operand, is `dq` once more, for parts of tiles whose box has rows
+    of another sequence.
 
+    STEADY: full blocks have a loop of their own, without masks, which pays where masked ones are not the first alone.
     A block of keys is needed a round longer than its values: from STAGES = 3 on, blocks load ahead. Grid: programs
     that share the `total` tiles of 128 queries of all heads and batch rows.
     """
     gl.static_assert((score.softcap is None) and (bias.ptr is None), "scores are only scaled")
     tiles: gl.constexpr = Tiles(CONSUMERS * ROWS, BLOCK_N, HEAD_DIM, HEAD_DIM, HEAD_DIM, HEAD_DIM, LISTED, WIDTH)
-    call = Call(work, Rules(mask, dense, blocks, score, bias), diagonal, heads, group, len_q, len_k, num_tiles, total, claims)
+    rules = Rules(mask, dense, blocks, score, bias)
+    call = Call(work, rules, diagonal, heads, group, len_q, len_k, num_tiles, total, claims)
     ring = Ring(
         allocate_held(q, dout, HEAD_DIM),
         allocate_stream(k, v, BLOCK_N, HEAD_DIM, STAGES, 1),

@@ -143,8 +143,8 @@ def noted_share(part: gl.constexpr, notes, slot, call, tiles: gl.constexpr, TRAN
     begin = shared(job.item.begin) + part * ROWS
     partial = shared(job.partial)
     if (call.work is None) & (call.rules.mask.window_left is None) & (call.rules.mask.window_right is None):
-        # A block of each head at most, which is where the other side ends. Told of that, the compiler leaves no masking
-        # in the loop over further blocks.
+        # One block of each head at most, where the other side ends. Told of that, the compiler leaves no masking in
+        # the loop over further blocks.
         partial = gl.minimum(partial, call.group if TRANSPOSED else 1)
     return Share(slot, begin, key_origin, partial, shared(job.count))
 

@@ -70,8 +70,9 @@ def launch_forward(options: dict, claims, launch, q, k, v, out, lse, extras: Ext
 
 
 def launch_dq(
-    options: dict, claims, launch, dout, dq, q, k, v, out, lse, dlse, rowwise, plane: int, extras: Extras, params: Params
-) -> None:
+    options: dict, claims, launch, dout, dq, q, k, v, out, lse, dlse, rowwise, plane: int, extras: Extras,
+    params: Params,
+) -> None:  # fmt: skip
     (batch, heads, len_q, _), (_, heads_k, len_k, _) = q.shape, k.shape
     tiles, batch = tiles_of(extras.work_q, len_q, batch, TILE)
     total = tiles * heads * batch
