@@ -150,6 +150,42 @@ def test_operands_that_a_loop_loses_are_found(instruction, begin, faults):
     assert len(lost_operands(LOADED_AHEAD.format(instruction, begin))) == faults
 
 
+AROUND = """
+        /*0000*/  LDSM.16.M88.4 R40, [R2] ;
+        /*0010*/  HGMMA.64x64x16.F32.BF16 R24, R40, gdesc[UR8], RZ, gsb0 ;
+        /*0020*/  WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0030*/  FFMA R42, R1, R2, R3 ;
+        /*0040*/  @P0 BRA {} ;
+        /*0050*/  EXIT ;
+        /*0060*/  SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [R3], R4 ;
+        /*0070*/  BRA 0x10 ;
+"""
+
+
+def test_operands_that_an_outer_loop_loads_anew_are_not_lost():
+    assert lost_operands(AROUND.format("0x0")) == []
+    assert len(lost_operands(AROUND.format("0x10"))) == 1
+
+
+def test_a_wait_repeated_behind_the_code_makes_no_loop():
+    """A jump to 0x60 returns to the product, which no path from there repeats without the load."""
+    waiting = AROUND.format("0x0").replace("/*0000*/  LDSM", "/*0000*/  @P1 BRA 0x60 ;\n        /*0008*/  LDSM")
+    assert lost_operands(waiting) == []
+
+
+@pytest.mark.parametrize("ragged", [True, False])
+def test_programs_claim_tiles_of_work_tables_alone(monkeypatch, ragged):
+    """Each kernel has a counter of its own, at 0, that begins at a multiple of 16 bytes."""
+    monkeypatch.setattr(tuning, "is_hopper", lambda device: True)
+    extras = Extras(work_q=torch.zeros(3, 11, dtype=torch.int32) if ragged else None)
+    claims = tuple(hopper.new_claims(extras, 2, torch.device("cpu")))
+    if not ragged:
+        assert claims == (None, None)
+        return
+    assert [int(x[0]) for x in claims] == [0, 0]
+    assert claims[1].data_ptr() - claims[0].data_ptr() == 16
+
+
 def _arguments(head_dim=128, length=2048, dtype=torch.bfloat16, dim_v=None, extras=None, **params):
     q = torch.zeros(1, length, 2, head_dim, dtype=dtype).transpose(1, 2)
     v = torch.zeros(1, length, 2, dim_v or head_dim, dtype=dtype).transpose(1, 2)
