@@ -19,7 +19,6 @@ from hf_flashbsa.kernels.hopper.jobs import (
     allocate_held,
     allocate_stream,
     await_job,
-    clear_outside,
     fill,
     has_no_rows,
     leave,
@@ -219,19 +218,11 @@ def _finish(i, p, ds, dk, dv, ring, tiles: gl.constexpr):
 
 
 @gluon.jit
-def _start(i, step, k_tile, v_tile, zero, share, ring, call, MASKED: gl.constexpr, tiles: gl.constexpr):
-    """Starts the products of keys with the queries of block `i`, and of values with their output gradients."""
-    if MASKED and (i < share.partial):
-        clear_outside(ring.stream, step, ring.held.notes, share, call, tiles.m, tiles.d)
-    return start_products(step, k_tile, v_tile, ring.stream, zero, tiles.m, tiles.d)
-
-
-@gluon.jit
 def _begin(step, k_tile, v_tile, zero, share, ring, call, tiles: gl.constexpr):
     """Weights of the first block, block `step` of the stream, the product of the values with output gradients, and
     delta of the queries."""
     COLUMNS: gl.constexpr = gl.SliceLayout(0, zero.type.layout)
-    s, dp = _start(0, step, k_tile, v_tile, zero, share, ring, call, True, tiles)
+    s, dp = start_products(0, step, k_tile, v_tile, zero, share, ring, call, True, tiles.m, tiles.d)
     lse, delta = _row_word(step, 0, ring, COLUMNS), _row_word(step, 1, ring, COLUMNS)
     s, dp = warpgroup_mma_wait(0, deps=(s, dp))
     return _weights(0, step, s, lse, share, ring, call, True, tiles), dp, delta
@@ -252,7 +243,7 @@ def _rotated_rounds(
         dv_next = warpgroup_mma(p, _dout(ring, last, tiles), dv, is_async=True)
         ds = gl.convert_layout(_gradient(weights, dp, delta, score).to(dtype), OPERAND)
         dk_next = warpgroup_mma(ds, _queries(ring, last, tiles), dk, is_async=True)
-        s, dp_next = _start(i, at, k_tile, v_tile, zero, share, ring, call, MASKED, tiles)
+        s, dp_next = start_products(i, at, k_tile, v_tile, zero, share, ring, call, MASKED, tiles.m, tiles.d)
         lse = _row_word(at, 0, ring, COLUMNS)
         s, dv, dk, _, _ = warpgroup_mma_wait(1, deps=(s, dv_next, dk_next, p, ds))
         release(ring.stream, last)
@@ -300,7 +291,7 @@ def _late_rounds(
     score = call.rules.score
     for i in range(begin, end):
         at, last = step + i, step + i - 1
-        s, dp = _start(i, at, k_tile, v_tile, zero, share, ring, call, MASKED, tiles)
+        s, dp = start_products(i, at, k_tile, v_tile, zero, share, ring, call, MASKED, tiles.m, tiles.d)
         dk_next, dv_next = _last_products(last, p, ds, dk, dv, ring, tiles)
         lse = _row_word(at, 0, ring, COLUMNS)
         s = warpgroup_mma_wait(3, deps=(s,))

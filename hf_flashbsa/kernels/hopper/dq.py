@@ -20,7 +20,6 @@ from hf_flashbsa.kernels.hopper.jobs import (
     allocate_held,
     allocate_stream,
     await_job,
-    clear_outside,
     fill,
     has_no_rows,
     leave,
@@ -139,14 +138,6 @@ def _rows(part: gl.constexpr, step, queries, do_tile, sources, share, ring, call
 
 
 @gluon.jit
-def _start(i, step, q_tile, do_tile, zero, share, ring, call, MASKED: gl.constexpr, tiles: gl.constexpr):
-    """Starts the products of queries with the keys of block `i`, and of output gradients with its values."""
-    if MASKED and (i < share.partial):
-        clear_outside(ring.stream, step, ring.held.notes, share, call, tiles.n, tiles.d)
-    return start_products(step, q_tile, do_tile, ring.stream, zero, tiles.n, tiles.d)
-
-
-@gluon.jit
 def _keys(ring, i, tiles: gl.constexpr):
     """Block `i` of the keys."""
     return tile_of(ring.stream.first, ring.stream, i, tiles.n, tiles.d)
@@ -191,7 +182,7 @@ def _rounds(
     dtype: gl.constexpr = ring.held.first.dtype
     for i in range(begin, end):
         at, last = step + i, step + i - 1
-        s, dp = _start(i, at, q_tile, do_tile, zero, share, ring, call, MASKED, tiles)
+        s, dp = start_products(i, at, q_tile, do_tile, zero, share, ring, call, MASKED, tiles.n, tiles.d)
         dq_next = warpgroup_mma(ds, _keys(ring, last, tiles), dq, is_async=True)
         s = warpgroup_mma_wait(2, deps=(s,))
         p = _weights(i, at, s, rows, share, ring, call, MASKED, tiles)
@@ -215,7 +206,7 @@ def _gradients(
     if tiles.n == 64:
         # From registers, which blocks of 128 keys leave none of: shared memory feeds products with 64 keys too slowly.
         q_tile = q_tile.load(gl.DotOperandLayout(0, S, 2))
-    s, dp = _start(0, step, q_tile, do_tile, zero, share, ring, call, True, tiles)
+    s, dp = start_products(0, step, q_tile, do_tile, zero, share, ring, call, True, tiles.n, tiles.d)
     s, dp = warpgroup_mma_wait(0, deps=(s, dp))
     p = _weights(0, step, s, rows, share, ring, call, True, tiles)
     ds = gl.convert_layout(_gradient(step, p, dp, rows, share, ring, call.rules.score).to(dtype), DS)

@@ -315,17 +315,6 @@ def tile_of(tiles, stream, i, BLOCK: gl.constexpr, DIM: gl.constexpr):
 
 
 @gluon.jit
-def start_products(i, first, second, stream, zero, BLOCK: gl.constexpr, DIM: gl.constexpr):
-    """Starts the products of two held tiles with those of block `i` of a stream, transposed."""
-    wait_for(stream, i)
-    tile = tile_of(stream.first, stream, i, BLOCK, DIM)
-    s = warpgroup_mma(first, tile.permute((1, 0)), zero, use_acc=False, is_async=True)
-    tile = tile_of(stream.second, stream, i, BLOCK, DIM)
-    dp = warpgroup_mma(second, tile.permute((1, 0)), zero, use_acc=False, is_async=True)
-    return s, dp
-
-
-@gluon.jit
 def release(stream, i):
     """Gives back the stage of block `i`."""
     mbarrier.arrive(stream.empty.index(i % stream.stages), count=1)
@@ -348,3 +337,21 @@ def clear_outside(stream, i, notes, share, call, BLOCK: gl.constexpr, DIM: gl.co
     if (begin < item.lo) | (begin + BLOCK > item.hi):
         clear(tile_of(stream.first, stream, i, BLOCK, DIM), begin, item.lo, item.hi, BLOCK, DIM)
         clear(tile_of(stream.second, stream, i, BLOCK, DIM), begin, item.lo, item.hi, BLOCK, DIM)
+
+
+@gluon.jit
+def start_products(
+    i, step, first, second, zero, share, ring, call, MASKED: gl.constexpr, BLOCK: gl.constexpr, DIM: gl.constexpr
+):
+    """Starts the products of two held tiles with those of a job's `i`-th block, transposed. It is block `step` of the
+    stream, and without `MASKED` none that needs masking.
+    """
+    stream = ring.stream
+    if MASKED and (i < share.partial):
+        clear_outside(stream, step, ring.held.notes, share, call, BLOCK, DIM)
+    wait_for(stream, step)
+    tile = tile_of(stream.first, stream, step, BLOCK, DIM)
+    s = warpgroup_mma(first, tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+    tile = tile_of(stream.second, stream, step, BLOCK, DIM)
+    dp = warpgroup_mma(second, tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+    return s, dp
