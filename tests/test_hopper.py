@@ -282,9 +282,10 @@ def test_other_gpus_have_portable_kernels_only():
 
 def test_reasons_are_logged_once(on_hopper, caplog):
     hopper._log_once.cache_clear()
+    *tensors, extras, params = _arguments(softcap=5.0)
     with caplog.at_level(logging.INFO, logger="hf_flashbsa"):
         for _ in range(2):
-            assert hopper.launcher_of("forward", *_arguments(softcap=5.0)) is None
+            assert hopper.launcher_of("forward", *tensors, None, extras, params) is None
     assert [record.message for record in caplog.records] == [
         "Hopper kernels: the portable forward kernel takes calls with softcap"
     ]
