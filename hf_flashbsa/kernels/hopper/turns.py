@@ -1,8 +1,8 @@
 """Which tiles a program takes, one after the other: of queries, or with `TRANSPOSED` of keys.
 
 Tiles have places in an order that all programs know. A program begins with that of its own number. The others it takes
-in turns where tiles differ little; where they may differ much, it claims them from a counter (`Call.claims`), so that
-all programs end at about the same time. Results do not depend on who computed them.
+in turns; where a work table orders unequal tiles, it claims them from a counter (`Call.claims`), so that all programs
+end at about the same time. Results do not depend on who computed them.
 """
 
 from __future__ import annotations
@@ -78,9 +78,8 @@ def settled(call, place, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
     """The place that a `claim` gave, or that of the next tile with rows; from `call.total` on there is none."""
     if call.claims is not None:
         place = shared(place)
-        if call.work is not None:
-            while (place < call.total) & _is_empty(call, place, tiles, TRANSPOSED):
-                place = shared(claim(call, 0))
+        while (place < call.total) & _is_empty(call, place, tiles, TRANSPOSED):
+            place = shared(claim(call, 0))
     return place
 
 
