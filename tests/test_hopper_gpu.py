@@ -21,7 +21,7 @@ pytestmark = [
 LENGTH = 1500
 
 
-@pytest.fixture(params=[(1, 0), (3, 1), (132, 0), (132, 1)], ids=lambda param: "{}-{}".format(*param))
+@pytest.fixture(params=[(1, 0), (3, 1), (132, 0), (132, 1), (6, 2)], ids=lambda param: "{}-{}".format(*param))
 def launched(request):
     """Which kernels a test launched. So many programs share the tiles of a forward call, and every call goes to the
     Hopper kernels that can, with each of their options."""
@@ -77,21 +77,39 @@ def results(function, tensors, dout, spec) -> list[torch.Tensor]:
     return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(out.dtype))]
 
 
+def judge(tensors, dout, spec, launched) -> None:
+    got = results(attention, tensors, dout, spec)
+    assert set(launched) == {(kernel, True) for kernel in KERNELS}
+    want = results(lambda *x: reference_attention(*x, dtype=torch.float32)[0], tensors, dout, spec)
+    native = results(lambda *x: reference_attention(*x, dtype=None)[0], tensors, dout, spec)
+    for mine, exact, eager, factor in zip(got, want, native, (2, 3, 3, 3), strict=True):
+        assert (mine - exact).abs().max() <= factor * (eager - exact).abs().max() + 1e-5
+    assert all(torch.equal(a, b) for a, b in zip(got, results(attention, tensors, dout, spec), strict=True))
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("name", SPECS)
 def test_results_are_those_of_eager_attention(launched, name, head_dim):
     g = torch.Generator("cuda").manual_seed(1)
-    spec = SPECS[name]()
     batch = 1 if "packed" in name else 2
     heads_k = 4 if "per head" in name else 2
     q, k, v, dout = (
         torch.randn(batch, LENGTH, heads, head_dim, device="cuda", generator=g).bfloat16().transpose(1, 2)
         for heads in (4, heads_k, heads_k, 4)
     )
-    got = results(attention, (q, k, v), dout, spec)
-    assert set(launched) == {(kernel, True) for kernel in KERNELS}
-    want = results(lambda *x: reference_attention(*x, dtype=torch.float32)[0], (q, k, v), dout, spec)
-    native = results(lambda *x: reference_attention(*x, dtype=None)[0], (q, k, v), dout, spec)
-    for mine, exact, eager, factor in zip(got, want, native, (2, 3, 3, 3), strict=True):
-        assert (mine - exact).abs().max() <= factor * (eager - exact).abs().max() + 1e-5
-    assert all(torch.equal(a, b) for a, b in zip(got, results(attention, (q, k, v), dout, spec), strict=True))
+    judge((q, k, v), dout, SPECS[name](), launched)
+
+
+@pytest.mark.parametrize("name", ["full", "causal", "causal layout"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_scores_that_outgrow_their_pivots(launched, name, head_dim):
+    """In every third row scores grow by more than 8 powers of 2 in each of some blocks, so that pivots rise."""
+    g = torch.Generator("cuda").manual_seed(2)
+    q, k, v, dout = (
+        torch.randn(2, LENGTH, heads, head_dim, device="cuda", generator=g).bfloat16().transpose(1, 2)
+        for heads in (4, 2, 2, 4)
+    )
+    place = torch.arange(LENGTH, device="cuda")
+    q[..., 0] = torch.where(place % 3 == 0, head_dim**0.5, 0.0).bfloat16()
+    k[..., 0] = (6.5 / 128 * torch.where(place < 512, place, 1024 - place).clamp(min=0)).bfloat16()
+    judge((q, k, v), dout, SPECS[name](), launched)

@@ -32,7 +32,7 @@ from hf_flashbsa.kernels.hopper.common import (
     visits,
     write_note,
 )
-from hf_flashbsa.kernels.hopper.softmax import hide, no_state, operand, softmax
+from hf_flashbsa.kernels.hopper.softmax import by_thread, hide, no_state, operand, shrunk, softmax
 from hf_flashbsa.kernels.hopper.turns import claim, first_place, second_place, settled, tile_at
 from hf_flashbsa.kernels.primitives import LN2, LOG2E, block_pointer, dropout_words
 from hf_flashbsa.kernels.records import Item, Rules, Tiles
@@ -228,16 +228,17 @@ def _store(o, state, tile, rows_out, lse, sinks, head, item, call, S: gl.constex
     where the producer sends them on."""
     O: gl.constexpr = o.type.layout
     score = call.rules.score
-    row_max, row_sum = state.max, state.sum
+    pivot = gl.convert_layout(gl.max(state.pivot, 1), gl.SliceLayout(1, S))
+    row_sum = gl.convert_layout(gl.sum(state.sum, 1), gl.SliceLayout(1, S))
     if sinks is not None:
         # A row that sees no key stays without weights.
-        sink = gl.where(row_max == float("-inf"), float("-inf"), gl.load(sinks + head) * LOG2E)
-        top = gl.maximum(row_max, sink)
+        sink = gl.where(pivot == float("-inf"), float("-inf"), gl.load(sinks + head) * LOG2E)
+        top = gl.maximum(pivot, sink)
         top = gl.where(top == float("-inf"), 0.0, top)
-        shrink = gl.exp2(row_max - top)
+        shrink = gl.exp2(pivot - top)
         o = o * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
         row_sum = row_sum * shrink + gl.exp2(sink - top)
-        row_max = top
+        pivot = top
     inverse = gl.where(row_sum > 0.0, 1.0 / row_sum, 0.0)
     if score.seed is not None:
         inverse = inverse * score.keep_scale
@@ -250,7 +251,7 @@ def _store(o, state, tile, rows_out, lse, sinks, head, item, call, S: gl.constex
     fence_async_shared()
     rows = item.begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
     place = (item.row.to(gl.int64) * call.heads + head) * call.len_q + rows
-    gl.store(lse + place, (row_max + gl.log2(row_sum)) * LN2, mask=rows < item.end)
+    gl.store(lse + place, (pivot + gl.log2(row_sum)) * LN2, mask=rows < item.end)
 
 
 @gluon.jit
@@ -263,33 +264,59 @@ def _place(first, q_slot, ring, call):
     return first
 
 
+@gluon.constexpr_function
+def _barrier(does, part):
+    """PTX for the barrier at which a consumer gets its turn."""
+    return f"bar.{does} {8 + part}, 256; mov.b32 $0, $1;"  # Triton's own barriers begin at 0
+
+
 @gluon.jit
-def _start(step, q_slot, s, p, o, begun, live, ring, tiles: gl.constexpr, STAGES: gl.constexpr):
+def _take_turn(part: gl.constexpr, x):
+    """Waits until the other consumer gives a turn to the `part`-th one."""
+    return gl.inline_asm_elementwise(_barrier("sync", part), "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _give_turn(part: gl.constexpr, x):
+    """Gives a turn to the `part`-th consumer."""
+    return gl.inline_asm_elementwise(_barrier("arrive", part), "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _start(
+    part: gl.constexpr, step, q_slot, s, p, o, begun, live, ring, tiles: gl.constexpr, STAGES: gl.constexpr,
+    PING_PONG: gl.constexpr,
+):  # fmt: skip
     """Starts the products of the queries in a slot with the keys of the `step`-th block, if there is one, and of the
     weights of the block before with its values, if there are some; these are added to `o` where it has `begun`."""
     stage, before = step % STAGES, (step + STAGES - 1) % STAGES
     mbarrier.wait(ring.k_full.index(stage), (step // STAGES) & 1, pred=live)
     k_tile = ring.k_tiles.index(stage).reshape([tiles.n, tiles.d])
     q_tile = ring.q_tiles.index(q_slot).reshape([ROWS, tiles.d])
+    if PING_PONG:
+        step = _take_turn(part, step)
     s = warpgroup_mma(q_tile, k_tile.permute((1, 0)), s, use_acc=False, is_async=True)
     mbarrier.wait(ring.v_full.index(before), ((step - 1) // STAGES) & 1, pred=step > 0)
     v_tile = ring.v_tiles.index(before).reshape([tiles.n, tiles.d])
-    return s, warpgroup_mma(p, v_tile, o, use_acc=(begun != 0), is_async=True)
+    o = warpgroup_mma(p, v_tile, o, use_acc=(begun != 0), is_async=True)
+    if PING_PONG:
+        step = _give_turn(1 - part, step)
+    return s, o
 
 
 @gluon.jit
 def _end(step, s, o, shrink, used, ring, P: gl.constexpr, STAGES: gl.constexpr):
     """Ends the `step`-th round: `o` for the new maxima, and its weights for the product of the next round. Gives back
     the values of the block before, if the round has `used` some."""
-    o = o * gl.convert_layout(shrink, gl.SliceLayout(1, o.type.layout))[:, None]
+    p = operand(s, P, ring.q_tiles.dtype)
     mbarrier.arrive(ring.v_empty.index((step + STAGES - 1) % STAGES), count=1, pred=used)
-    return o, operand(s, P, ring.q_tiles.dtype)
+    return shrunk(o, shrink), p
 
 
 @gluon.jit
 def _compute(
     part: gl.constexpr, rows_out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr,
-    STEADY: gl.constexpr,
+    STEADY: gl.constexpr, PING_PONG: gl.constexpr,
 ):  # fmt: skip
     """A consumer: the `part`-th 64 queries of each tile.
 
@@ -300,6 +327,9 @@ def _compute(
 
     With STEADY, full blocks behind the first round without partial ones to come have a loop of their own, which asks
     nothing: faster, but the larger code costs time where tiles have few of them.
+
+    With PING_PONG, consumers issue their products in turn, as in FlashAttention-3, so that those of one run while the
+    other computes weights. It pays where products take longer than weights: with head dim 128.
     """
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tiles.n, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tiles.d, 16])
@@ -309,12 +339,16 @@ def _compute(
     s = gl.zeros([ROWS, tiles.n], gl.float32, S)
     o = gl.zeros([ROWS, tiles.d], gl.float32, O)
     p = gl.zeros([ROWS, tiles.n], ring.q_tiles.dtype, P)
-    state = no_state(ROW)
+    QUAD: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(1, by_thread(s).type.layout))
+    state = no_state(QUAD)
     pad = gl.zeros([ROWS], gl.uint32, ROW)
     factor = gl.zeros([ROWS], gl.uint32, ROW)
     # Triton loses changes of a variable that enters a loop as the value of another one.
     step, done, todo = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(LAST)
     begun = gl.to_tensor(0)
+    if PING_PONG:
+        if part == 1:
+            step = _give_turn(0, step)
     running = first_place(call, tiles, False) < call.total
     while running:
         live = (todo & FINAL) == 0
@@ -322,7 +356,7 @@ def _compute(
         stage = step % STAGES
         q_slot = (done & 1) * CONSUMERS + part
         mbarrier.wait(ring.q_full.index(q_slot), (done >> 1) & 1, pred=fresh & live)
-        s, product = _start(step, q_slot, s, p, o, begun, live, ring, tiles, STAGES)
+        s, product = _start(part, step, q_slot, s, p, o, begun, live, ring, tiles, STAGES, PING_PONG)
         s = warpgroup_mma_wait(1, deps=(s,))
         first = read_note(ring.block_notes, stage * BLOCK_NOTES)
         todo = read_note(ring.block_notes, stage * BLOCK_NOTES + 1)
@@ -332,12 +366,12 @@ def _compute(
         mbarrier.arrive(ring.k_empty.index(stage), count=1, pred=live)
         old = state
         if fresh:
-            state = no_state(ROW)
+            state = no_state(QUAD)
             if rules.score.seed is not None:
                 head, item = _noted_tile(ring.tile_notes, q_slot, call)
                 rows = item.begin + gl.arange(0, ROWS, layout=ROW)
                 pad, factor = dropout_words(rules.score, item.row * call.heads + head, rows)
-        shrink = gl.full([ROWS], 1.0, gl.float32, ROW)
+        shrink = gl.full([ROWS, 4], 1.0, gl.float32, QUAD)
         # Not for the sake of the last round: ptxas would move the wait behind it before the exponentials.
         if live:
             if (todo & MASKED) != 0:
@@ -349,7 +383,7 @@ def _compute(
                     values = ring.v_tiles.index(stage).reshape([tiles.n, tiles.d])
                     clear(values, first, item.lo, item.hi, tiles.n, tiles.d)
             place = _place(first, q_slot, ring, call)
-            s, shrink, state = softmax(s, state, place, pad, factor, rules, tiles, STEADY)
+            s, shrink, state = softmax(s, state, place, pad, factor, rules, tiles)
         o = warpgroup_mma_wait(0, deps=(product,))
         if fresh:
             if step > 0:
@@ -364,41 +398,51 @@ def _compute(
         begun = gl.where(fresh, 0, 1)
         if STEADY:
             for _ in range(full):
-                s, product = _start(step, q_slot, s, p, o, begun, True, ring, tiles, STAGES)
+                s, product = _start(part, step, q_slot, s, p, o, begun, True, ring, tiles, STAGES, PING_PONG)
                 if rules.score.seed is not None:
                     first = read_note(ring.block_notes, step % STAGES * BLOCK_NOTES)
                 s = warpgroup_mma_wait(1, deps=(s,))
                 mbarrier.arrive(ring.k_empty.index(step % STAGES), count=1)
                 place = _place(first, q_slot, ring, call)
-                s, shrink, state = softmax(s, state, place, pad, factor, rules, tiles, STEADY)
+                s, shrink, state = softmax(s, state, place, pad, factor, rules, tiles)
                 o = warpgroup_mma_wait(0, deps=(product,))
                 o, p = _end(step, s, o, shrink, True, ring, P, STAGES)
                 step += 1
                 begun = gl.to_tensor(1)
         done += gl.where((todo & LAST) != 0, 1, 0)
         running = live
+    if PING_PONG:
+        if part == 0:
+            _take_turn(0, step)  # the one that is left
 
 
 @gluon.jit
-def _consumer_0(rows_out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr, STEADY: gl.constexpr):
-    _compute(0, rows_out, lse, sinks, ring, call, tiles, STAGES, STEADY)
+def _consumer_0(
+    rows_out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr, STEADY: gl.constexpr,
+    PING_PONG: gl.constexpr,
+):  # fmt: skip
+    _compute(0, rows_out, lse, sinks, ring, call, tiles, STAGES, STEADY, PING_PONG)
 
 
 @gluon.jit
-def _consumer_1(rows_out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr, STEADY: gl.constexpr):
-    _compute(1, rows_out, lse, sinks, ring, call, tiles, STAGES, STEADY)
+def _consumer_1(
+    rows_out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr, STEADY: gl.constexpr,
+    PING_PONG: gl.constexpr,
+):  # fmt: skip
+    _compute(1, rows_out, lse, sinks, ring, call, tiles, STAGES, STEADY, PING_PONG)
 
 
 @gluon.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles", "total"])
 def forward_kernel(
     q, k, v, out, rows_out, lse, sinks, work, claims, mask, dense, blocks, score, bias, diagonal, heads, group, len_q,
     len_k, num_tiles, total, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
-    STEADY: gl.constexpr, LISTED: gl.constexpr, WIDTH: gl.constexpr,
+    STEADY: gl.constexpr, PING_PONG: gl.constexpr, LISTED: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
     """Writes `out` and `lse`. `q`, `k`, `v` and `out` are descriptors of `(B, H, S, D)` with boxes of 64 or BLOCK_N
     rows; `rows_out`, an Operand, is `out` once more, for parts of tiles whose box has rows of another sequence.
 
-    STEADY: `_compute` says when it pays. Grid: programs that share the `total` tiles of all heads and batch rows.
+    STEADY, PING_PONG: `_compute` says when they pay. Grid: programs that share the `total` tiles of all heads and
+    batch rows.
     """
     gl.static_assert((score.softcap is None) and (bias.ptr is None), "scores are only scaled")
     tiles: gl.constexpr = Tiles(CONSUMERS * ROWS, BLOCK_N, HEAD_DIM, HEAD_DIM, HEAD_DIM, HEAD_DIM, LISTED, WIDTH)
@@ -427,8 +471,8 @@ def forward_kernel(
         mbarrier.init(ring.v_empty.index(stage), count=CONSUMERS)
     gl.warp_specialize(
         [
-            (_consumer_0, (rows_out, lse, sinks, ring, call, tiles, STAGES, STEADY)),
-            (_consumer_1, (rows_out, lse, sinks, ring, call, tiles, STAGES, STEADY)),
+            (_consumer_0, (rows_out, lse, sinks, ring, call, tiles, STAGES, STEADY, PING_PONG)),
+            (_consumer_1, (rows_out, lse, sinks, ring, call, tiles, STAGES, STEADY, PING_PONG)),
             (_load, (q, k, v, out, ring, call, tiles, STAGES, STEADY)),
         ],
         [4, 1],

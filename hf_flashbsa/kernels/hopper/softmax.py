@@ -12,16 +12,26 @@ from hf_flashbsa.kernels.primitives import dropout_keep, log2_factor, related, s
 
 
 class State(NamedTuple):
-    """Of each row the largest score so far, times log2(e), and the sum of the weights."""
+    """Of each row what its weights so far were taken relative to, the `pivot`, times log2(e), and their `sum`.
 
-    max: object
+    Both have the shape (rows, 4), for the four threads that share a row: their pivots are equal, and each has a part
+    of the sum.
+    """
+
+    pivot: object
     sum: object
 
 
 @gluon.jit
-def no_state(ROW: gl.constexpr):
+def by_thread(x):
+    """A product's (rows, columns) as (rows, columns / 8, 4, 2): the four threads that share a row hold pairs of it."""
+    return x.reshape([x.shape[0], x.shape[1] // 8, 4, 2])
+
+
+@gluon.jit
+def no_state(QUAD: gl.constexpr):
     """The state of rows that have met no key."""
-    return State(gl.full([ROWS], float("-inf"), gl.float32, ROW), gl.zeros([ROWS], gl.float32, ROW))
+    return State(gl.full([ROWS, 4], float("-inf"), gl.float32, QUAD), gl.zeros([ROWS, 4], gl.float32, QUAD))
 
 
 @gluon.jit
@@ -46,33 +56,92 @@ def hide(s, rules, head, item, first, kind, tiles: gl.constexpr):
 
 
 @gluon.jit
-def _largest(s, STEADY: gl.constexpr):
-    """The largest score of each row. Triton compares one after the other what one reduction takes; in strands it is
-    done sooner, which gained nothing without STEADY."""
-    ROW: gl.constexpr = gl.SliceLayout(1, s.type.layout)
-    if STEADY:
-        strands = s.reshape([s.shape[0], s.shape[1] // 16, 16])
-        return gl.convert_layout(gl.max(gl.max(strands, 1), 1), ROW)
-    else:
-        return gl.max(s, 1)
+def _raised(pivot, largest):
+    """Pivots for scores of which each thread has met the `largest`, times log2(e).
+
+    As in FlashAttention-4, they need not be the largest scores, if only weights stay in range: the 16 rows of a warp
+    keep theirs until the scores of one exceed it by 8, a weight of 2^8. So threads seldom exchange what they have met.
+    """
+    return gl.inline_asm_elementwise(
+        """
+        {
+        .reg .pred p0, p1;
+        .reg .f32 limit0, limit1, other0, other1;
+        add.f32 limit0, $2, 0f41000000;
+        add.f32 limit1, $3, 0f41000000;
+        setp.gt.f32 p0, $4, limit0;
+        setp.gt.or.f32 p1, $5, limit1, p0;
+        mov.f32 $0, $2;
+        mov.f32 $1, $3;
+        vote.sync.any.pred p1, p1, 0xffffffff;
+        @!p1 bra KEEP;
+        max.f32 $0, $2, $4;
+        max.f32 $1, $3, $5;
+        shfl.sync.bfly.b32 other0, $0, 1, 31, 0xffffffff;
+        shfl.sync.bfly.b32 other1, $1, 1, 31, 0xffffffff;
+        max.f32 $0, $0, other0;
+        max.f32 $1, $1, other1;
+        shfl.sync.bfly.b32 other0, $0, 2, 31, 0xffffffff;
+        shfl.sync.bfly.b32 other1, $1, 2, 31, 0xffffffff;
+        max.f32 $0, $0, other0;
+        max.f32 $1, $1, other1;
+        KEEP:
+        }
+        """,
+        "=&f,=&f,f,f,f,f", [pivot, largest], dtype=gl.float32, is_pure=True, pack=2,
+    )  # fmt: skip
 
 
 @gluon.jit
-def softmax(s, state, place, pad, factor, rules, tiles: gl.constexpr, STEADY: gl.constexpr):
+def softmax(s, state, place, pad, factor, rules, tiles: gl.constexpr):
     """Weights of a block behind dropout, of which the first key has `place` in its sequence; what shrinks the sums so
     far; and the new state of the rows."""
+    S: gl.constexpr = s.type.layout
     score = rules.score
     to_log2 = log2_factor(rules)
-    new_max = gl.maximum(state.max, _largest(s, STEADY) * to_log2)
-    # A row that has met no key yet has maximum -inf; any finite pivot gives it weights of 0 and not NaN.
-    pivot = gl.where(new_max == float("-inf"), 0.0, new_max)
-    s = gl.exp2(s * to_log2 - pivot[:, None])
-    shrink = gl.exp2(state.max - pivot)
-    new_sum = state.sum * shrink + gl.sum(s, 1)
+    s = by_thread(s)
+    pivot = _raised(state.pivot, gl.max(gl.max(s, 1), 2) * to_log2)
+    # A row that has met no key yet has pivot -inf; any finite one gives it weights of 0 and not NaN.
+    finite = gl.where(pivot == float("-inf"), 0.0, pivot)
+    s = gl.exp2(s * to_log2 - finite[:, :, None][:, None, :, :])
+    shrink = gl.exp2(state.pivot - finite)
+    total = state.sum * shrink + gl.sum(gl.sum(s, 1), 2)
+    s = gl.convert_layout(s.reshape([ROWS, tiles.n]), S, assert_trivial=True)
     if score.seed is not None:
-        offsets = gl.arange(0, tiles.n, layout=gl.SliceLayout(0, s.type.layout))[None, :]
+        offsets = gl.arange(0, tiles.n, layout=gl.SliceLayout(0, S))[None, :]
         s = gl.where(dropout_keep(score, pad[:, None], factor[:, None], place, offsets), s, 0.0)
-    return s, shrink, State(new_max, new_sum)
+    return s, shrink, State(pivot, total)
+
+
+@gluon.constexpr_function
+def _shrinking(count):
+    """PTX that multiplies `count` numbers of a thread, two of one row and two of the other in turn, by what shrinks
+    their rows, unless that is 1 for all rows of the warp."""
+    lines = ["{", ".reg .pred p0, p1;"]
+    lines += [f"setp.neu.f32 p0, ${2 * count}, 0f3f800000;", f"setp.neu.or.f32 p1, ${2 * count + 2}, 0f3f800000, p0;"]
+    lines += [f"mov.f32 ${i}, ${count + i};" for i in range(count)]
+    lines += ["vote.sync.any.pred p1, p1, 0xffffffff;", "@!p1 bra KEEP;"]
+    lines += [f"mul.f32 ${i}, ${count + i}, ${2 * count + i};" for i in range(count)]
+    return "\n".join([*lines, "KEEP:", "}"])
+
+
+@gluon.constexpr_function
+def _shrinking_constraints(count):
+    return ",".join(["=&f"] * count + ["f"] * (2 * count))
+
+
+@gluon.jit
+def shrunk(o, shrink):
+    """`o` for new pivots."""
+    COUNT: gl.constexpr = o.shape[1] // 2  # of each thread
+    O: gl.constexpr = o.type.layout
+    parts = by_thread(o)
+    shrink = gl.convert_layout(shrink, gl.SliceLayout(2, gl.SliceLayout(1, parts.type.layout)), assert_trivial=True)
+    parts, shrink = gl.broadcast(parts, shrink[:, :, None][:, None, :, :])
+    parts = gl.inline_asm_elementwise(
+        _shrinking(COUNT), _shrinking_constraints(COUNT), [parts, shrink], dtype=gl.float32, is_pure=True, pack=COUNT
+    )
+    return gl.convert_layout(parts.reshape([o.shape[0], o.shape[1]]), O, assert_trivial=True)
 
 
 @gluon.jit
