@@ -6,20 +6,22 @@ import os
 import re
 import subprocess
 import tempfile
+from typing import NamedTuple
 
 import triton
 
 _INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]+)\*/\s+(.*?);")
+_DESTINATION = re.compile(r"(?:@!?U?P\d+ )?([^@\s]\S*) R(\d+)")
 _PRODUCT = re.compile(r"HGMMA\.\S+ R\d+, R(\d+), gdesc")
 _JUMP = re.compile(r"BRA (?:!?U?P\d+, )?0x([0-9a-f]+)")
 #: Waits leave at most so many groups running.
 _MOST_WAITED_FOR = 7
 _WAIT = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)")
 #: Begin of the names of instructions whose first operand is no register that they write.
-_WRITES_NONE = (
+_WRITES_NONE = tuple(
     "HGMMA ST BAR BRA SYNCS WARPGROUP EXIT UTMA USETMAXREG NOP ISETP FSETP PLOP R2UR UI UL US UM UP DEPBAR RED ATOM "
-    "BSSY BSYNC FENCE MEMBAR CCTL WARPSYNC VOTE ELECT S2UR"
-).split()
+    "BSSY BSYNC FENCE MEMBAR CCTL WARPSYNC VOTE ELECT S2UR".split()
+)
 
 
 def disassemble(cubin: bytes) -> str:
@@ -31,20 +33,28 @@ def disassemble(cubin: bytes) -> str:
         return subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
 
 
+class _Instruction(NamedTuple):
+    """One line of a kernel. `written` are the numbers of the registers that it writes."""
+
+    address: int
+    text: str
+    written: range
+
+
 def _written(instruction: str) -> range:
     """Numbers of the registers that an instruction writes."""
-    instruction = re.sub(r"^@!?U?P\d+ ", "", instruction)
-    match = re.match(r"(\S+) R(\d+)", instruction)
-    if match is None or instruction.startswith(tuple(_WRITES_NONE)):
+    match = _DESTINATION.match(instruction)
+    if match is None or match[1].startswith(_WRITES_NONE):
         return range(0)
     name, first = match[1], int(match[2])
     return range(first, first + (4 if ".128" in name else 2 if ".64" in name or "WIDE" in name else 1))
 
 
-def _code(sass: str) -> tuple[list[tuple[int, str]], dict[int, int]]:
-    """Addresses and instructions in order, and the place of each address."""
-    code = [(int(m[1], 16), m[2]) for m in map(_INSTRUCTION.match, sass.splitlines()) if m]
-    return code, {address: i for i, (address, _) in enumerate(code)}
+def _code(sass: str) -> tuple[list[_Instruction], dict[int, int]]:
+    """Instructions in order, and the place of each address."""
+    lines = [(int(m[1], 16), m[2]) for m in map(_INSTRUCTION.match, sass.splitlines()) if m]
+    code = [_Instruction(address, text, _written(text)) for address, text in lines]
+    return code, {instruction.address: i for i, instruction in enumerate(code)}
 
 
 def overwritten_operands(sass: str) -> list[str]:
@@ -55,7 +65,7 @@ def overwritten_operands(sass: str) -> list[str]:
     """
     code, place = _code(sass)
     found = []
-    for start, (address, product) in enumerate(code):
+    for start, (address, product, _) in enumerate(code):
         match = _PRODUCT.match(product)
         if match is None:
             continue
@@ -67,12 +77,12 @@ def overwritten_operands(sass: str) -> list[str]:
             i, closed = todo.pop()
             while i < len(code) and (i, closed) not in seen:
                 seen.add((i, closed))
-                instruction = code[i][1]
+                _, instruction, written = code[i]
                 wait = _WAIT.match(instruction)
                 if instruction.startswith("EXIT") or (wait and closed > int(wait[1])):
                     break
-                if operand.intersection(_written(instruction)):
-                    found.append(f"{address:#x} {product} / {code[i][0]:#x} {instruction}")
+                if not operand.isdisjoint(written):
+                    found.append(f"{address:#x} {product} / {code[i].address:#x} {instruction}")
                     break
                 if instruction.startswith("HGMMA") and "gsb0" in instruction:
                     closed = min(closed + 1, _MOST_WAITED_FOR + 1)
@@ -99,26 +109,26 @@ def lost_operands(sass: str) -> list[str]:
             before[j].append(i)
     loops = _loops(before)
     found = []
-    for i, (address, product) in enumerate(code):
+    for i, (address, product, _) in enumerate(code):
         match = _PRODUCT.match(product)
         around = [loop for loop in loops if i in loop[1]]
         if match is None or not around:
             continue
         head, body = min(around, key=lambda loop: len(loop[1]))
         operand = set(range(int(match[1]), int(match[1]) + 4))
-        writes = {at for at, (_, x) in enumerate(code) if operand.intersection(_written(x))}
+        writes = {at for at, instruction in enumerate(code) if not operand.isdisjoint(instruction.written)}
         own = sorted(writes & body)
         is_held = head in _reach(before, [i], writes, body)
         ahead = _reach(before, [at for at in before[head] if at not in body], writes, set(range(len(code))))
-        if own and is_held and {code[at][1].split(".")[0] for at in ahead & writes} == {"LDSM"}:
-            found.append(f"{address:#x} {product} / {code[own[0]][0]:#x} {code[own[0]][1]}")
+        if own and is_held and {code[at].text.split(".")[0] for at in ahead & writes} == {"LDSM"}:
+            found.append(f"{address:#x} {product} / {code[own[0]].address:#x} {code[own[0]].text}")
     return found
 
 
-def _successors(code: list[tuple[int, str]], place: dict[int, int]) -> list[list[int]]:
+def _successors(code: list[_Instruction], place: dict[int, int]) -> list[list[int]]:
     """Which instructions may follow each."""
     following = []
-    for i, (_, instruction) in enumerate(code):
+    for i, (_, instruction, _) in enumerate(code):
         jump = _JUMP.search(instruction)
         targets = [place[int(jump[1], 16)]] if jump and int(jump[1], 16) in place else []
         if not instruction.startswith(("EXIT", "BRA 0x")) and i + 1 < len(code):
