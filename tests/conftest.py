@@ -20,6 +20,21 @@ if not torch.cuda.is_available():
 from run_cases import poisoned_memory
 
 
+def pytest_collection_modifyitems(items):
+    """Tests that take minutes come first, so that none of them is the last one running."""
+    items.sort(key=lambda item: item.get_closest_marker("minutes") is None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Workers without tests take over what others have not begun. By default, those that take minutes would all stay
+    with the first worker."""
+    if config.getoption("dist") == "load":
+        from xdist.scheduler import WorkStealingScheduling
+
+        return WorkStealingScheduling(config, log)
+
+
 @pytest.fixture
 def nan_memory():
     """Uninitialised floating-point tensors hold NaN, so that memory that a kernel should have written shows."""

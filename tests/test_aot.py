@@ -88,6 +88,7 @@ def test_every_entry_is_in_use(arch, kernel):
     assert [entry for entry in _table(arch)[kernel] if problem_of(arch, kernel, entry) is None] == []
 
 
+@pytest.mark.minutes
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_entry_compiles_well(arch):
     """Within the GPU's shared memory; for plain aligned 16-bit calls without spills, and on Hopper to wgmma."""

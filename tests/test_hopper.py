@@ -78,6 +78,7 @@ def rows_of(head_dim: int) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.minutes
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_calls_reach_the_kernels_which_compile_well(head_dim):

@@ -41,6 +41,7 @@ def run(files: Path, *arguments: str) -> tuple[list[dict], str]:
     return [json.loads(line) for line in (files / "rows.jsonl").read_text().splitlines()], done.stdout
 
 
+@pytest.mark.minutes
 @pytest.mark.parametrize("model", ["bart-large", "t5-base", "llama-1b"])
 def test_all_parts(files, model):
     variants = (
