@@ -23,6 +23,8 @@ from hf_flashbsa.kernels.tuning import Config
 
 KERNELS = ("forward", "dkdv", "dq", "dbias")
 ARCHITECTURES = (80, 90)
+#: Bytes that a kernel may spill where calls are not plain, aligned and of 16 bits.
+SPILLS = 1024
 
 
 class Problem(NamedTuple):
@@ -91,7 +93,8 @@ def test_every_entry_is_in_use(arch, kernel):
 @pytest.mark.minutes
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_entry_compiles_well(arch):
-    """Within the GPU's shared memory; for plain aligned 16-bit calls without spills, and on Hopper to wgmma."""
+    """Within the GPU's shared memory, and without spills of kilobytes, which ptxas makes of tiles that are too large;
+    for plain aligned 16-bit calls without any, and on Hopper to wgmma."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, __file__, str(arch)]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True)
@@ -105,7 +108,7 @@ def test_every_entry_compiles_well(arch):
         good = problem.plain and problem.aligned and problem.itemsize == 2
         faults = {
             "shared memory": row["shared"] > SHARED_LIMIT[arch],
-            "spills": good and row["spills"] > 0,
+            "spills": row["spills"] > (0 if good else SPILLS),
             "no wgmma": good
             and arch == 90
             and _fills_wgmma(row["kernel"], entry)
