@@ -121,3 +121,21 @@ def read_note(notes, place):
     """A number that was noted."""
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     return gl.sum(notes.index(place).load(ONE), 0)
+
+
+@gluon.constexpr_function
+def _turn_barrier(does, part):
+    """PTX for the barrier at which a consumer gets its turn."""
+    return f"bar.{does} {8 + part}, 256; mov.b32 $0, $1;"  # Triton's own barriers begin at 0
+
+
+@gluon.jit
+def take_turn(part: gl.constexpr, x):
+    """Waits until the other consumer gives a turn to the `part`-th one."""
+    return gl.inline_asm_elementwise(_turn_barrier("sync", part), "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def give_turn(part: gl.constexpr, x):
+    """Gives a turn to the `part`-th consumer."""
+    return gl.inline_asm_elementwise(_turn_barrier("arrive", part), "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)

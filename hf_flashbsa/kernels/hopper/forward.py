@@ -12,7 +12,6 @@ from typing import NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -26,15 +25,16 @@ from hf_flashbsa.kernels.hopper.common import (
     barrier,
     clear,
     first_key,
+    give_turn,
     read_note,
     span_met,
-    store_shared,
+    take_turn,
     visits,
     write_note,
 )
-from hf_flashbsa.kernels.hopper.softmax import by_thread, hide, no_state, operand, shrunk, softmax
+from hf_flashbsa.kernels.hopper.softmax import by_thread, hide, no_state, operand, shrunk, softmax, store
 from hf_flashbsa.kernels.hopper.turns import claim, first_place, second_place, settled, tile_at
-from hf_flashbsa.kernels.primitives import LN2, LOG2E, block_pointer, dropout_words
+from hf_flashbsa.kernels.primitives import block_pointer, dropout_words
 from hf_flashbsa.kernels.records import Item, Rules, Tiles
 
 
@@ -126,7 +126,7 @@ def _empty_slots(out, ring, done, call):
             head, item = _noted_tile(ring.tile_notes, slot, call)
             begin = item.begin
             if call.work is not None:
-                # Nothing is written beyond the tensor. Consumers write parts that end early (`_store`).
+                # Nothing is written beyond the tensor. Consumers write parts that end early (`store`).
                 begin = gl.where(begin + ROWS > item.end, call.len_q, begin)
             tma.async_copy_shared_to_global(out, [item.row, head, begin, 0], ring.q_tiles.index(slot))
     tma.store_wait(0)
@@ -223,38 +223,6 @@ def _load(q, k, v, out, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr, S
 
 
 @gluon.jit
-def _store(o, state, tile, rows_out, lse, sinks, head, item, call, S: gl.constexpr, tiles: gl.constexpr):
-    """Divides the weighted values by the sum of the weights, and writes its logarithm. The values go to `tile`, from
-    where the producer sends them on."""
-    O: gl.constexpr = o.type.layout
-    score = call.rules.score
-    pivot = gl.convert_layout(gl.max(state.pivot, 1), gl.SliceLayout(1, S))
-    row_sum = gl.convert_layout(gl.sum(state.sum, 1), gl.SliceLayout(1, S))
-    if sinks is not None:
-        # A row that sees no key stays without weights.
-        sink = gl.where(pivot == float("-inf"), float("-inf"), gl.load(sinks + head) * LOG2E)
-        top = gl.maximum(pivot, sink)
-        top = gl.where(top == float("-inf"), 0.0, top)
-        shrink = gl.exp2(pivot - top)
-        o = o * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
-        row_sum = row_sum * shrink + gl.exp2(sink - top)
-        pivot = top
-    inverse = gl.where(row_sum > 0.0, 1.0 / row_sum, 0.0)
-    if score.seed is not None:
-        inverse = inverse * score.keep_scale
-    o = o * gl.convert_layout(inverse, gl.SliceLayout(1, O))[:, None]
-    tile.store(o.to(tile.dtype))
-    if call.work is not None:
-        if item.begin + ROWS > item.end:
-            # Rows of another sequence follow, which the producer would overwrite.
-            store_shared(rows_out, item.row, head, item.begin, item.end, tile, tiles.d)
-    fence_async_shared()
-    rows = item.begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
-    place = (item.row.to(gl.int64) * call.heads + head) * call.len_q + rows
-    gl.store(lse + place, (pivot + gl.log2(row_sum)) * LN2, mask=rows < item.end)
-
-
-@gluon.jit
 def _place(first, q_slot, ring, call):
     """The place in its sequence of a block's first key, for dropout."""
     if call.rules.score.seed is not None:
@@ -262,24 +230,6 @@ def _place(first, q_slot, ring, call):
             _, item = _noted_tile(ring.tile_notes, q_slot, call)
             first -= item.key_origin
     return first
-
-
-@gluon.constexpr_function
-def _barrier(does, part):
-    """PTX for the barrier at which a consumer gets its turn."""
-    return f"bar.{does} {8 + part}, 256; mov.b32 $0, $1;"  # Triton's own barriers begin at 0
-
-
-@gluon.jit
-def _take_turn(part: gl.constexpr, x):
-    """Waits until the other consumer gives a turn to the `part`-th one."""
-    return gl.inline_asm_elementwise(_barrier("sync", part), "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _give_turn(part: gl.constexpr, x):
-    """Gives a turn to the `part`-th consumer."""
-    return gl.inline_asm_elementwise(_barrier("arrive", part), "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -294,13 +244,13 @@ def _start(
     k_tile = ring.k_tiles.index(stage).reshape([tiles.n, tiles.d])
     q_tile = ring.q_tiles.index(q_slot).reshape([ROWS, tiles.d])
     if PING_PONG:
-        step = _take_turn(part, step)
+        step = take_turn(part, step)
     s = warpgroup_mma(q_tile, k_tile.permute((1, 0)), s, use_acc=False, is_async=True)
     mbarrier.wait(ring.v_full.index(before), ((step - 1) // STAGES) & 1, pred=step > 0)
     v_tile = ring.v_tiles.index(before).reshape([tiles.n, tiles.d])
     o = warpgroup_mma(p, v_tile, o, use_acc=(begun != 0), is_async=True)
     if PING_PONG:
-        step = _give_turn(1 - part, step)
+        step = give_turn(1 - part, step)
     return s, o
 
 
@@ -349,7 +299,7 @@ def _compute(
     begun = gl.to_tensor(0)
     if PING_PONG:
         if part == 1:
-            step = _give_turn(0, step)
+            step = give_turn(0, step)
     running = first_place(call, tiles, False) < call.total
     while running:
         live = (todo & FINAL) == 0
@@ -392,7 +342,7 @@ def _compute(
                 head, item = _noted_tile(ring.tile_notes, old_slot, call)
                 # The scores of the tile before were complete a round ago: nothing reads its queries any more.
                 old_tile = ring.q_tiles.index(old_slot).reshape([ROWS, tiles.d])
-                _store(o, old, old_tile, rows_out, lse, sinks, head, item, call, S, tiles)
+                store(o, old, old_tile, rows_out, lse, sinks, head, item, call, S, tiles)
                 mbarrier.arrive(ring.q_empty.index(old_slot), count=1)
         o, p = _end(step, s, o, shrink, step > 0, ring, P, STAGES)
         step += 1
@@ -414,7 +364,7 @@ def _compute(
         running = live
     if PING_PONG:
         if part == 0:
-            _take_turn(0, step)  # the one that is left
+            take_turn(0, step)  # the one that is left
 
 
 @gluon.jit

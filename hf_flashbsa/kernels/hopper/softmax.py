@@ -1,4 +1,4 @@
-"""What a consumer of the Hopper forward kernel makes of the scores of a block."""
+"""What a consumer of the Hopper forward kernel makes of the scores of a block, and in the end of a tile."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from hf_flashbsa.kernels.hopper.common import ROWS
-from hf_flashbsa.kernels.primitives import dropout_keep, log2_factor, related, shown, within
+from hf_flashbsa.kernels.hopper.common import ROWS, store_shared
+from hf_flashbsa.kernels.primitives import LN2, LOG2E, dropout_keep, log2_factor, related, shown, within
 
 
 class State(NamedTuple):
@@ -157,3 +158,35 @@ def operand(s, LAYOUT: gl.constexpr, DTYPE: gl.constexpr):
             "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [s], dtype=gl.float16, is_pure=True, pack=2
         )
     return gl.convert_layout(p, LAYOUT)
+
+
+@gluon.jit
+def store(o, state, tile, rows_out, lse, sinks, head, item, call, S: gl.constexpr, tiles: gl.constexpr):
+    """Divides the weighted values by the sum of the weights, and writes its logarithm. The values go to `tile`, from
+    where the producer sends them on."""
+    O: gl.constexpr = o.type.layout
+    score = call.rules.score
+    pivot = gl.convert_layout(gl.max(state.pivot, 1), gl.SliceLayout(1, S))
+    row_sum = gl.convert_layout(gl.sum(state.sum, 1), gl.SliceLayout(1, S))
+    if sinks is not None:
+        # A row that sees no key stays without weights.
+        sink = gl.where(pivot == float("-inf"), float("-inf"), gl.load(sinks + head) * LOG2E)
+        top = gl.maximum(pivot, sink)
+        top = gl.where(top == float("-inf"), 0.0, top)
+        shrink = gl.exp2(pivot - top)
+        o = o * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
+        row_sum = row_sum * shrink + gl.exp2(sink - top)
+        pivot = top
+    inverse = gl.where(row_sum > 0.0, 1.0 / row_sum, 0.0)
+    if score.seed is not None:
+        inverse = inverse * score.keep_scale
+    o = o * gl.convert_layout(inverse, gl.SliceLayout(1, O))[:, None]
+    tile.store(o.to(tile.dtype))
+    if call.work is not None:
+        if item.begin + ROWS > item.end:
+            # Rows of another sequence follow, which the producer would overwrite.
+            store_shared(rows_out, item.row, head, item.begin, item.end, tile, tiles.d)
+    fence_async_shared()
+    rows = item.begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
+    place = (item.row.to(gl.int64) * call.heads + head) * call.len_q + rows
+    gl.store(lse + place, (pivot + gl.log2(row_sum)) * LN2, mask=rows < item.end)
