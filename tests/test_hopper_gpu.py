@@ -71,6 +71,15 @@ SPECS = {
 }
 
 
+def made(batch: int, heads_k: int, head_dim: int) -> list[torch.Tensor]:
+    """Random q, k, v and gradient of the output."""
+    g = torch.Generator("cuda").manual_seed(1)
+    return [
+        torch.randn(batch, LENGTH, heads, head_dim, device="cuda", generator=g).bfloat16().transpose(1, 2)
+        for heads in (4, heads_k, heads_k, 4)
+    ]
+
+
 def results(function, tensors, dout, spec) -> list[torch.Tensor]:
     leaves = [x.detach().requires_grad_() for x in tensors]
     out = function(*leaves, spec)
@@ -90,25 +99,15 @@ def judge(tensors, dout, spec, launched) -> None:
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("name", SPECS)
 def test_results_are_those_of_eager_attention(launched, name, head_dim):
-    g = torch.Generator("cuda").manual_seed(1)
-    batch = 1 if "packed" in name else 2
-    heads_k = 4 if "per head" in name else 2
-    q, k, v, dout = (
-        torch.randn(batch, LENGTH, heads, head_dim, device="cuda", generator=g).bfloat16().transpose(1, 2)
-        for heads in (4, heads_k, heads_k, 4)
-    )
-    judge((q, k, v), dout, SPECS[name](), launched)
+    *tensors, dout = made(1 if "packed" in name else 2, 4 if "per head" in name else 2, head_dim)
+    judge(tensors, dout, SPECS[name](), launched)
 
 
 @pytest.mark.parametrize("name", ["full", "causal", "causal layout"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_scores_that_outgrow_their_pivots(launched, name, head_dim):
     """In every third row scores grow by more than 8 powers of 2 in each of some blocks, so that pivots rise."""
-    g = torch.Generator("cuda").manual_seed(2)
-    q, k, v, dout = (
-        torch.randn(2, LENGTH, heads, head_dim, device="cuda", generator=g).bfloat16().transpose(1, 2)
-        for heads in (4, 2, 2, 4)
-    )
+    q, k, v, dout = made(2, 2, head_dim)
     place = torch.arange(LENGTH, device="cuda")
     q[..., 0] = torch.where(place % 3 == 0, head_dim**0.5, 0.0).bfloat16()
     k[..., 0] = (6.5 / 128 * torch.where(place < 512, place, 1024 - place).clamp(min=0)).bfloat16()

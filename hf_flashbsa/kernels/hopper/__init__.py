@@ -3,7 +3,7 @@
 One warp loads tiles by TMA, and two warpgroups compute. They take the calls that `configs/hopper.json` lists and leave
 the rest to the portable kernels: `refusal` says why. The list is of calls that they were faster on, timed beside the
 portable ones on an H200; some are taken because others are, untimed: layouts of packed documents or with dropout, and
-causal calls of head dim 64 with dropout.
+causal calls with dropout.
 """
 
 from __future__ import annotations

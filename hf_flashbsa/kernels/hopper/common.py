@@ -124,18 +124,20 @@ def read_note(notes, place):
 
 
 @gluon.constexpr_function
-def _turn_barrier(does, part):
-    """PTX for the barrier at which a consumer gets its turn."""
+def _token_barrier(does, part):
+    """PTX for the barrier at which a consumer gets the token; the value of the instruction is its operand."""
     return f"bar.{does} {8 + part}, 256; mov.b32 $0, $1;"  # Triton's own barriers begin at 0
 
 
 @gluon.jit
-def take_turn(part: gl.constexpr, x):
-    """Waits until the other consumer gives a turn to the `part`-th one."""
-    return gl.inline_asm_elementwise(_turn_barrier("sync", part), "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+def take_token(part: gl.constexpr, x):
+    """Waits until the other consumer passes the token to the `part`-th one. Gives `x`."""
+    return gl.inline_asm_elementwise(_token_barrier("sync", part), "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
-def give_turn(part: gl.constexpr, x):
-    """Gives a turn to the `part`-th consumer."""
-    return gl.inline_asm_elementwise(_turn_barrier("arrive", part), "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+def pass_token(part: gl.constexpr, x):
+    """Passes the token to the `part`-th consumer. Gives `x`."""
+    return gl.inline_asm_elementwise(
+        _token_barrier("arrive", part), "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
+    )

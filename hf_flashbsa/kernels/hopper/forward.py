@@ -25,10 +25,10 @@ from hf_flashbsa.kernels.hopper.common import (
     barrier,
     clear,
     first_key,
-    give_turn,
+    pass_token,
     read_note,
     span_met,
-    take_turn,
+    take_token,
     visits,
     write_note,
 )
@@ -244,13 +244,13 @@ def _start(
     k_tile = ring.k_tiles.index(stage).reshape([tiles.n, tiles.d])
     q_tile = ring.q_tiles.index(q_slot).reshape([ROWS, tiles.d])
     if PING_PONG:
-        step = take_turn(part, step)
+        step = take_token(part, step)
     s = warpgroup_mma(q_tile, k_tile.permute((1, 0)), s, use_acc=False, is_async=True)
     mbarrier.wait(ring.v_full.index(before), ((step - 1) // STAGES) & 1, pred=step > 0)
     v_tile = ring.v_tiles.index(before).reshape([tiles.n, tiles.d])
     o = warpgroup_mma(p, v_tile, o, use_acc=(begun != 0), is_async=True)
     if PING_PONG:
-        step = give_turn(1 - part, step)
+        step = pass_token(1 - part, step)
     return s, o
 
 
@@ -299,7 +299,7 @@ def _compute(
     begun = gl.to_tensor(0)
     if PING_PONG:
         if part == 1:
-            step = give_turn(0, step)
+            step = pass_token(0, step)
     running = first_place(call, tiles, False) < call.total
     while running:
         live = (todo & FINAL) == 0
@@ -364,7 +364,7 @@ def _compute(
         running = live
     if PING_PONG:
         if part == 0:
-            take_turn(0, step)  # the one that is left
+            take_token(0, step)  # which is left
 
 
 @gluon.jit

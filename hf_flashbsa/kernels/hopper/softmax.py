@@ -1,4 +1,4 @@
-"""What a consumer of the Hopper forward kernel makes of the scores of a block, and in the end of a tile."""
+"""What a consumer of the Hopper forward kernel makes of the scores of a block, and at the end of a tile."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _raised(pivot, largest):
         {
         .reg .pred p0, p1;
         .reg .f32 limit0, limit1, other0, other1;
-        add.f32 limit0, $2, 0f41000000;
+        add.f32 limit0, $2, 0f41000000;  // 8
         add.f32 limit1, $3, 0f41000000;
         setp.gt.f32 p0, $4, limit0;
         setp.gt.or.f32 p1, $5, limit1, p0;
@@ -128,6 +128,7 @@ def _shrinking(count):
 
 @gluon.constexpr_function
 def _shrinking_constraints(count):
+    """Of the operands of `_shrinking`: the results, the numbers, and what shrinks each."""
     return ",".join(["=&f"] * count + ["f"] * (2 * count))
 
 
