@@ -103,12 +103,14 @@ def test_results_are_those_of_eager_attention(launched, name, head_dim):
     judge(tensors, dout, SPECS[name](), launched)
 
 
+@pytest.mark.parametrize("growth", [6.5, 28.0])
 @pytest.mark.parametrize("name", ["full", "causal", "causal layout"])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_scores_that_outgrow_their_pivots(launched, name, head_dim):
-    """In every third row scores grow by more than 8 powers of 2 in each of some blocks, so that pivots rise."""
+def test_scores_that_outgrow_their_pivots(launched, name, head_dim, growth):
+    """In every third row scores grow by more than 8 powers of 2 in each of some blocks, so that pivots rise, or by 40,
+    so that weights by the first pivots are infinite."""
     q, k, v, dout = made(2, 2, head_dim)
     place = torch.arange(LENGTH, device="cuda")
     q[..., 0] = torch.where(place % 3 == 0, head_dim**0.5, 0.0).bfloat16()
-    k[..., 0] = (6.5 / 128 * torch.where(place < 512, place, 1024 - place).clamp(min=0)).bfloat16()
+    k[..., 0] = (growth / 128 * torch.where(place < 512, place, 1024 - place).clamp(min=0)).bfloat16()
     judge((q, k, v), dout, SPECS[name](), launched)

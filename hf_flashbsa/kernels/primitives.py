@@ -227,22 +227,29 @@ def matrix_pointers(x, batch, head, queries, keys):
 
 
 @triton.jit
-def within(mask, rows, others, end, lo, hi, diagonal, TRANSPOSED: tl.constexpr):
-    """`[rows, others]`: which `others` of `[lo, hi)` the window lets the rows before `end` meet. Rows are queries and
-    the others keys; with `TRANSPOSED`, the other way round.
-
-    Two comparisons per score, both of which differ from row to row: those that rows share would all be made ahead of
-    time, and held in registers that are short.
-    """
+def bounds(mask, rows, lo, hi, diagonal, TRANSPOSED: tl.constexpr):
+    """Of `rows`, from which of the others on and up to which (exclusive) of `[lo, hi)` the window lets them meet. Rows
+    are queries and the others keys; with `TRANSPOSED`, the other way round."""
     if TRANSPOSED:
         offset, before, after = -diagonal, mask.window_right, mask.window_left
     else:
         offset, before, after = diagonal, mask.window_left, mask.window_right
-    first, behind = tl.where(rows < end, lo, hi), tl.where(rows < end, hi, lo)
     if before is not None:
-        first = tl.maximum(first, rows + offset - before)
+        lo = tl.maximum(lo, rows + offset - before)
     if after is not None:
-        behind = tl.minimum(behind, rows + offset + after + 1)
+        hi = tl.minimum(hi, rows + offset + after + 1)
+    return lo, hi
+
+
+@triton.jit
+def within(mask, rows, others, end, lo, hi, diagonal, TRANSPOSED: tl.constexpr):
+    """`[rows, others]`: which `others` of `[lo, hi)` the window lets the rows before `end` meet.
+
+    Two comparisons per score, both of which differ from row to row: those that rows share would all be made ahead of
+    time, and held in registers that are short.
+    """
+    first, behind = tl.where(rows < end, lo, hi), tl.where(rows < end, hi, lo)
+    first, behind = bounds(mask, rows, first, behind, diagonal, TRANSPOSED)
     return (others[None, :] >= first[:, None]) & (others[None, :] < behind[:, None])
 
 

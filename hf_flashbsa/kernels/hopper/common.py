@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from hf_flashbsa.kernels.primitives import partial_position, place_of, span_of
+from hf_flashbsa.kernels.primitives import bounds, partial_position, place_of, span_of
 from hf_flashbsa.kernels.records import Span
 
 #: Rows of a consumer, a warpgroup: those of a wgmma product. A tile has two of them.
@@ -78,6 +78,50 @@ def first_key(span, blocks, index, tiles: gl.constexpr):
         if visits(span, tiles) == 0:
             position = 0
     return place_of(span, blocks, position, tiles)
+
+
+@gluon.jit
+def by_thread(x):
+    """A product's (rows, columns) as (rows, columns / 8, 4, 2): the four threads that share a row hold pairs of it."""
+    return x.reshape([x.shape[0], x.shape[1] // 8, 4, 2])
+
+
+@gluon.jit
+def _may_be_hidden(rules, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
+    """Whether blocks hold others below the first that a row meets, and others behind the last."""
+    if TRANSPOSED:
+        # What lies outside of a tile's span is hidden already: queries there have an lse of inf.
+        return rules.mask.window_right is not None, rules.mask.window_left is not None
+    else:
+        # `span_of` begins at the first key that the tile meets, but for these.
+        aligned: gl.constexpr = (rules.score.seed is not None) or (tiles.listed > 0)
+        return (rules.mask.window_left is not None) or aligned, True
+
+
+@gluon.jit
+def hide_outside(x, rules, begin, first, lo, hi, diagonal, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
+    """Of a product of the 64 rows from `begin` on with others from `first` on, as -inf what `within` says is not.
+
+    Here each thread moves the bounds of its rows, and then compares them with constants.
+    """
+    BELOW, BEHIND = _may_be_hidden(rules, tiles, TRANSPOSED)
+    S: gl.constexpr = x.type.layout
+    COLUMNS: gl.constexpr = x.shape[1]
+    x = by_thread(x)
+    PARTS: gl.constexpr = x.type.layout
+    QUAD: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(1, PARTS))
+    ROW: gl.constexpr = gl.SliceLayout(1, QUAD)
+    zero = gl.zeros([ROWS], gl.int32, ROW)
+    lo, hi = bounds(rules.mask, begin + gl.arange(0, ROWS, layout=ROW), zero + lo, zero + hi, diagonal, TRANSPOSED)
+    own = first + 2 * gl.arange(0, 4, layout=gl.SliceLayout(0, QUAD))
+    eighth = gl.arange(0, COLUMNS // 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, PARTS))))
+    pair = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, PARTS))))
+    place = 8 * eighth[None, :][:, :, None][:, :, :, None] + pair[None, :][:, None, :][:, :, None, :]
+    if BELOW:
+        x = gl.where(place >= (lo[:, None] - own[None, :])[:, :, None][:, None, :, :], x, float("-inf"))
+    if BEHIND:
+        x = gl.where(place < (hi[:, None] - own[None, :])[:, :, None][:, None, :, :], x, float("-inf"))
+    return gl.convert_layout(x.reshape([ROWS, COLUMNS]), S, assert_trivial=True)
 
 
 @gluon.jit

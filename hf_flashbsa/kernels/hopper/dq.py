@@ -15,7 +15,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS, Call
+from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS, Call, hide_outside
 from hf_flashbsa.kernels.hopper.jobs import (
     allocate_held,
     allocate_stream,
@@ -152,12 +152,15 @@ def _weights(i, step, s, rows, share, ring, call, MASKED: gl.constexpr, tiles: g
         first, _ = noted_block(ring.stream, step)
         queries = share.begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout))
         keys = first + gl.arange(0, tiles.n, layout=gl.SliceLayout(0, s.type.layout))
-        inside = within(rules.mask, queries, keys, item.end, item.lo, item.hi, item.diagonal, False)
-        ok = visible(
-            rules, item.row, item.other_row, head, queries[:, None], keys[None, :], inside, item.query_origin,
-            item.key_origin, share.begin, first, tiles,
-        )  # fmt: skip
-        s = gl.where(ok, s, float("-inf"))
+        if (rules.mask.segment_ids_k is not None) or ((tiles.listed > 0) and (rules.blocks.masks is not None)):
+            inside = within(rules.mask, queries, keys, item.end, item.lo, item.hi, item.diagonal, False)
+            ok = visible(
+                rules, item.row, item.other_row, head, queries[:, None], keys[None, :], inside, item.query_origin,
+                item.key_origin, share.begin, first, tiles,
+            )  # fmt: skip
+            s = gl.where(ok, s, float("-inf"))
+        else:
+            s = hide_outside(s, rules, share.begin, first, item.lo, item.hi, item.diagonal, tiles, False)
     return gl.exp2(s * log2_factor(rules) - rows.lse[:, None])
 
 

@@ -23,6 +23,7 @@ from hf_flashbsa.kernels.hopper.common import (
     ROWS,
     Call,
     barrier,
+    by_thread,
     clear,
     first_key,
     pass_token,
@@ -32,7 +33,18 @@ from hf_flashbsa.kernels.hopper.common import (
     visits,
     write_note,
 )
-from hf_flashbsa.kernels.hopper.softmax import by_thread, hide, no_state, operand, shrunk, softmax, store
+from hf_flashbsa.kernels.hopper.softmax import (
+    State,
+    are_too_large,
+    drop,
+    hide,
+    no_state,
+    operand,
+    shrunk,
+    softmax,
+    softmax_unchecked,
+    store,
+)
 from hf_flashbsa.kernels.hopper.turns import claim, first_place, second_place, settled, tile_at
 from hf_flashbsa.kernels.primitives import block_pointer, dropout_words
 from hf_flashbsa.kernels.records import Item, Rules, Tiles
@@ -54,6 +66,9 @@ class Ring(NamedTuple):
     block_notes: object
 
 
+#: Tiles whose queries, and later results, have room in shared memory. With two, a tile of a single block has none for
+#: the queries of the tile after it until the results before it are stored.
+SLOTS = gl.constexpr(3)
 #: How many numbers are noted of the tile in a slot of queries (`_note_tile`), and of the block in a stage: its first
 #: key, what to do with it, what the grid of a layout says of it, and how many full blocks of the tile follow.
 TILE_NOTES = gl.constexpr(10)
@@ -116,13 +131,13 @@ def _block(call, span, grid_row, index, tiles: gl.constexpr):
 
 @gluon.jit
 def _empty_slots(out, ring, done, call):
-    """Waits for the slots of the `done`-th tile: until the results of the last but one before it, which consumers
-    leave there, are on their way and the slots may be written.
+    """Waits for the slots of the `done`-th tile: until the results that consumers left there, of the tile SLOTS before
+    it, are on their way and the slots may be written.
     """
     for part in gl.static_range(CONSUMERS):
-        slot = (done & 1) * CONSUMERS + part
-        mbarrier.wait(ring.q_empty.index(slot), ((done >> 1) & 1) ^ 1)
-        if done > 1:
+        slot = done % SLOTS * CONSUMERS + part
+        mbarrier.wait(ring.q_empty.index(slot), ((done // SLOTS) & 1) ^ 1)
+        if done >= SLOTS:
             head, item = _noted_tile(ring.tile_notes, slot, call)
             begin = item.begin
             if call.work is not None:
@@ -137,7 +152,7 @@ def _load_queries(q, out, done, head, item, span, ring, call, tiles: gl.constexp
     """Loads and notes the `done`-th tile."""
     _empty_slots(out, ring, done, call)
     for part in gl.static_range(CONSUMERS):
-        slot, begin = (done & 1) * CONSUMERS + part, item.begin + part * ROWS
+        slot, begin = done % SLOTS * CONSUMERS + part, item.begin + part * ROWS
         _note_tile(ring.tile_notes, slot, call, head, begin, item, span)
         mbarrier.expect(ring.q_full.index(slot), ROWS * tiles.d * 2)
         tma.async_copy_global_to_shared(
@@ -218,8 +233,8 @@ def _load(q, k, v, out, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr, S
         done += 1
     if done > 0:
         _load_values(v, v_row, v_head, v_first, step - 1, ring, tiles, STAGES)
-    _empty_slots(out, ring, done, call)
-    _empty_slots(out, ring, done + 1, call)
+    for i in gl.static_range(SLOTS):
+        _empty_slots(out, ring, done + i, call)
 
 
 @gluon.jit
@@ -233,40 +248,34 @@ def _place(first, q_slot, ring, call):
 
 
 @gluon.jit
+def _scores(step, q_slot, s, ring, tiles: gl.constexpr, STAGES: gl.constexpr):
+    """Starts the product of the queries in a slot with the keys of the `step`-th block."""
+    k_tile = ring.k_tiles.index(step % STAGES).reshape([tiles.n, tiles.d])
+    q_tile = ring.q_tiles.index(q_slot).reshape([ROWS, tiles.d])
+    return warpgroup_mma(q_tile, k_tile.permute((1, 0)), s, use_acc=False, is_async=True)
+
+
+@gluon.jit
 def _start(
     part: gl.constexpr, step, q_slot, s, p, o, begun, live, ring, tiles: gl.constexpr, STAGES: gl.constexpr,
-    PING_PONG: gl.constexpr,
 ):  # fmt: skip
     """Starts the products of the queries in a slot with the keys of the `step`-th block, if there is one, and of the
     weights of the block before with its values, if there are some; these are added to `o` where it has `begun`."""
     stage, before = step % STAGES, (step + STAGES - 1) % STAGES
     mbarrier.wait(ring.k_full.index(stage), (step // STAGES) & 1, pred=live)
-    k_tile = ring.k_tiles.index(stage).reshape([tiles.n, tiles.d])
-    q_tile = ring.q_tiles.index(q_slot).reshape([ROWS, tiles.d])
-    if PING_PONG:
-        step = take_token(part, step)
-    s = warpgroup_mma(q_tile, k_tile.permute((1, 0)), s, use_acc=False, is_async=True)
+    step = take_token(part, step)
+    s = _scores(step, q_slot, s, ring, tiles, STAGES)
     mbarrier.wait(ring.v_full.index(before), ((step - 1) // STAGES) & 1, pred=step > 0)
     v_tile = ring.v_tiles.index(before).reshape([tiles.n, tiles.d])
     o = warpgroup_mma(p, v_tile, o, use_acc=(begun != 0), is_async=True)
-    if PING_PONG:
-        step = pass_token(1 - part, step)
+    step = pass_token(1 - part, step)
     return s, o
-
-
-@gluon.jit
-def _end(step, s, o, shrink, used, ring, P: gl.constexpr, STAGES: gl.constexpr):
-    """Ends the `step`-th round: `o` for the new maxima, and its weights for the product of the next round. Gives back
-    the values of the block before, if the round has `used` some."""
-    p = operand(s, P, ring.q_tiles.dtype)
-    mbarrier.arrive(ring.v_empty.index((step + STAGES - 1) % STAGES), count=1, pred=used)
-    return shrunk(o, shrink), p
 
 
 @gluon.jit
 def _compute(
     part: gl.constexpr, rows_out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr,
-    STEADY: gl.constexpr, PING_PONG: gl.constexpr,
+    STEADY: gl.constexpr,
 ):  # fmt: skip
     """A consumer: the `part`-th 64 queries of each tile.
 
@@ -276,11 +285,11 @@ def _compute(
     No product is left running at the end of a round: ptxas gives away registers of those.
 
     With STEADY, full blocks behind the first round without partial ones to come have a loop of their own, which asks
-    nothing: faster, but the larger code costs time where tiles have few of them. There ptxas moves the wait for the
-    product with the values ahead of the exponentials; keeping it behind them, by a branch, cost 2 to 4 %.
+    nothing, not even for the largest scores: weights are made by the pivots that there are, and in the rare case that
+    their sums tell of a larger one, made once more. The larger code costs time where tiles have few such blocks.
 
-    With PING_PONG, consumers issue their products in turn, as in FlashAttention-3, so that those of one run while the
-    other computes weights. It pays where products take longer than weights: with head dim 128.
+    Consumers issue their products in turn, as in FlashAttention-3, so that those of one run while the other computes
+    weights.
     """
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tiles.n, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tiles.d, 16])
@@ -297,17 +306,16 @@ def _compute(
     # Triton loses changes of a variable that enters a loop as the value of another one.
     step, done, todo = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(LAST)
     begun = gl.to_tensor(0)
-    if PING_PONG:
-        if part == 1:
-            step = pass_token(0, step)
+    if part == 1:
+        step = pass_token(0, step)
     running = first_place(call, tiles, False) < call.total
     while running:
         live = (todo & FINAL) == 0
         fresh = (todo & LAST) != 0
         stage = step % STAGES
-        q_slot = (done & 1) * CONSUMERS + part
-        mbarrier.wait(ring.q_full.index(q_slot), (done >> 1) & 1, pred=fresh & live)
-        s, product = _start(part, step, q_slot, s, p, o, begun, live, ring, tiles, STAGES, PING_PONG)
+        q_slot = done % SLOTS * CONSUMERS + part
+        mbarrier.wait(ring.q_full.index(q_slot), (done // SLOTS) & 1, pred=fresh & live)
+        s, product = _start(part, step, q_slot, s, p, o, begun, live, ring, tiles, STAGES)
         s = warpgroup_mma_wait(1, deps=(s,))
         first = read_note(ring.block_notes, stage * BLOCK_NOTES)
         todo = read_note(ring.block_notes, stage * BLOCK_NOTES + 1)
@@ -334,85 +342,94 @@ def _compute(
                     values = ring.v_tiles.index(stage).reshape([tiles.n, tiles.d])
                     clear(values, first, item.lo, item.hi, tiles.n, tiles.d)
             place = _place(first, q_slot, ring, call)
-            s, shrink, state = softmax(s, state, place, pad, factor, rules, tiles)
+            s, shrink, state = softmax(s, state, rules, tiles)
+            s = drop(s, place, pad, factor, rules, tiles)
         o = warpgroup_mma_wait(0, deps=(product,))
         if fresh:
             if step > 0:
-                old_slot = ((done + 1) & 1) * CONSUMERS + part
+                old_slot = (done + SLOTS - 1) % SLOTS * CONSUMERS + part
                 head, item = _noted_tile(ring.tile_notes, old_slot, call)
                 # The scores of the tile before were complete a round ago: nothing reads its queries any more.
                 old_tile = ring.q_tiles.index(old_slot).reshape([ROWS, tiles.d])
                 store(o, old, old_tile, rows_out, lse, sinks, head, item, call, S, tiles)
                 mbarrier.arrive(ring.q_empty.index(old_slot), count=1)
-        o, p = _end(step, s, o, shrink, step > 0, ring, P, STAGES)
+        p = operand(s, P, ring.q_tiles.dtype)
+        mbarrier.arrive(ring.v_empty.index((step + STAGES - 1) % STAGES), count=1, pred=step > 0)
+        o = shrunk(o, shrink)
         step += 1
         begun = gl.where(fresh, 0, 1)
         if STEADY:
             for _ in range(full):
-                s, product = _start(part, step, q_slot, s, p, o, begun, True, ring, tiles, STAGES, PING_PONG)
+                s, product = _start(part, step, q_slot, s, p, o, begun, True, ring, tiles, STAGES)
                 if rules.score.seed is not None:
                     first = read_note(ring.block_notes, step % STAGES * BLOCK_NOTES)
                 s = warpgroup_mma_wait(1, deps=(s,))
-                mbarrier.arrive(ring.k_empty.index(step % STAGES), count=1)
-                place = _place(first, q_slot, ring, call)
-                s, shrink, state = softmax(s, state, place, pad, factor, rules, tiles)
+                s, sums = softmax_unchecked(s, state, rules, tiles)
+                retry = are_too_large(part, sums, step)
                 o = warpgroup_mma_wait(0, deps=(product,))
-                o, p = _end(step, s, o, shrink, True, ring, P, STAGES)
+                if retry != 0:
+                    s = warpgroup_mma_wait(0, deps=(_scores(step, q_slot, s, ring, tiles, STAGES),))
+                    s, shrink, state = softmax(s, state, rules, tiles)
+                    o = shrunk(o, shrink)
+                else:
+                    state = State(state.pivot, state.sum + sums)
+                mbarrier.arrive(ring.k_empty.index(step % STAGES), count=1)
+                s = drop(s, _place(first, q_slot, ring, call), pad, factor, rules, tiles)
+                p = operand(s, P, ring.q_tiles.dtype)
+                mbarrier.arrive(ring.v_empty.index((step + STAGES - 1) % STAGES), count=1)
                 step += 1
                 begun = gl.to_tensor(1)
         done += gl.where((todo & LAST) != 0, 1, 0)
         running = live
-    if PING_PONG:
-        if part == 0:
-            take_token(0, step)  # which is left
+    if part == 0:
+        take_token(0, step)  # which is left
 
 
 @gluon.jit
 def _consumer_0(
     rows_out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr, STEADY: gl.constexpr,
-    PING_PONG: gl.constexpr,
 ):  # fmt: skip
-    _compute(0, rows_out, lse, sinks, ring, call, tiles, STAGES, STEADY, PING_PONG)
+    _compute(0, rows_out, lse, sinks, ring, call, tiles, STAGES, STEADY)
 
 
 @gluon.jit
 def _consumer_1(
     rows_out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr, STEADY: gl.constexpr,
-    PING_PONG: gl.constexpr,
 ):  # fmt: skip
-    _compute(1, rows_out, lse, sinks, ring, call, tiles, STAGES, STEADY, PING_PONG)
+    _compute(1, rows_out, lse, sinks, ring, call, tiles, STAGES, STEADY)
 
 
 @gluon.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles", "total"])
 def forward_kernel(
     q, k, v, out, rows_out, lse, sinks, work, claims, mask, dense, blocks, score, bias, diagonal, heads, group, len_q,
     len_k, num_tiles, total, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
-    STEADY: gl.constexpr, PING_PONG: gl.constexpr, LISTED: gl.constexpr, WIDTH: gl.constexpr,
+    STEADY: gl.constexpr, LISTED: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
     """Writes `out` and `lse`. `q`, `k`, `v` and `out` are descriptors of `(B, H, S, D)` with boxes of 64 or BLOCK_N
     rows; `rows_out`, an Operand, is `out` once more, for parts of tiles whose box has rows of another sequence.
 
-    STEADY, PING_PONG: `_compute` says when they pay. Grid: programs that share the `total` tiles of all heads and
-    batch rows.
+    STEADY: `_compute` says when it pays. Grid: programs that share the `total` tiles of all heads and batch rows.
     """
     gl.static_assert((score.softcap is None) and (bias.ptr is None), "scores are only scaled")
     tiles: gl.constexpr = Tiles(CONSUMERS * ROWS, BLOCK_N, HEAD_DIM, HEAD_DIM, HEAD_DIM, HEAD_DIM, LISTED, WIDTH)
     rules = Rules(mask, dense, blocks, score, bias)
     call = Call(work, rules, diagonal, heads, group, len_q, len_k, num_tiles, total, claims)
     ring = Ring(
-        gl.allocate_shared_memory(q.dtype, [2 * CONSUMERS, 1, 1, ROWS, HEAD_DIM], q.layout),
+        gl.allocate_shared_memory(q.dtype, [SLOTS * CONSUMERS, 1, 1, ROWS, HEAD_DIM], q.layout),
         gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, BLOCK_N, HEAD_DIM], k.layout),
         gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, BLOCK_N, HEAD_DIM], v.layout),
-        gl.allocate_shared_memory(gl.int64, [2 * CONSUMERS, 1], mbarrier.MBarrierLayout()),
-        gl.allocate_shared_memory(gl.int64, [2 * CONSUMERS, 1], mbarrier.MBarrierLayout()),
+        gl.allocate_shared_memory(gl.int64, [SLOTS * CONSUMERS, 1], mbarrier.MBarrierLayout()),
+        gl.allocate_shared_memory(gl.int64, [SLOTS * CONSUMERS, 1], mbarrier.MBarrierLayout()),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
-        gl.allocate_shared_memory(gl.int32, [2 * CONSUMERS * TILE_NOTES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
+        gl.allocate_shared_memory(
+            gl.int32, [SLOTS * CONSUMERS * TILE_NOTES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
+        ),
         gl.allocate_shared_memory(gl.int32, [STAGES * BLOCK_NOTES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
     )
-    for slot in gl.static_range(2 * CONSUMERS):
+    for slot in gl.static_range(SLOTS * CONSUMERS):
         mbarrier.init(ring.q_full.index(slot), count=1)
         mbarrier.init(ring.q_empty.index(slot), count=1)
     for stage in gl.static_range(STAGES):
@@ -422,8 +439,8 @@ def forward_kernel(
         mbarrier.init(ring.v_empty.index(stage), count=CONSUMERS)
     gl.warp_specialize(
         [
-            (_consumer_0, (rows_out, lse, sinks, ring, call, tiles, STAGES, STEADY, PING_PONG)),
-            (_consumer_1, (rows_out, lse, sinks, ring, call, tiles, STAGES, STEADY, PING_PONG)),
+            (_consumer_0, (rows_out, lse, sinks, ring, call, tiles, STAGES, STEADY)),
+            (_consumer_1, (rows_out, lse, sinks, ring, call, tiles, STAGES, STEADY)),
             (_load, (q, k, v, out, ring, call, tiles, STAGES, STEADY)),
         ],
         [4, 1],

@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from hf_flashbsa.kernels.hopper.common import ROWS, store_shared
+from hf_flashbsa.kernels.hopper.common import ROWS, by_thread, hide_outside, store_shared
 from hf_flashbsa.kernels.primitives import LN2, LOG2E, dropout_keep, log2_factor, related, shown, within
 
 
@@ -24,12 +24,6 @@ class State(NamedTuple):
 
 
 @gluon.jit
-def by_thread(x):
-    """A product's (rows, columns) as (rows, columns / 8, 4, 2): the four threads that share a row hold pairs of it."""
-    return x.reshape([x.shape[0], x.shape[1] // 8, 4, 2])
-
-
-@gluon.jit
 def no_state(QUAD: gl.constexpr):
     """The state of rows that have met no key."""
     return State(gl.full([ROWS, 4], float("-inf"), gl.float32, QUAD), gl.zeros([ROWS, 4], gl.float32, QUAD))
@@ -41,10 +35,13 @@ def hide(s, rules, head, item, first, kind, tiles: gl.constexpr):
     says of the block: `visible` would ask it once more."""
     rows = item.begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout))
     keys = first + gl.arange(0, tiles.n, layout=gl.SliceLayout(0, s.type.layout))
-    end = gl.where(kind > 0, item.end, item.begin)
-    inside = within(rules.mask, rows, keys, end, item.lo, item.hi, item.diagonal, False)
-    ok = related(rules, item.row, item.other_row, head, rows[:, None], keys[None, :], inside)
-    s = gl.where(ok, s, float("-inf"))
+    hi = gl.where(kind > 0, item.hi, item.lo)
+    if rules.mask.segment_ids_k is not None:
+        inside = within(rules.mask, rows, keys, item.end, item.lo, hi, item.diagonal, False)
+        ok = related(rules, item.row, item.other_row, head, rows[:, None], keys[None, :], inside)
+        s = gl.where(ok, s, float("-inf"))
+    else:
+        s = hide_outside(s, rules, item.begin, first, item.lo, hi, item.diagonal, tiles, False)
     if tiles.listed > 0:
         if rules.blocks.masks is not None:
             if kind > 1:
@@ -94,11 +91,9 @@ def _raised(pivot, largest):
 
 
 @gluon.jit
-def softmax(s, state, place, pad, factor, rules, tiles: gl.constexpr):
-    """Weights of a block behind dropout, of which the first key has `place` in its sequence; what shrinks the sums so
-    far; and the new state of the rows."""
+def softmax(s, state, rules, tiles: gl.constexpr):
+    """Weights of a block; what shrinks the sums so far; and the new state of the rows."""
     S: gl.constexpr = s.type.layout
-    score = rules.score
     to_log2 = log2_factor(rules)
     s = by_thread(s)
     pivot = _raised(state.pivot, gl.max(gl.max(s, 1), 2) * to_log2)
@@ -107,11 +102,61 @@ def softmax(s, state, place, pad, factor, rules, tiles: gl.constexpr):
     s = gl.exp2(s * to_log2 - finite[:, :, None][:, None, :, :])
     shrink = gl.exp2(state.pivot - finite)
     total = state.sum * shrink + gl.sum(gl.sum(s, 1), 2)
-    s = gl.convert_layout(s.reshape([ROWS, tiles.n]), S, assert_trivial=True)
+    return gl.convert_layout(s.reshape([ROWS, tiles.n]), S, assert_trivial=True), shrink, State(pivot, total)
+
+
+@gluon.jit
+def softmax_unchecked(s, state, rules, tiles: gl.constexpr):
+    """Weights of a block by the pivots that the rows have, without a look at the scores, and the threads' sums of
+    them, which `are_too_large` where pivots were to be raised, or are none yet."""
+    S: gl.constexpr = s.type.layout
+    s = by_thread(s)
+    s = gl.exp2(s * log2_factor(rules) - state.pivot[:, :, None][:, None, :, :])
+    sums = gl.sum(gl.sum(s, 1), 2)
+    return gl.convert_layout(s.reshape([ROWS, tiles.n]), S, assert_trivial=True), sums
+
+
+@gluon.constexpr_function
+def _note_too_large(part):
+    """PTX that notes, in a predicate of the whole kernel, whether one of two sums is NaN or above 2^13: weights of
+    float16 end at 2^16."""
+    return f"""
+        .reg .pred too_large_{part};
+        setp.gtu.f32 too_large_{part}, $2, 0f46000000;
+        setp.gtu.or.f32 too_large_{part}, $3, 0f46000000, too_large_{part};
+        mov.f32 $0, $2;
+        mov.f32 $1, $3;
+    """
+
+
+@gluon.constexpr_function
+def _any_too_large(part):
+    """PTX for whether any thread of a consumer noted so, at one of the barriers that Triton leaves."""
+    return f"""
+        bar.red.or.pred too_large_{part}, {10 + part}, 128, too_large_{part};
+        selp.b32 $0, 1, 0, too_large_{part};
+    """
+
+
+@gluon.jit
+def are_too_large(part: gl.constexpr, sums, zero):
+    """Whether any of the `part`-th consumer's sums is too large, as a number that all its threads have. `zero` is any
+    number.
+
+    In two statements, because Gluon makes a number of a tensor by way of shared memory only.
+    """
+    gl.inline_asm_elementwise(_note_too_large(part), "=f,=f,f,f", [sums], dtype=gl.float32, is_pure=False, pack=2)
+    return gl.inline_asm_elementwise(_any_too_large(part), "=r,r", [zero], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def drop(s, place, pad, factor, rules, tiles: gl.constexpr):
+    """Weights of a block behind dropout, of which the first key has `place` in its sequence."""
+    score = rules.score
     if score.seed is not None:
-        offsets = gl.arange(0, tiles.n, layout=gl.SliceLayout(0, S))[None, :]
+        offsets = gl.arange(0, tiles.n, layout=gl.SliceLayout(0, s.type.layout))[None, :]
         s = gl.where(dropout_keep(score, pad[:, None], factor[:, None], place, offsets), s, 0.0)
-    return s, shrink, State(pivot, total)
+    return s
 
 
 @gluon.constexpr_function
