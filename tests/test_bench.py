@@ -252,6 +252,28 @@ def test_preset_times_its_jobs_and_judges_its_targets(tmp_path, monkeypatch, cap
     assert "2 of 2 measurements were left out" in capsys.readouterr().out
 
 
+def test_bench_resumes_where_it_was_stopped(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    command = (
+        "bench --device cpu --passes forward --masks full causal --head-dims 16 --lengths 32 --tokens 64 --hidden 32 "
+        f"--dtype float32 --repeats 2 --providers sdpa --out {path} --resume --commit"
+    ).split()
+    assert __main__.main([*command, "abc"]) == 0
+    first = path.read_text().splitlines()
+    failed = json.loads(first[1]) | {"ms": None, "tflops": None, "error": "out of memory"}
+    path.write_text("\n".join([first[0], json.dumps(failed)]) + "\n")
+    capsys.readouterr()
+    assert __main__.main([*command, "abc"]) == 0, "what failed is measured once more"
+    assert [json.loads(line)["mask"] for line in path.read_text().splitlines()] == ["full", "causal", "causal"]
+    printed = capsys.readouterr().out
+    assert f"1 of 2 measurements are in {path} already" in printed
+    assert " full " in printed and " causal " in printed, "the table has both"
+    assert __main__.main([*command, "abc"]) == 0 and len(path.read_text().splitlines()) == 3
+    assert __main__.main([*command, "other"]) == 0 and len(path.read_text().splitlines()) == 5
+    with pytest.raises(SystemExit, match="commit it"):
+        __main__.main([*command, "abc-dirty"])
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_name_jobs_that_can_be_told_apart(name):
     named = targets.jobs(PRESETS[name]())

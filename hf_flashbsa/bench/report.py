@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rich.table import Table
@@ -26,14 +26,20 @@ def append(path: Path, row: dict) -> None:
         file.write(json.dumps(row) + "\n")
 
 
+def rows_of(paths: Iterable[Path]) -> Iterator[dict]:
+    """All rows of JSON Lines files."""
+    for path in paths:
+        yield from map(json.loads, path.read_text().splitlines())
+
+
 def read(paths: Iterable[Path]) -> list[dict]:
     """Rows of JSON Lines files; a later measurement replaces an earlier one of the same problem and provider."""
-    newest = {}
-    for path in paths:
-        for line in path.read_text().splitlines():
-            row = json.loads(line)
-            newest[(*problem(row), row["provider"])] = row
-    return list(newest.values())
+    return list({identity(row): row for row in rows_of(paths)}.values())
+
+
+def identity(row: dict) -> tuple:
+    """What measurement a row is of."""
+    return (*problem(row), row["provider"])
 
 
 def problem(row: dict) -> tuple:

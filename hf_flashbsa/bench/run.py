@@ -92,6 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--baseline", choices=PROVIDERS, help="whose speed counts as 1; default fa2, on CPU sdpa")
     parser.add_argument("--preset", choices=PRESETS, help="time the cells of these targets instead, and judge them")
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no measurement after this long")
+    parser.add_argument("--resume", action="store_true", help="leave out what the file has rows of, by this code")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--host", action="store_true", help="time the host's cost per call on a small problem instead")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -99,6 +100,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="file to append rows to; default benchmarks/results/<device>.jsonl")
     parser.add_argument("--plot", type=Path, help="image file to draw TFLOP/s in")
     parser.add_argument("--show", nargs="+", type=Path, metavar="FILE", help="show the rows of files; time nothing")
+
+
+def _left(jobs: list[Job], path: Path, made_with: dict) -> tuple[list[Job], list[dict]]:
+    """The jobs that a file has no rows of by the same code, versions and device, and the rows of the others. Errors do
+    not count: they may pass."""
+    if (made_with["commit"] or "-dirty").endswith("-dirty"):
+        raise SystemExit("--resume: rows of changed code cannot be told apart; commit it, or name it by --commit.")
+    rows = report.rows_of([path]) if path.exists() else ()
+    alike = (row for row in rows if "error" not in row and made_with.items() <= row.items())
+    measured = {report.identity(row): row for row in alike}
+    identities = {job: report.identity({**job.fields(), **made_with}) for job in jobs}
+    before = [measured[identity] for identity in identities.values() if identity in measured]
+    print(f"{len(before)} of {len(jobs)} measurements are in {path} already")
+    return [job for job in jobs if identities[job] not in measured], before
 
 
 def _show(rows: list[dict], options: argparse.Namespace) -> None:
@@ -133,7 +148,9 @@ def main(options: argparse.Namespace) -> int:
     slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
     path = options.out or Path("benchmarks", "results", f"{slug}.jsonl")
     work = functools.partial(measure_job, device=device, repeats=options.repeats)
-    rows, jobs = [], jobs_of(options)
+    rows, jobs, before = [], jobs_of(options), []
+    if options.resume:
+        jobs, before = _left(jobs, path, made_with)
     for job, outcome in run_jobs(work, jobs, workers=1, seconds=options.seconds, job_seconds=JOB_SECONDS):
         if isinstance(outcome, JobError):
             outcome = {"ms": None, "tflops": None, "error": outcome.message[:500]}
@@ -146,7 +163,7 @@ def main(options: argparse.Namespace) -> int:
         report.append(path, row)
         rows.append(row)
         print(f"[{len(rows)}/{len(jobs)}] {report.line(row)}", flush=True)
-    _show(rows, options)
+    _show(before + rows, options)
     if len(rows) < len(jobs):
         print(f"{len(jobs) - len(rows)} of {len(jobs)} measurements were left out after {options.seconds:.0f} s")
     print(f"appended {len(rows)} rows to {path}")
