@@ -68,7 +68,7 @@ def compile_only(arch: int):
             kernel = run(self, *args, **kwargs)
             if "ptxas info" not in printed.getvalue():  # Triton had compiled it before
                 make_backend(kernel.metadata.target).make_cubin(kernel.asm["ptx"], {}, kernel.metadata, arch)
-        compiled.append(_read(kernel, self.fn.__module__, printed.getvalue()))
+        compiled.append(read(kernel, self.fn.__module__, printed.getvalue()))
         return kernel
 
     active = driver._active
@@ -81,7 +81,7 @@ def compile_only(arch: int):
         driver._active = active
 
 
-def _read(kernel, module: str, log: str) -> Compiled:
+def read(kernel, module: str, log: str) -> Compiled:
     """What became of a kernel, with the `log` of ptxas."""
     ptx = kernel.asm["ptx"]
     wgmma = len(re.findall(r"wgmma\.mma_async", ptx))

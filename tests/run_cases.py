@@ -80,6 +80,11 @@ def case_of(seed: int, options: argparse.Namespace) -> cases.Case:
     )
 
 
+def sent_to_hopper(seed: int) -> contextlib.AbstractContextManager[Counter]:
+    """Within, the Hopper kernels get the case of a seed, if they can take it. Counts launches."""
+    return every_call_on_hopper(PROGRAMS[seed % len(PROGRAMS)], choice=seed // len(PROGRAMS))
+
+
 def with_integers(make_problem):
     """`make_problem` with values rounded to integers, whose products are exact: no rounding hides a wrong term."""
 
@@ -110,9 +115,7 @@ def run_job(job: Job, options: argparse.Namespace) -> dict:
     case = case_of(job.seed, options)
     make = with_integers(cases.make_problem) if options.integers else cases.make_problem
     begin = time.perf_counter()
-    forced = contextlib.nullcontext({})
-    if options.hopper:
-        forced = every_call_on_hopper(PROGRAMS[job.seed % len(PROGRAMS)], choice=job.seed // len(PROGRAMS))
+    forced = sent_to_hopper(job.seed) if options.hopper else contextlib.nullcontext({})
     with poisoned_memory(), mock.patch.object(cases, "make_problem", make), forced as launched:
         if job.kind == "case":
             ratios = cases.worst_ratio(case, options.device, options.backend)

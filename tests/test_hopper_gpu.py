@@ -11,17 +11,22 @@ from hf_flashbsa.kernels import tuning
 from hf_flashbsa.reference import reference_attention
 from hf_flashbsa.spec import AttentionSpec
 
+DEVICE = "cuda"
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        not torch.cuda.is_available() or not tuning.is_hopper(torch.device("cuda")), reason="needs a Hopper GPU"
+        not torch.cuda.is_available() or not tuning.is_hopper(torch.device(DEVICE)), reason="needs a Hopper GPU"
     ),
 ]
 #: The last tile is cut short.
 LENGTH = 1500
 
 
-@pytest.fixture(params=[(1, 0), (3, 1), (132, 0), (132, 1), (6, 2)], ids=lambda param: "{}-{}".format(*param))
+#: Programs of a forward call, and the choice among the options of each kernel (`every_call_on_hopper`).
+LAUNCHES = [(1, 0), (3, 1), (132, 0), (132, 1), (6, 2)]
+
+
+@pytest.fixture(params=LAUNCHES, ids=lambda param: "{}-{}".format(*param))
 def launched(request):
     """Which kernels a test launched. So many programs share the tiles of a forward call, and every call goes to the
     Hopper kernels that can, with each of their options."""
@@ -30,7 +35,7 @@ def launched(request):
 
 
 def packed() -> dict[str, torch.Tensor]:
-    cu_seqlens = torch.tensor([0, 1, 130, 130, 700, LENGTH], dtype=torch.int32, device="cuda")
+    cu_seqlens = torch.tensor([0, 1, 130, 130, 700, LENGTH], dtype=torch.int32, device=DEVICE)
     return {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
 
 
@@ -43,18 +48,18 @@ def layout(kinds: tuple[int, ...], heads: int = 1) -> BlockLayout:
     masks = torch.rand(3, 128, 128, generator=g) < 0.6
     masks[1].tril_()
     masks[2, :64] = False
-    return BlockLayout(grid, 128, masks if max(kinds) > 1 else None).to("cuda")
+    return BlockLayout(grid, 128, masks if max(kinds) > 1 else None).to(DEVICE)
 
 
 SPECS = {
     "full": AttentionSpec,
     "causal": lambda: AttentionSpec(causal=True),
     "window": lambda: AttentionSpec(causal=True, window_size=(300, None)),
-    "lengths": lambda: AttentionSpec(seqlens_k=torch.tensor([LENGTH, 77], device="cuda")),
+    "lengths": lambda: AttentionSpec(seqlens_k=torch.tensor([LENGTH, 77], device=DEVICE)),
     "lengths of queries": lambda: AttentionSpec(
         causal=True,
-        seqlens_q=torch.tensor([70, LENGTH - 3], device="cuda"),
-        seqlens_k=torch.tensor([70, LENGTH - 3], device="cuda"),
+        seqlens_q=torch.tensor([70, LENGTH - 3], device=DEVICE),
+        seqlens_k=torch.tensor([70, LENGTH - 3], device=DEVICE),
     ),
     "packed": lambda: AttentionSpec(causal=True, **packed()),
     "layout": lambda: AttentionSpec(layout=layout((0, 0, 1))),
@@ -64,7 +69,7 @@ SPECS = {
     "layout, lengths and window": lambda: AttentionSpec(
         causal=True,
         window_size=(500, None),
-        seqlens_k=torch.tensor([LENGTH - 50, 777], device="cuda"),
+        seqlens_k=torch.tensor([LENGTH - 50, 777], device=DEVICE),
         layout=layout((0, 1, 1, 2, 3)),
     ),
     "packed layout": lambda: AttentionSpec(causal=True, layout=layout((0, 1, 1, 2, 3, 4)), **packed()),
@@ -73,11 +78,16 @@ SPECS = {
 
 def made(batch: int, heads_k: int, head_dim: int) -> list[torch.Tensor]:
     """Random q, k, v and gradient of the output."""
-    g = torch.Generator("cuda").manual_seed(1)
+    g = torch.Generator(DEVICE).manual_seed(1)
     return [
-        torch.randn(batch, LENGTH, heads, head_dim, device="cuda", generator=g).bfloat16().transpose(1, 2)
+        torch.randn(batch, LENGTH, heads, head_dim, device=DEVICE, generator=g).bfloat16().transpose(1, 2)
         for heads in (4, heads_k, heads_k, 4)
     ]
+
+
+def tensors_for(name: str, head_dim: int) -> list[torch.Tensor]:
+    """Those of `made` that one of `SPECS` is for."""
+    return made(1 if "packed" in name else 2, 4 if "per head" in name else 2, head_dim)
 
 
 def results(function, tensors, dout, spec) -> list[torch.Tensor]:
@@ -99,7 +109,7 @@ def judge(tensors, dout, spec, launched) -> None:
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("name", SPECS)
 def test_results_are_those_of_eager_attention(launched, name, head_dim):
-    *tensors, dout = made(1 if "packed" in name else 2, 4 if "per head" in name else 2, head_dim)
+    *tensors, dout = tensors_for(name, head_dim)
     judge(tensors, dout, SPECS[name](), launched)
 
 
@@ -110,7 +120,7 @@ def test_scores_that_outgrow_their_pivots(launched, name, head_dim, growth):
     """In every third row scores grow by more than 8 powers of 2 in each of some blocks, so that pivots rise, or by 40,
     so that weights by the first pivots are infinite."""
     q, k, v, dout = made(2, 2, head_dim)
-    place = torch.arange(LENGTH, device="cuda")
+    place = torch.arange(LENGTH, device=DEVICE)
     q[..., 0] = torch.where(place % 3 == 0, head_dim**0.5, 0.0).bfloat16()
     k[..., 0] = (growth / 128 * torch.where(place < 512, place, 1024 - place).clamp(min=0)).bfloat16()
     judge((q, k, v), dout, SPECS[name](), launched)

@@ -1,0 +1,97 @@
+"""Compiles for a Hopper GPU that need not be there: time on one is then not spent on Triton's compiler.
+
+    TRITON_CACHE_DIR=/tmp/triton PYTHONPATH=. python tests/prewarm.py --preset hopper --gpu-tests --cases 200
+
+What is left there is the launcher in C that Triton builds for each signature. The cache must lie under the same path,
+beside the same release of Triton and the same source of the kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+import time
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import aot
+import cases
+import run_cases
+import test_hopper_gpu
+import torch
+from hopper_calls import every_call_on_hopper
+
+from hf_flashbsa import attention
+from hf_flashbsa.bench import targets
+from hf_flashbsa.bench.cases import Case, make_inputs
+from hf_flashbsa.kernels import tuning
+
+CPU = torch.device("cpu")
+#: What runs something whose launches are to be compiled, and its name.
+Work = tuple[str, Callable[[], object]]
+attention = functools.partial(attention, backend="triton")
+
+
+def _bench(case: Case) -> None:
+    inputs = make_inputs(case, CPU)
+    out = attention(inputs.q, inputs.k, inputs.v, inputs.spec, bias=inputs.bias, dropout_p=case.dropout_p)
+    torch.autograd.grad(out, inputs.leaves, inputs.dout)
+
+
+def _gpu_test(launches: tuple[int, int], name: str, head_dim: int) -> None:
+    *tensors, dout = test_hopper_gpu.tensors_for(name, head_dim)
+    with every_call_on_hopper(*launches):
+        test_hopper_gpu.results(attention, tensors, dout, test_hopper_gpu.SPECS[name]())
+
+
+def _case(seed: int, options: argparse.Namespace) -> None:
+    case = run_cases.case_of(seed, options)
+    with run_cases.sent_to_hopper(seed):
+        cases.run(cases.make_problem(case, CPU), case, "triton")
+
+
+def works(options: argparse.Namespace) -> Iterator[Work]:
+    """What the options name."""
+    for preset in options.preset:
+        ours = (job.case for job in targets.jobs(targets.PRESETS[preset]()) if job.provider == "hf_flashbsa")
+        for case in dict.fromkeys(ours):
+            yield f"{preset} {case}", functools.partial(_bench, case)
+    if options.gpu_tests:
+        for launches in test_hopper_gpu.LAUNCHES:
+            for name in test_hopper_gpu.SPECS:
+                for head_dim in (64, 128):
+                    yield f"{name} {head_dim} {launches}", functools.partial(_gpu_test, launches, name, head_dim)
+    random_cases = run_cases.parse(["--hopper", "--out", "-"])
+    for seed in range(options.seed0, options.seed0 + options.cases):
+        yield f"case {seed}", functools.partial(_case, seed, random_cases)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", nargs="+", choices=targets.PRESETS, default=[], help="cells of the benchmark")
+    parser.add_argument("--gpu-tests", action="store_true", help="tests/test_hopper_gpu.py")
+    parser.add_argument("--cases", type=int, default=0, help="so many of tests/run_cases.py --hopper")
+    parser.add_argument("--seed0", type=int, default=0, help="seed of the first case")
+    parser.add_argument("--share", default="0/1", help="i/n: this process does every n-th from the i-th on")
+    options = parser.parse_args(arguments)
+    first, step = map(int, options.share.split("/"))
+    begin, compiled = time.monotonic(), 0
+    with (
+        mock.patch.object(tuning, "architecture", lambda device: "sm_90"),
+        mock.patch.object(tuning, "is_hopper", lambda device: True),
+        mock.patch.object(test_hopper_gpu, "DEVICE", CPU),
+        mock.patch.object(aot, "read", lambda kernel, module, log: kernel),  # nobody asks what became of it
+    ):
+        for i, (name, work) in enumerate(works(options)):
+            if i % step != first:
+                continue
+            with aot.compile_only(90) as kernels:
+                work()
+            compiled += len(kernels)
+            print(f"{time.monotonic() - begin:.0f} s, {compiled} launches: {name}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
