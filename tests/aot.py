@@ -20,7 +20,8 @@ SHARED_LIMIT = {80: 166_912, 90: 232_448}
 
 
 class Compiled(NamedTuple):
-    """One compiled kernel. `spills` are bytes stored; `wgmma` and `mma` count matrix instructions.
+    """One compiled kernel, or what is known of one that was not to be compiled. `spills` are bytes stored; `wgmma` and
+    `mma` count matrix instructions.
 
     `serialized` tells whether ptxas waits for each wgmma, `overwritten` counts `sass.overwritten_operands` and `lost`
     `sass.lost_operands`.
@@ -28,15 +29,15 @@ class Compiled(NamedTuple):
 
     name: str
     module: str
-    registers: int
-    spills: int
-    shared: int
-    warps: int
-    wgmma: int
-    mma: int
-    serialized: bool
-    overwritten: int
-    lost: int
+    registers: int | None = None
+    spills: int | None = None
+    shared: int | None = None
+    warps: int | None = None
+    wgmma: int | None = None
+    mma: int | None = None
+    serialized: bool | None = None
+    overwritten: int | None = None
+    lost: int | None = None
 
 
 class _Driver:
@@ -56,19 +57,24 @@ class _Driver:
 
 
 @contextlib.contextmanager
-def compile_only(arch: int):
-    """Within, launches compile for `sm_<arch>` instead of running. Yields the list of what was compiled."""
+def compile_only(arch: int, within: str = ""):
+    """Within, launches of kernels whose module's name begins with `within` compile for `sm_<arch>` instead of running,
+    and others do nothing. Yields the list of what was launched."""
     # Kernels decide when they are imported; `attention` looks at the variable when it is called.
     importlib.import_module("hf_flashbsa.kernels.triton_backend")
     compiled, run = [], JITFunction.run
 
     def compile_(self, *args, **kwargs):
+        module = self.fn.__module__
+        if not module.startswith(within):
+            compiled.append(Compiled(self.fn.__name__, module))
+            return None
         kwargs["warmup"] = True
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             kernel = run(self, *args, **kwargs)
             if "ptxas info" not in printed.getvalue():  # Triton had compiled it before
                 make_backend(kernel.metadata.target).make_cubin(kernel.asm["ptx"], {}, kernel.metadata, arch)
-        compiled.append(read(kernel, self.fn.__module__, printed.getvalue()))
+        compiled.append(read(kernel, module, printed.getvalue()))
         return kernel
 
     active = driver._active

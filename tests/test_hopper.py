@@ -25,57 +25,72 @@ from hf_flashbsa.kernels.state import Extras, Params
 KERNELS = ("forward", "dq", "dkdv")
 #: Bytes that a kernel may spill: addresses and bounds, one of each thread, none of the tensors.
 SPILLS = 128
-#: Kinds of calls that compile to code of their own.
+#: Kinds of calls that compile to code of their own. `length` is 4096 where they do not say.
 CALLS = {
     "plain": {},
+    "short": {"causal": True, "length": 512},
     "window": {"window_size": (200, 30), "sinks": True},
     "dropout": {"causal": True, "dropout_p": 0.1},
     "packed": {},
     "grouped": {"causal": True},
-    "layout": {},
+    "layout": {"length": 512},
     "layout-partial": {"causal": True},
     "layout-packed": {"causal": True, "dropout_p": 0.1},
 }
 #: Those that leave some of the kernels to the portable ones: configs/hopper.json.
-PORTABLE = {("packed", 64, "dq"), ("dropout", 64, "dq")}
+PORTABLE = {("packed", 64, "dq"), ("dropout", 64, "dq"), ("short", 64, "dq")}
 PORTABLE |= {("layout-packed", head_dim, "forward") for head_dim in (64, 128)}
 
 
 def call(kind: str, head_dim: int) -> None:
     """Calls `attention` and its backward pass, with `kind` of `CALLS`."""
     heads_k = 2 if kind in ("grouped", "layout-packed") else 4
-    q, dout = (torch.zeros(1, 4096, 4, head_dim, dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
-    k, v = (torch.zeros(1, 4096, heads_k, head_dim, dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
     options = dict(CALLS[kind])
+    length = options.pop("length", 4096)
+    q, dout = (torch.zeros(1, length, 4, head_dim, dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
+    k, v = (torch.zeros(1, length, heads_k, head_dim, dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
     if "sinks" in options:
         options["sinks"] = torch.zeros(4)
     if "packed" in kind:
-        cu_seqlens = torch.tensor([0, 700, 4096], dtype=torch.int32)
+        cu_seqlens = torch.tensor([0, 700, length], dtype=torch.int32)
         options |= {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
     if "layout" in kind:
         masks = None if kind == "layout" else torch.ones(1, 128, 128, dtype=torch.bool)
-        options["layout"] = BlockLayout(torch.ones(1, 1, 32, 32, dtype=torch.int32), 128, masks)
+        grid = torch.ones(1, 1, length // 128, length // 128, dtype=torch.int32)
+        options["layout"] = BlockLayout(grid, 128, masks)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     attention(*leaves, backend="triton", **options).backward(dout)
 
 
 def main(head_dim: int) -> None:
-    """Prints a JSON line for each kernel of each kind of call: what the compiler did."""
+    """Prints a JSON line for each kernel of each kind of call, what the compiler did, and at last the options that
+    configs/hopper.json had for them."""
     tuning.architecture = lambda device: "sm_90"
     tuning.is_hopper = lambda device: True
+    options_of, reached = hopper._options, []
+
+    def noted(kernel: str, *arguments) -> dict | None:
+        options = options_of(kernel, *arguments)
+        reached.append((kernel, options))
+        return options
+
+    hopper._options = noted
     for kind in CALLS:
-        with compile_only(90) as compiled:
+        with compile_only(90, within=hopper.__name__) as compiled:
             call(kind, head_dim)
         for result in compiled:
             print(json.dumps({"kind": kind, **result._asdict()}), flush=True)
+    print(json.dumps(reached))
 
 
-def rows_of(head_dim: int) -> list[dict]:
+def compiled_for(head_dim: int) -> tuple[list[dict], list]:
+    """What `main` prints, from a process of its own: the rows, and the options that were reached."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, __file__, str(head_dim)]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    *rows, reached = map(json.loads, done.stdout.splitlines())
+    return rows, reached
 
 
 @pytest.mark.minutes
@@ -83,9 +98,12 @@ def rows_of(head_dim: int) -> list[dict]:
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_calls_reach_the_kernels_which_compile_well(head_dim):
     """One test, because compiling takes minutes."""
-    rows = rows_of(head_dim)
+    rows, options = compiled_for(head_dim)
     reached = {(row["kind"], row["name"].removesuffix("_kernel")): row["module"] for row in rows}
     assert set(reached) == {(kind, name) for kind in CALLS for name in KERNELS}
+    for kernel in KERNELS:
+        listed = [entry["options"] for entry in hopper._entries(kernel) if entry["head_dim"] == head_dim]
+        assert listed and all([kernel, entry] in options for entry in listed), kernel
     portable = {(kind, name) for kind, dim, name in PORTABLE if dim == head_dim}
     assert {call for call, module in reached.items() if ".hopper." not in module} == portable
     wrong = []

@@ -118,8 +118,8 @@ def softmax_unchecked(s, state, rules, tiles: gl.constexpr):
 
 @gluon.constexpr_function
 def _note_too_large(part):
-    """PTX that notes, in a predicate of the whole kernel, whether one of two sums is NaN or above 2^13: weights of
-    float16 end at 2^16."""
+    """PTX that notes, in a predicate of the whole kernel, whether one of two sums is NaN or above 2^13: where one of a
+    thread's 32 weights of a row is above 2^8, `_raised` raises the row's pivot."""
     return f"""
         .reg .pred too_large_{part};
         setp.gtu.f32 too_large_{part}, $2, 0f46000000;
