@@ -87,6 +87,12 @@ def by_thread(x):
 
 
 @gluon.jit
+def asks_each_score(rules, tiles: gl.constexpr):
+    """Whether segments or the masks of blocks say which scores exist, and not bounds of rows alone."""
+    return (rules.mask.segment_ids_k is not None) or ((tiles.listed > 0) and (rules.blocks.masks is not None))
+
+
+@gluon.jit
 def _may_be_hidden(rules, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
     """Whether blocks hold others below the first that a row meets, and others behind the last."""
     if TRANSPOSED:

@@ -15,7 +15,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS, Call, hide_outside
+from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS, Call, asks_each_score, hide_outside
 from hf_flashbsa.kernels.hopper.jobs import (
     allocate_held,
     allocate_stream,
@@ -152,7 +152,7 @@ def _weights(i, step, s, rows, share, ring, call, MASKED: gl.constexpr, tiles: g
         first, _ = noted_block(ring.stream, step)
         queries = share.begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout))
         keys = first + gl.arange(0, tiles.n, layout=gl.SliceLayout(0, s.type.layout))
-        if (rules.mask.segment_ids_k is not None) or ((tiles.listed > 0) and (rules.blocks.masks is not None)):
+        if asks_each_score(rules, tiles):
             inside = within(rules.mask, queries, keys, item.end, item.lo, item.hi, item.diagonal, False)
             ok = visible(
                 rules, item.row, item.other_row, head, queries[:, None], keys[None, :], inside, item.query_origin,
