@@ -30,19 +30,19 @@ from hf_flashbsa.kernels import tuning
 CPU = torch.device("cpu")
 #: What runs something whose launches are to be compiled, and its name.
 Work = tuple[str, Callable[[], object]]
-attention = functools.partial(attention, backend="triton")
+attend = functools.partial(attention, backend="triton")
 
 
 def _bench(case: Case) -> None:
     inputs = make_inputs(case, CPU)
-    out = attention(inputs.q, inputs.k, inputs.v, inputs.spec, bias=inputs.bias, dropout_p=case.dropout_p)
+    out = attend(inputs.q, inputs.k, inputs.v, inputs.spec, bias=inputs.bias, dropout_p=case.dropout_p)
     torch.autograd.grad(out, inputs.leaves, inputs.dout)
 
 
 def _gpu_test(launches: tuple[int, int], name: str, head_dim: int) -> None:
     *tensors, dout = test_hopper_gpu.tensors_for(name, head_dim)
     with every_call_on_hopper(*launches):
-        test_hopper_gpu.results(attention, tensors, dout, test_hopper_gpu.SPECS[name]())
+        test_hopper_gpu.results(attend, tensors, dout, test_hopper_gpu.SPECS[name]())
 
 
 def _case(seed: int, options: argparse.Namespace) -> None:
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--share", default="0/1", help="i/n: this process does every n-th from the i-th on")
     options = parser.parse_args(arguments)
     first, step = map(int, options.share.split("/"))
-    begin, compiled = time.monotonic(), 0
+    begin, launches = time.monotonic(), 0
     with (
         mock.patch.object(tuning, "architecture", lambda device: "sm_90"),
         mock.patch.object(tuning, "is_hopper", lambda device: True),
@@ -88,8 +88,8 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             with aot.compile_only(90) as kernels:
                 work()
-            compiled += len(kernels)
-            print(f"{time.monotonic() - begin:.0f} s, {compiled} launches: {name}", flush=True)
+            launches += len(kernels)
+            print(f"{time.monotonic() - begin:.0f} s, {launches} launches: {name}", flush=True)
     return 0
 
 

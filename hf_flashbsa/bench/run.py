@@ -105,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _left(jobs: list[Job], path: Path, made_with: dict) -> tuple[list[Job], list[dict]]:
     """The jobs that a file has no rows of by the same code, versions and device, and the rows of the others. Errors do
     not count: they may pass."""
-    if (made_with["commit"] or "-dirty").endswith("-dirty"):
+    if made_with["commit"] is None or made_with["commit"].endswith("-dirty"):
         raise SystemExit("--resume: rows of changed code cannot be told apart; commit it, or name it by --commit.")
     rows = report.rows_of([path]) if path.exists() else ()
     alike = (row for row in rows if "error" not in row and made_with.items() <= row.items())

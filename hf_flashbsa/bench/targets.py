@@ -168,4 +168,4 @@ def table(targets: Iterator[Target], rows: list[dict]) -> Table:
 
 
 def _key(row: dict) -> tuple:
-    return (row["provider"], *report.problem({**row, "gpu": None}))
+    return report.identity({**row, "gpu": None})

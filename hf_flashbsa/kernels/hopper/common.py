@@ -86,6 +86,18 @@ def by_thread(x):
     return x.reshape([x.shape[0], x.shape[1] // 8, 4, 2])
 
 
+@gluon.constexpr_function
+def quad_of(layout):
+    """The layout of (rows, 4), one number for each of the threads that share a row, beside `layout` of `by_thread`."""
+    return gl.SliceLayout(2, gl.SliceLayout(1, layout))
+
+
+@gluon.jit
+def for_all_pairs(x):
+    """(rows, 4) as (rows, 1, 4, 1), to meet what `by_thread` gives."""
+    return x[:, :, None][:, None, :, :]
+
+
 @gluon.jit
 def asks_each_score(rules, tiles: gl.constexpr):
     """Whether segments or the masks of blocks say which scores exist, and not bounds of rows alone."""
@@ -115,7 +127,7 @@ def hide_outside(x, rules, begin, first, lo, hi, diagonal, tiles: gl.constexpr, 
     COLUMNS: gl.constexpr = x.shape[1]
     x = by_thread(x)
     PARTS: gl.constexpr = x.type.layout
-    QUAD: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(1, PARTS))
+    QUAD: gl.constexpr = quad_of(PARTS)
     ROW: gl.constexpr = gl.SliceLayout(1, QUAD)
     zero = gl.zeros([ROWS], gl.int32, ROW)
     lo, hi = bounds(rules.mask, begin + gl.arange(0, ROWS, layout=ROW), zero + lo, zero + hi, diagonal, TRANSPOSED)
@@ -124,9 +136,9 @@ def hide_outside(x, rules, begin, first, lo, hi, diagonal, tiles: gl.constexpr, 
     pair = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, PARTS))))
     place = 8 * eighth[None, :][:, :, None][:, :, :, None] + pair[None, :][:, None, :][:, :, None, :]
     if BELOW:
-        x = gl.where(place >= (lo[:, None] - own[None, :])[:, :, None][:, None, :, :], x, float("-inf"))
+        x = gl.where(place >= for_all_pairs(lo[:, None] - own[None, :]), x, float("-inf"))
     if BEHIND:
-        x = gl.where(place < (hi[:, None] - own[None, :])[:, :, None][:, None, :, :], x, float("-inf"))
+        x = gl.where(place < for_all_pairs(hi[:, None] - own[None, :]), x, float("-inf"))
     return gl.convert_layout(x.reshape([ROWS, COLUMNS]), S, assert_trivial=True)
 
 

@@ -17,6 +17,7 @@ from hf_flashbsa.kernels.hopper.common import (
     by_thread,
     clear,
     pass_token,
+    quad_of,
     read_note,
     take_token,
 )
@@ -30,8 +31,8 @@ from hf_flashbsa.kernels.hopper.softmax import (
     operand,
     shrunk,
     softmax,
-    softmax_unchecked,
     store,
+    weights_by,
 )
 from hf_flashbsa.kernels.hopper.turns import first_place
 from hf_flashbsa.kernels.primitives import dropout_words
@@ -57,9 +58,7 @@ def _scores(step, q_slot, s, ring, tiles: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _start(
-    part: gl.constexpr, step, q_slot, s, p, o, begun, live, ring, tiles: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def _start(part: gl.constexpr, step, q_slot, s, p, o, begun, live, ring, tiles: gl.constexpr, STAGES: gl.constexpr):
     """Starts the products of the queries in a slot with the keys of the `step`-th block, if there is one, and of the
     weights of the block before with its values, if there are some; these are added to `o` where it has `begun`."""
     stage, before = step % STAGES, (step + STAGES - 1) % STAGES
@@ -100,7 +99,7 @@ def _compute(
     s = gl.zeros([ROWS, tiles.n], gl.float32, S)
     o = gl.zeros([ROWS, tiles.d], gl.float32, O)
     p = gl.zeros([ROWS, tiles.n], ring.q_tiles.dtype, P)
-    QUAD: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(1, by_thread(s).type.layout))
+    QUAD: gl.constexpr = quad_of(by_thread(s).type.layout)
     state = no_state(QUAD)
     pad = gl.zeros([ROWS], gl.uint32, ROW)
     factor = gl.zeros([ROWS], gl.uint32, ROW)
@@ -143,7 +142,7 @@ def _compute(
                     values = ring.v_tiles.index(stage).reshape([tiles.n, tiles.d])
                     clear(values, first, item.lo, item.hi, tiles.n, tiles.d)
             place = _place(first, q_slot, ring, call)
-            s, shrink, state = softmax(s, state, rules, tiles)
+            s, shrink, state = softmax(s, state, rules)
             s = drop(s, place, pad, factor, rules, tiles)
         o = warpgroup_mma_wait(0, deps=(product,))
         if fresh:
@@ -165,12 +164,12 @@ def _compute(
                 if rules.score.seed is not None:
                     first = read_note(ring.block_notes, step % STAGES * BLOCK_NOTES)
                 s = warpgroup_mma_wait(1, deps=(s,))
-                s, sums = softmax_unchecked(s, state, rules, tiles)
-                retry = are_too_large(part, sums, step)
+                s, sums = weights_by(state.pivot, s, rules)
+                retry = are_too_large(part, sums)
                 o = warpgroup_mma_wait(0, deps=(product,))
                 if retry != 0:
                     s = warpgroup_mma_wait(0, deps=(_scores(step, q_slot, s, ring, tiles, STAGES),))
-                    s, shrink, state = softmax(s, state, rules, tiles)
+                    s, shrink, state = softmax(s, state, rules)
                     o = shrunk(o, shrink)
                 else:
                     state = State(state.pivot, state.sum + sums)
@@ -187,16 +186,12 @@ def _compute(
 
 
 @gluon.jit
-def _consumer_0(
-    rows_out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr, STEADY: gl.constexpr,
-):  # fmt: skip
+def _consumer_0(rows_out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr, STEADY: gl.constexpr):
     _compute(0, rows_out, lse, sinks, ring, call, tiles, STAGES, STEADY)
 
 
 @gluon.jit
-def _consumer_1(
-    rows_out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr, STEADY: gl.constexpr,
-):  # fmt: skip
+def _consumer_1(rows_out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr, STEADY: gl.constexpr):
     _compute(1, rows_out, lse, sinks, ring, call, tiles, STAGES, STEADY)
 
 

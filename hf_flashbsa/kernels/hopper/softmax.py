@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from hf_flashbsa.kernels.hopper.common import ROWS, by_thread, hide_outside, store_shared
+from hf_flashbsa.kernels.hopper.common import ROWS, by_thread, for_all_pairs, hide_outside, quad_of, store_shared
 from hf_flashbsa.kernels.primitives import LN2, LOG2E, dropout_keep, log2_factor, related, shown, within
 
 
@@ -91,29 +91,23 @@ def _raised(pivot, largest):
 
 
 @gluon.jit
-def softmax(s, state, rules, tiles: gl.constexpr):
-    """Weights of a block; what shrinks the sums so far; and the new state of the rows."""
-    S: gl.constexpr = s.type.layout
-    to_log2 = log2_factor(rules)
-    s = by_thread(s)
-    pivot = _raised(state.pivot, gl.max(gl.max(s, 1), 2) * to_log2)
-    # A row that has met no key yet has pivot -inf; any finite one gives it weights of 0 and not NaN.
-    finite = gl.where(pivot == float("-inf"), 0.0, pivot)
-    s = gl.exp2(s * to_log2 - finite[:, :, None][:, None, :, :])
-    shrink = gl.exp2(state.pivot - finite)
-    total = state.sum * shrink + gl.sum(gl.sum(s, 1), 2)
-    return gl.convert_layout(s.reshape([ROWS, tiles.n]), S, assert_trivial=True), shrink, State(pivot, total)
+def weights_by(pivot, s, rules):
+    """Weights of a block relative to pivots, and the threads' sums of them. With the pivots that rows have, unseen,
+    the sums `are_too_large` where a pivot was to be raised, or is none yet."""
+    parts = gl.exp2(by_thread(s) * log2_factor(rules) - for_all_pairs(pivot))
+    sums = gl.sum(gl.sum(parts, 1), 2)
+    return gl.convert_layout(parts.reshape([s.shape[0], s.shape[1]]), s.type.layout, assert_trivial=True), sums
 
 
 @gluon.jit
-def softmax_unchecked(s, state, rules, tiles: gl.constexpr):
-    """Weights of a block by the pivots that the rows have, without a look at the scores, and the threads' sums of
-    them, which `are_too_large` where pivots were to be raised, or are none yet."""
-    S: gl.constexpr = s.type.layout
-    s = by_thread(s)
-    s = gl.exp2(s * log2_factor(rules) - state.pivot[:, :, None][:, None, :, :])
-    sums = gl.sum(gl.sum(s, 1), 2)
-    return gl.convert_layout(s.reshape([ROWS, tiles.n]), S, assert_trivial=True), sums
+def softmax(s, state, rules):
+    """Weights of a block; what shrinks the sums so far; and the new state of the rows."""
+    pivot = _raised(state.pivot, gl.max(gl.max(by_thread(s), 1), 2) * log2_factor(rules))
+    # A row that has met no key yet has pivot -inf; any finite one gives it weights of 0 and not NaN.
+    finite = gl.where(pivot == float("-inf"), 0.0, pivot)
+    shrink = gl.exp2(state.pivot - finite)
+    s, sums = weights_by(finite, s, rules)
+    return s, shrink, State(pivot, state.sum * shrink + sums)
 
 
 @gluon.constexpr_function
@@ -139,14 +133,14 @@ def _any_too_large(part):
 
 
 @gluon.jit
-def are_too_large(part: gl.constexpr, sums, zero):
-    """Whether any of the `part`-th consumer's sums is too large, as a number that all its threads have. `zero` is any
-    number.
+def are_too_large(part: gl.constexpr, sums):
+    """Whether any of the `part`-th consumer's sums is too large, as a number that all its threads have.
 
     In two statements, because Gluon makes a number of a tensor by way of shared memory only.
     """
     gl.inline_asm_elementwise(_note_too_large(part), "=f,=f,f,f", [sums], dtype=gl.float32, is_pure=False, pack=2)
-    return gl.inline_asm_elementwise(_any_too_large(part), "=r,r", [zero], dtype=gl.int32, is_pure=False, pack=1)
+    unused = gl.to_tensor(0)
+    return gl.inline_asm_elementwise(_any_too_large(part), "=r,r", [unused], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -183,8 +177,8 @@ def shrunk(o, shrink):
     COUNT: gl.constexpr = o.shape[1] // 2  # of each thread
     O: gl.constexpr = o.type.layout
     parts = by_thread(o)
-    shrink = gl.convert_layout(shrink, gl.SliceLayout(2, gl.SliceLayout(1, parts.type.layout)), assert_trivial=True)
-    parts, shrink = gl.broadcast(parts, shrink[:, :, None][:, None, :, :])
+    shrink = gl.convert_layout(shrink, quad_of(parts.type.layout), assert_trivial=True)
+    parts, shrink = gl.broadcast(parts, for_all_pairs(shrink))
     parts = gl.inline_asm_elementwise(
         _shrinking(COUNT), _shrinking_constraints(COUNT), [parts, shrink], dtype=gl.float32, is_pure=True, pack=COUNT
     )
