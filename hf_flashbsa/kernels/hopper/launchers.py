@@ -22,8 +22,9 @@ OPTIONS = {"num_warps": 4, "maxnreg": 168}
 
 
 #: Up to so many tiles in a sequence, programs stay and take one tile after the other, which hides how tiles begin and
-#: end. Where there are more, it counts little, and the GPU's own order balances unequal tiles better.
-RESIDENT_TILES = 32
+#: end. Where there are more, it counts little, and the GPU's own order balances unequal tiles better. Programs that
+#: claim their tiles always stay.
+RESIDENT_TILES = 64
 
 
 @functools.cache
@@ -50,9 +51,9 @@ def _meta(options: dict, q: torch.Tensor, lists: torch.Tensor | None, params: Pa
     return {"HEAD_DIM": q.shape[-1], "LISTED": params.block_size, "WIDTH": width_of(lists), **options, **OPTIONS}
 
 
-def _programs(total: int, tiles: int, work: torch.Tensor | None, device: torch.device) -> int:
+def _programs(total: int, tiles: int, claims: torch.Tensor | None, device: torch.device) -> int:
     """How many programs share `total` tiles, of which a sequence has `tiles`."""
-    return min(total, _multiprocessors(device)) if work is not None or tiles <= RESIDENT_TILES else total
+    return min(total, _multiprocessors(device)) if claims is not None or tiles <= RESIDENT_TILES else total
 
 
 def launch_forward(options: dict, claims, launch, q, k, v, out, lse, extras: Extras, params: Params) -> None:
@@ -61,7 +62,7 @@ def launch_forward(options: dict, claims, launch, q, k, v, out, lse, extras: Ext
     total = tiles * heads * batch
     lists = extras.blocks_q
     launch(
-        forward_kernel, (_programs(total, tiles, extras.work_q, q.device),),
+        forward_kernel, (_programs(total, tiles, claims, q.device),),
         _descriptor(q, ROWS.value), _descriptor(k, options["BLOCK_N"]), _descriptor(v, options["BLOCK_N"]),
         _descriptor(out, ROWS.value), operand_of(out), lse, extras.sinks, extras.work_q, claims,
         *rules_of(lists, extras, params), params.diagonal, heads, heads // heads_k, len_q, len_k, tiles, total,
@@ -78,7 +79,7 @@ def launch_dq(
     total = tiles * heads * batch
     keys, lists = options["BLOCK_N"], extras.blocks_q
     launch(
-        dq_kernel, (_programs(total, tiles, extras.work_q, q.device),),
+        dq_kernel, (_programs(total, tiles, claims, q.device),),
         _descriptor(dout, ROWS.value), _descriptor(dq, ROWS.value), operand_of(dq), _descriptor(q, ROWS.value),
         _descriptor(k, keys), _descriptor(v, keys), _descriptor(out, keys), lse, dlse, rowwise, plane,
         extras.work_q, claims,
@@ -95,7 +96,7 @@ def launch_dkdv(
     total = tiles * heads_k * batch
     queries, lists = options["BLOCK_M"], extras.blocks_k
     launch(
-        dkdv_kernel, (_programs(total, tiles, extras.work_k, q.device),),
+        dkdv_kernel, (_programs(total, tiles, claims, q.device),),
         _descriptor(dout, queries), _descriptor(dk, ROWS.value), operand_of(dk), _descriptor(dv, ROWS.value),
         operand_of(dv), _descriptor(q, queries), _descriptor(k, ROWS.value), _descriptor(v, ROWS.value), rowwise,
         plane, extras.work_k, claims,
