@@ -1,7 +1,7 @@
 """Attention kernels for Transformers, registered as attention implementations on import."""
 
 from hf_flashbsa import patterns, selection
-from hf_flashbsa.attention import attention, choose_backend
+from hf_flashbsa.attention import attention, choose_backend, use_deterministic
 from hf_flashbsa.config import BlockSparseConfig, configure
 from hf_flashbsa.integration.register import register
 from hf_flashbsa.integration.usage import backends_used
@@ -30,5 +30,6 @@ __all__ = [
     "patterns",
     "register_stack",
     "selection",
+    "use_deterministic",
 ]
 __version__ = "0.1.0"

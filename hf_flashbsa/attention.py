@@ -54,13 +54,14 @@ def attention(
     softcap: float | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
+    deterministic: bool | None = None,
     backend: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Exact softmax attention: `dropout(softmax(softcap(scale * q @ k.T) + bias)) @ v` over the visible keys.
 
     Differentiable in `q`, `k`, `v`, `bias`, `sinks` and the returned `lse`. The same inputs give the same bits,
-    forward and backward. Memory is linear in the lengths. A query that sees no key gives 0, gradient 0 and
-    `lse` -inf.
+    forward and, if `deterministic`, backward. Memory is linear in the lengths. A query that sees no key gives 0,
+    gradient 0 and `lse` -inf.
 
     Args:
         q: queries `(B, Hq, Sq, D)`, float32, float16 or bfloat16 (float64 on the torch back end); any strides
@@ -86,6 +87,9 @@ def attention(
             state, of batch row, head and query row, and of the key's place in its sequence: the same on every
             back end.
         return_lse: also return the log-sum-exp of the scores.
+        deterministic: False lets Hopper GPUs add up the gradient of `q` in any order where that is faster: its bits
+            vary from run to run, within the same error. It takes 4 bytes of memory for each element of `q`. Default:
+            what `use_deterministic` said, at first True. True wherever torch.use_deterministic_algorithms is on.
         backend: "auto", "torch" or "triton". `choose_backend` tells what "auto" means for given tensors.
 
     Returns:
@@ -112,7 +116,7 @@ def attention(
         or (bias is not None and bias.requires_grad)
         or (sinks is not None and sinks.requires_grad)
     )
-    options = (softmax_scale, softcap, dropout_p, backend, needs_grad)
+    options = (softmax_scale, softcap, dropout_p, _is_deterministic(deterministic), backend, needs_grad)
     # All that `_resolve` depends on: the calls of a model's layers are alike and are validated once.
     arguments = (
         q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
@@ -162,6 +166,19 @@ def _bounds_spec(causal: bool, left: int | None, right: int | None, query_offset
     return AttentionSpec(causal, (left, right), query_offset)
 
 
+_deterministic = True
+
+
+def use_deterministic(mode: bool) -> None:
+    """Sets the default of `attention(deterministic=...)` for this process, and with it for models."""
+    global _deterministic
+    _deterministic = bool(mode)
+
+
+def _is_deterministic(wish: bool | None) -> bool:
+    return bool(_deterministic if wish is None else wish) or torch.are_deterministic_algorithms_enabled()
+
+
 def choose_backend(device: torch.device, dtype: torch.dtype) -> Backend:
     """What `backend="auto"` runs for tensors of this device and dtype, and why."""
     if device.type == "cuda":
@@ -197,7 +214,9 @@ def _shape(q: torch.Tensor, k: torch.Tensor) -> Shape:
     return Shape(q.shape[0], k.shape[0], q.shape[2], k.shape[2])
 
 
-def _resolve(q, k, v, spec, softmax_scale, softcap, dropout_p, backend, needs_grad: bool) -> tuple[Extras, Params]:
+def _resolve(
+    q, k, v, spec, softmax_scale, softcap, dropout_p, deterministic: bool, backend, needs_grad: bool
+) -> tuple[Extras, Params]:
     """Validates all arguments of `attention` but `bias` and `sinks`, and gives them the back ends' form."""
     backend = _resolve_backend(backend, q)
     _validate(q, k, v, spec)
@@ -208,7 +227,9 @@ def _resolve(q, k, v, spec, softmax_scale, softcap, dropout_p, backend, needs_gr
         raise ValueError(f"softcap: {softcap} is not a finite number > 0; leave it out for no cap.")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: {dropout_p} is not in [0, 1).")
-    return resolve(spec, _shape(q, k), q.shape[1], q.device, scale, softcap, dropout_p, backend, needs_grad)
+    return resolve(
+        spec, _shape(q, k), q.shape[1], q.device, scale, softcap, dropout_p, deterministic, backend, needs_grad
+    )
 
 
 def _validate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec) -> None:

@@ -9,7 +9,9 @@ from unittest import mock
 
 from hf_flashbsa.kernels import hopper, launch
 
+#: Kernels of a call that has to repeat bit by bit, and of one that need not.
 KERNELS = ("forward", "dq", "dkdv")
+KERNELS_OF_SUMS = ("forward", "sums")
 
 
 @contextlib.contextmanager
@@ -20,7 +22,7 @@ def every_call_on_hopper(programs: int, choice: int = 0) -> Iterator[Counter]:
     from hf_flashbsa.kernels.hopper import launchers
 
     entries = {}
-    for kernel in KERNELS:
+    for kernel in {*KERNELS, *KERNELS_OF_SUMS}:
         listed = {}
         for entry in hopper._entries(kernel):
             options = listed.setdefault(entry["head_dim"], [])

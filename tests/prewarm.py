@@ -22,7 +22,7 @@ import test_hopper_gpu
 import torch
 from hopper_calls import every_call_on_hopper
 
-from hf_flashbsa import attention
+from hf_flashbsa import attention, use_deterministic
 from hf_flashbsa.bench import targets
 from hf_flashbsa.bench.cases import Case, make_inputs
 from hf_flashbsa.kernels import tuning
@@ -33,16 +33,18 @@ Work = tuple[str, Callable[[], object]]
 attend = functools.partial(attention, backend="triton")
 
 
-def _bench(case: Case) -> None:
+def _bench(case: Case, deterministic: bool) -> None:
     inputs = make_inputs(case, CPU)
-    out = attend(inputs.q, inputs.k, inputs.v, inputs.spec, bias=inputs.bias, dropout_p=case.dropout_p)
+    options = {"bias": inputs.bias, "dropout_p": case.dropout_p, "deterministic": deterministic}
+    out = attend(inputs.q, inputs.k, inputs.v, inputs.spec, **options)
     torch.autograd.grad(out, inputs.leaves, inputs.dout)
 
 
-def _gpu_test(launches: tuple[int, int], name: str, head_dim: int) -> None:
+def _gpu_test(launches: tuple[int, int], name: str, head_dim: int, deterministic: bool = True) -> None:
     *tensors, dout = test_hopper_gpu.tensors_for(name, head_dim)
+    run = functools.partial(attend, deterministic=deterministic)
     with every_call_on_hopper(*launches):
-        test_hopper_gpu.results(attend, tensors, dout, test_hopper_gpu.SPECS[name]())
+        test_hopper_gpu.results(run, tensors, dout, test_hopper_gpu.SPECS[name]())
 
 
 def _case(seed: int, options: argparse.Namespace) -> None:
@@ -54,15 +56,19 @@ def _case(seed: int, options: argparse.Namespace) -> None:
 def works(options: argparse.Namespace) -> Iterator[Work]:
     """What the options name."""
     for preset in options.preset:
-        ours = (job.case for job in targets.jobs(targets.PRESETS[preset]()) if job.provider == "hf_flashbsa")
-        for case in dict.fromkeys(ours):
-            yield f"{preset} {case}", functools.partial(_bench, case)
+        jobs = targets.jobs(targets.PRESETS[preset]())
+        for deterministic, provider in ((True, targets.OURS), (False, targets.UNORDERED)):
+            for case in dict.fromkeys(job.case for job in jobs if job.provider == provider):
+                yield f"{preset} {case}, {provider}", functools.partial(_bench, case, deterministic)
     if options.gpu_tests:
         for launches in test_hopper_gpu.LAUNCHES:
             for name in test_hopper_gpu.SPECS:
                 for head_dim in (64, 128):
                     yield f"{name} {head_dim} {launches}", functools.partial(_gpu_test, launches, name, head_dim)
+        for name in test_hopper_gpu.SPECS:
+            yield f"{name}, sums", functools.partial(_gpu_test, (132, 0), name, 64, deterministic=False)
     random_cases = run_cases.parse(["--hopper", "--out", "-"])
+    use_deterministic(not options.sums)
     for seed in range(options.seed0, options.seed0 + options.cases):
         yield f"case {seed}", functools.partial(_case, seed, random_cases)
 
@@ -72,6 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--preset", nargs="+", choices=targets.PRESETS, default=[], help="cells of the benchmark")
     parser.add_argument("--gpu-tests", action="store_true", help="tests/test_hopper_gpu.py")
     parser.add_argument("--cases", type=int, default=0, help="so many of tests/run_cases.py --hopper")
+    parser.add_argument("--sums", action="store_true", help="compile the cases for sums whose order may vary")
     parser.add_argument("--seed0", type=int, default=0, help="seed of the first case")
     parser.add_argument("--share", default="0/1", help="i/n: this process does every n-th from the i-th on")
     options = parser.parse_args(arguments)

@@ -36,15 +36,23 @@ CALLS = {
     "layout": {"length": 512},
     "layout-partial": {"causal": True},
     "layout-packed": {"causal": True, "dropout_p": 0.1},
+    "sums": {"deterministic": False},
+    "sums-causal": {"causal": True, "dropout_p": 0.1, "deterministic": False},
+    "sums-grouped": {"causal": True, "deterministic": False},
 }
 #: Those that leave some of the kernels to the portable ones: configs/hopper.json.
 PORTABLE = {("packed", 64, "dq"), ("dropout", 64, "dq"), ("short", 64, "dq")}
 PORTABLE |= {("layout-packed", head_dim, "forward") for head_dim in (64, 128)}
 
 
+def kernels_of(kind: str, head_dim: int) -> tuple[str, ...]:
+    """What a call of a kind launches."""
+    return ("forward", "begin_sums", "dkdv", "end_sums") if "sums" in kind and head_dim == 64 else KERNELS
+
+
 def call(kind: str, head_dim: int) -> None:
     """Calls `attention` and its backward pass, with `kind` of `CALLS`."""
-    heads_k = 2 if kind in ("grouped", "layout-packed") else 4
+    heads_k = 2 if "grouped" in kind or kind == "layout-packed" else 4
     options = dict(CALLS[kind])
     length = options.pop("length", 4096)
     q, dout = (torch.zeros(1, length, 4, head_dim, dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
@@ -100,11 +108,12 @@ def test_calls_reach_the_kernels_which_compile_well(head_dim):
     """One test, because compiling takes minutes."""
     rows, options = compiled_for(head_dim)
     reached = {(row["kind"], row["name"].removesuffix("_kernel")): row["module"] for row in rows}
-    assert set(reached) == {(kind, name) for kind in CALLS for name in KERNELS}
-    for kernel in KERNELS:
+    assert set(reached) == {(kind, name) for kind in CALLS for name in kernels_of(kind, head_dim)}
+    for kernel in KERNELS if head_dim != 64 else (*KERNELS, "sums"):
         listed = [entry["options"] for entry in hopper._entries(kernel) if entry["head_dim"] == head_dim]
         assert listed and all([kernel, entry] in options for entry in listed), kernel
     portable = {(kind, name) for kind, dim, name in PORTABLE if dim == head_dim}
+    portable |= {call for call in reached if call[1].endswith("_sums")}
     assert {call for call, module in reached.items() if ".hopper." not in module} == portable
     wrong = []
     for row in [row for row in rows if ".hopper." in row["module"]]:
@@ -209,7 +218,7 @@ def _arguments(head_dim=128, length=2048, dtype=torch.bfloat16, dim_v=None, extr
     q = torch.zeros(1, length, 2, head_dim, dtype=dtype).transpose(1, 2)
     v = torch.zeros(1, length, 2, dim_v or head_dim, dtype=dtype).transpose(1, 2)
     usual = {"scale": 1.0, "softcap": 0.0, "window_left": -1, "window_right": -1, "diagonal": 0}
-    usual |= {"drop_threshold": 0, "block_size": 0, "backend": "triton"}
+    usual |= {"drop_threshold": 0, "block_size": 0, "deterministic": True, "backend": "triton"}
     nothing = Extras(*[None] * len(Extras._fields))
     return q, q.clone(), v, (), nothing._replace(**extras or {}), Params(**usual | params)
 
@@ -236,6 +245,12 @@ def test_packed_documents_are_taken_where_they_were_faster(on_hopper):
     assert hopper.refusal("forward", q, k, v, others, extras, causal) == unlisted
     assert hopper.refusal("dkdv", q, k, v, others, extras, causal) is None
     assert hopper.refusal("dq", q, k, v, others, extras, params) == unlisted
+
+
+@pytest.mark.parametrize(("length", "causal", "taken"), [(4096, -1, True), (2048, -1, False), (2048, 0, True)])
+def test_sums_are_for_long_sequences(on_hopper, length, causal, taken):
+    reason = hopper.refusal("sums", *_arguments(64, length, window_right=causal))
+    assert reason == (None if taken else "what configs/hopper.json does not list")
 
 
 def _layout_arguments(heads: int, heads_k: int, layout_heads: int, head_dim: int = 128):
@@ -291,7 +306,8 @@ def test_leaves_what_tma_cannot_address(on_hopper):
 def test_leaves_a_kernel_whose_configuration_is_set(on_hopper):
     config = tuning.select("dq", "sm_90", 128, 2, True)
     with tuning.override("dq", config):
-        assert "configuration" in hopper.refusal("dq", *_arguments())
+        for kernel in ("dq", "sums"):
+            assert "configuration" in hopper.refusal(kernel, *_arguments())
         assert hopper.refusal("dkdv", *_arguments()) is None
 
 

@@ -29,9 +29,9 @@ class Unsupported(Exception):
     """The implementation cannot run a case; the message says why."""
 
 
-def _hf_flashbsa(inputs: Inputs) -> Runner:
-    case = inputs.case
-    return lambda: attention(inputs.q, inputs.k, inputs.v, inputs.spec, bias=inputs.bias, dropout_p=case.dropout_p)
+def _hf_flashbsa(inputs: Inputs, deterministic: bool = True) -> Runner:
+    options = {"bias": inputs.bias, "dropout_p": inputs.case.dropout_p, "deterministic": deterministic}
+    return lambda: attention(inputs.q, inputs.k, inputs.v, inputs.spec, **options)
 
 
 #: Providers that are `scaled_dot_product_attention` on one back end.
@@ -212,6 +212,7 @@ def _eager(inputs: Inputs) -> Runner:
 
 PROVIDERS: dict[str, Callable[[Inputs], Runner]] = {
     "hf_flashbsa": _hf_flashbsa,
+    "hf_flashbsa_unordered": functools.partial(_hf_flashbsa, deterministic=False),
     "fa2": _torch_flash,
     "cudnn": _sdpa,
     "efficient": _sdpa,

@@ -18,6 +18,7 @@ from hf_flashbsa.bench.cases import Case
 from hf_flashbsa.bench.jobs import Job
 
 OURS = "hf_flashbsa"
+UNORDERED = "hf_flashbsa_unordered"
 TOKENS, HIDDEN = 16384, 2048
 SHORT, LONG = (512, 1024, 2048), (4096, 8192, 16384)
 
@@ -64,6 +65,12 @@ def hopper() -> Iterator[Target]:
                 case = case_of(mask, length, head_dim)
                 yield faster("cudnn", case, "backward", 1.0 if length >= 1024 else None)
                 yield faster("fa2", case, "backward", 1.5)
+    for mask in ("full", "causal"):
+        for length in (1024, 2048, *LONG):
+            case = case_of(mask, length, 64)
+            text = f"{report.label(case.fields())}, backward in any order: speed over"
+            for than in ("cudnn", OURS):
+                yield Target(f"{text} {than}", "ms", Job(than, case, "backward"), Job(UNORDERED, case, "backward"))
     yield from ragged()
     for head_dim in (64, 128):
         for length in (1024, 4096):
@@ -77,6 +84,7 @@ def hopper() -> Iterator[Target]:
         yield Target(text, "ms", Job(OURS, all_heads, pass_), Job(OURS, grouped, pass_), 0.95)
     whole = case_of("full", 512, 64, batch=8, heads=16, heads_k=16)
     yield faster("fa2", whole, "both", 1.0, "wall")
+    yield faster("flash_attn", whole, "both", None, "wall")
     yield from scaling("causal N{} over N16384", lambda length: case_of("causal", length, 128))
 
 

@@ -21,7 +21,7 @@ from hf_flashbsa.spec import TILE, AttentionSpec, Shape
 _EXTRAS = ", ".join(f"Tensor? {name}" for name in Extras._fields)
 _PARAMS = (
     "float scale, float softcap, int window_left, int window_right, SymInt diagonal, int drop_threshold, "
-    "int block_size, str backend"
+    "int block_size, bool deterministic, str backend"
 )
 _COUNT = len(Extras._fields) + len(Params._fields)
 
@@ -205,6 +205,7 @@ def resolve(
     scale: float,
     softcap: float | None,
     dropout_p: float,
+    deterministic: bool,
     backend: str,
     needs_grad: bool,
 ) -> tuple[Extras, Params]:
@@ -236,6 +237,7 @@ def resolve(
         diagonal=int(spec.diagonal(shape)),
         drop_threshold=drop_threshold(dropout_p),
         block_size=0 if layout is None else layout.block_size,
+        deterministic=deterministic,
         backend=backend,
     )
     return NO_EXTRAS if all(x is None for x in extras) else extras, params

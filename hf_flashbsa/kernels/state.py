@@ -50,6 +50,7 @@ class Params(NamedTuple):
     diagonal: int
     drop_threshold: int
     block_size: int
+    deterministic: bool
     backend: str
 
 

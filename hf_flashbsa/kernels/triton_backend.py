@@ -114,8 +114,12 @@ def _forward(launch, inputs, outputs, params: Params) -> None:
 
 def _backward(launch, inputs, outputs, params: Params) -> None:
     (dout, dlse, q, k, v, out, lse), extras = inputs[:7], Extras(*inputs[7:])
-    rowwise, dq, dk, dv, dbias, claims_dq, claims_dkdv = outputs
+    rowwise, sums, dq, dk, dv, dbias, claims_dq, claims_dkdv = outputs
     plane = lse.numel()
+    if sums is not None:
+        run = hopper.launcher_of("sums", q, k, v, (dout, out), claims_dkdv, extras, params)
+        run(launch, dout, dq, dk, dv, q, k, v, out, lse, dlse, rowwise, plane, sums, extras, params)
+        return
     if q.numel() > 0:  # before the others, which read what it makes of each query
         run = hopper.launcher_of("dq", q, k, v, (dout, out), claims_dq, extras, params) or _launch_dq
         run(launch, dout, dq, q, k, v, out, lse, dlse, rowwise, plane, extras, params)
@@ -140,7 +144,10 @@ def backward(dout, dlse, q, k, v, out, lse, gradients, extras: Extras, params: P
     rowwise = lse.new_empty_strided((4 if params.drop_threshold > 0 else 2, plane), (plane, 1))
     dlse = None if dlse is None else dlse.contiguous()
     claims = hopper.new_claims(extras, 2, q.device)
-    filled = (rowwise, dq, dk, dv, None if dbias is None or dbias.numel() == 0 else dbias, *claims)
+    sums = None
+    if not params.deterministic and hopper.launcher_of("sums", q, k, v, (dout, out), None, extras, params):
+        sums = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+    filled = (rowwise, sums, dq, dk, dv, None if dbias is None or dbias.numel() == 0 else dbias, *claims)
     replay(_backward, (dout, dlse, q, k, v, out, lse, *carried(extras)), filled, params)
     if extras.sinks is not None:
         dsinks.copy_(sinks_gradient(extras.sinks, lse, rowwise[1].view_as(lse)))

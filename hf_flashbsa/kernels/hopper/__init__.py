@@ -59,7 +59,7 @@ def _options(kernel: str, q: torch.Tensor, k: torch.Tensor, extras: Extras, para
     len_q, len_k = q.shape[2], k.shape[2]
     call = {
         "head_dim": q.shape[-1],
-        "ragged": (extras.work_k if kernel == "dkdv" else extras.work_q) is not None,
+        "ragged": (extras.work_q if kernel in ("forward", "dq") else extras.work_k) is not None,
         "layout": extras.grid is not None,
         "causal": params.window_right >= 0,
         "dropout": params.drop_threshold > 0,
@@ -74,14 +74,16 @@ def _options(kernel: str, q: torch.Tensor, k: torch.Tensor, extras: Extras, para
 def refusal(
     kernel: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, others: tuple, extras: Extras, params: Params
 ) -> str | None:
-    """Why `kernel` ("forward", "dq" or "dkdv") leaves a call to the portable one; None where it does not.
+    """Why `kernel` ("forward", "dq", "dkdv", or "sums" for the backward pass of sums.py) leaves a call to others; None
+    where it does not.
 
     Args:
         others: further tensors that the kernel loads as it does q, k and v.
     """
     if not tuning.is_hopper(q.device):
         return "not a Hopper GPU"
-    if any(kernel == name for name, _ in tuning.overrides()):
+    replaced = ("dq", "dkdv") if kernel == "sums" else (kernel,)
+    if any(name in replaced for name, _ in tuning.overrides()):
         return "a configuration of the portable kernel is set"
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"dtype {q.dtype}"
@@ -94,7 +96,7 @@ def refusal(
         return "softcap"
     if extras.grid is not None and params.block_size % 128:
         return f"block layouts, blocks of {params.block_size}"
-    if extras.grid is not None and kernel == "dkdv" and extras.blocks_k.shape[1] > 1 and q.shape[1] != k.shape[1]:
+    if extras.grid is not None and "dkdv" in replaced and extras.blocks_k.shape[1] > 1 and q.shape[1] != k.shape[1]:
         return "block layouts of their own for query heads that share keys"
     if 0 in (q.numel(), k.numel()):
         return "no tokens"
@@ -130,7 +132,8 @@ def launcher_of(
     reason = refusal(kernel, q, k, v, others, extras, params)
     if reason is not None:
         if tuning.is_hopper(q.device):
-            _log_once("Hopper kernels: the portable %s kernel takes calls with %s", kernel, reason)
+            others = f"the portable {kernel} kernel takes" if kernel != "sums" else "those that repeat bit by bit take"
+            _log_once("Hopper kernels: %s calls with %s", others, reason)
         return None
     options = _options(kernel, q, k, extras, params)
     return functools.partial(getattr(importlib.import_module(_LAUNCHERS), f"launch_{kernel}"), options, claims)

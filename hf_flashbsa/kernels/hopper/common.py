@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from hf_flashbsa.kernels.primitives import bounds, partial_position, place_of, span_of
@@ -16,6 +18,13 @@ ROWS = gl.constexpr(64)
 CONSUMERS = gl.constexpr(2)
 #: Synchronises the threads of a partition.
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # renamed in Triton 3.7
+
+
+@builtin
+def add_to_global(descriptor, begin, tile, _semantic=None):
+    """Adds where `tma.async_copy_shared_to_global` writes: Gluon's builder can, but has no name for it."""
+    begin = _semantic._convert_to_ir_values(begin, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, descriptor.handle, begin, tile.handle)
 
 
 class Call(NamedTuple):

@@ -14,11 +14,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS, Call, asks_each_score, hide_outside
+from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS, Call, asks_each_score, hide_outside, shared
 from hf_flashbsa.kernels.hopper.jobs import (
     allocate_held,
     allocate_stream,
     await_job,
+    block_of_queries,
     fill,
     has_no_rows,
     leave,
@@ -33,15 +34,9 @@ from hf_flashbsa.kernels.hopper.jobs import (
     start_products,
     tile_of,
 )
+from hf_flashbsa.kernels.hopper.sums import Outbox, add_queries, allocate_handover, await_use, hand_over, of_own_keys
 from hf_flashbsa.kernels.hopper.turns import claim, first_place, second_place, settled
-from hf_flashbsa.kernels.primitives import (
-    dropout_keep,
-    log2_factor,
-    partial_position,
-    place_of,
-    visible,
-    within,
-)
+from hf_flashbsa.kernels.primitives import dropout_keep, log2_factor, visible, within
 from hf_flashbsa.kernels.records import Rules, Tiles
 
 
@@ -49,13 +44,14 @@ class Ring(NamedTuple):
     """Shared memory: keys and values are held, queries and output gradients pass by.
 
     With the queries come `words` of each: lse, delta, and with dropout its pad and factor. `row_words` is
-    `[stages * words, BLOCK_M]`.
+    `[stages * words, BLOCK_M]`. The `handover` to a third warpgroup is None without one.
     """
 
     held: object
     stream: object
     row_words: object
     words: object
+    handover: object
 
 
 class Gradients(NamedTuple):
@@ -63,22 +59,6 @@ class Gradients(NamedTuple):
 
     dk: object
     dv: object
-
-
-@gluon.jit
-def _block(job, call, i, PARTIAL: gl.constexpr, tiles: gl.constexpr):
-    """Head and first query of a job's `i`-th block of those that need masking, or of the others: those of the first
-    head come first."""
-    span, head = job.span, job.head
-    if call.group != 1:
-        blocks = span.partial if PARTIAL else (span.full_end - span.full_begin) // tiles.m
-        head = job.head * call.group + i // blocks
-        i = i % blocks
-    if PARTIAL:
-        position = partial_position(span, i, tiles.m, tiles)
-    else:
-        position = span.full_begin + i * tiles.m
-    return head, place_of(span, call.rules.blocks, position, tiles)
 
 
 @gluon.jit
@@ -90,10 +70,10 @@ def _fill(i, step, q, dout, rowwise, plane, job, slot, ring, call, tiles: gl.con
     if is_partial:
         # The job is read anew, because the producer has registers for little.
         whole = noted_job(ring.held.notes, slot, call, tiles, True)
-        head, first = _block(whole, call, i, True, tiles)
+        head, first = block_of_queries(whole, call, i, True, tiles)
         lo, hi = whole.span.lo, whole.span.hi
     else:
-        head, first = _block(job, call, i - job.partial, False, tiles)
+        head, first = block_of_queries(job, call, i - job.partial, False, tiles)
     queries = first + gl.arange(0, tiles.m, layout=LAYOUT)
     row = rowwise + (job.item.other_row.to(gl.int64) * call.heads + head) * call.len_q + queries
     live = (queries >= lo) & (queries < hi)
@@ -233,8 +213,8 @@ def _begin(step, k_tile, v_tile, zero, share, ring, call, tiles: gl.constexpr):
 
 @gluon.jit
 def _rotated_rounds(
-    begin, end, step, weights, dp, delta, dk, dv, k_tile, v_tile, zero, share, ring, call, OPERAND: gl.constexpr,
-    MASKED: gl.constexpr, tiles: gl.constexpr,
+    begin, end, step, weights, dp, delta, dk, dv, k_tile, v_tile, zero, share, outbox, ring, call,
+    OPERAND: gl.constexpr, MASKED: gl.constexpr, tiles: gl.constexpr,
 ):  # fmt: skip
     """Rounds `[begin, end)` of `_rotated`, without masks unless `MASKED`."""
     dtype: gl.constexpr = ring.held.first.dtype
@@ -244,9 +224,14 @@ def _rotated_rounds(
         at, last = step + i, step + i - 1
         p = gl.convert_layout(_kept(weights, score).to(dtype), OPERAND)
         dv_next = warpgroup_mma(p, _dout(ring, last, tiles), dv, is_async=True)
-        ds = gl.convert_layout(_gradient(weights, dp, delta, score).to(dtype), OPERAND)
+        gradient = _gradient(weights, dp, delta, score).to(dtype)
+        if outbox is not None:
+            gradient = of_own_keys(gradient, share, outbox)
+        ds = gl.convert_layout(gradient, OPERAND)
         dk_next = warpgroup_mma(ds, _queries(ring, last, tiles), dk, is_async=True)
         s, dp_next = start_products(i, at, k_tile, v_tile, zero, share, ring, call, MASKED, tiles.m, tiles.d)
+        if outbox is not None:
+            hand_over(last, gradient, outbox)
         lse = _row_word(at, 0, ring, COLUMNS)
         s, dv, dk, _, _ = warpgroup_mma_wait(1, deps=(s, dv_next, dk_next, p, ds))
         release(ring.stream, last)
@@ -258,7 +243,7 @@ def _rotated_rounds(
 
 @gluon.jit
 def _rotated(
-    step, dk, dv, k_tile, v_tile, zero, share, ring, call, OPERAND: gl.constexpr, STEADY: gl.constexpr,
+    step, dk, dv, k_tile, v_tile, zero, share, outbox, ring, call, OPERAND: gl.constexpr, STEADY: gl.constexpr,
     tiles: gl.constexpr,
 ):  # fmt: skip
     """Adds all blocks to `dk` and `dv`. A round issues the last products of a block behind its weights, and with them
@@ -271,16 +256,26 @@ def _rotated(
     if STEADY:
         masked = gl.maximum(share.partial, 1)
     weights, dp, delta, dk, dv = _rotated_rounds(
-        1, masked, step, weights, dp, delta, dk, dv, k_tile, v_tile, zero, share, ring, call, OPERAND, True, tiles
-    )
+        1, masked, step, weights, dp, delta, dk, dv, k_tile, v_tile, zero, share, outbox, ring, call, OPERAND, True,
+        tiles,
+    )  # fmt: skip
     if STEADY:
         weights, dp, delta, dk, dv = _rotated_rounds(
-            masked, share.count, step, weights, dp, delta, dk, dv, k_tile, v_tile, zero, share, ring, call, OPERAND,
-            False, tiles,
+            masked, share.count, step, weights, dp, delta, dk, dv, k_tile, v_tile, zero, share, outbox, ring, call,
+            OPERAND, False, tiles,
         )  # fmt: skip
     p = gl.convert_layout(_kept(weights, score).to(dtype), OPERAND)
-    ds = gl.convert_layout(_gradient(weights, dp, delta, score).to(dtype), OPERAND)
-    return _finish(step + share.count - 1, p, ds, dk, dv, ring, tiles)
+    gradient = _gradient(weights, dp, delta, score).to(dtype)
+    if outbox is not None:
+        gradient = of_own_keys(gradient, share, outbox)
+    ds = gl.convert_layout(gradient, OPERAND)
+    last = step + share.count - 1
+    if outbox is not None:
+        hand_over(last, gradient, outbox)
+    dk, dv = _finish(last, p, ds, dk, dv, ring, tiles)
+    if outbox is not None:
+        await_use(last, outbox)  # results take the place of the keys
+    return dk, dv
 
 
 @gluon.jit
@@ -352,7 +347,15 @@ def _compute(
         share = noted_share(part, held.notes, done & 1, call, tiles, True)
         dk = gl.zeros([ROWS, tiles.d], gl.float32, DK)
         dv = gl.zeros([ROWS, tiles.d], gl.float32, DK)
-        if has_no_rows(share, held, call):
+        outbox = None
+        if ring.handover is None:
+            idle = has_no_rows(share, held, call)
+        else:
+            # The third warpgroup waits for both consumers.
+            item, _ = noted_item(held.notes, share.slot, call)
+            outbox = Outbox(ring.handover, part, shared(item.end))
+            idle = False
+        if idle:
             pass_over(ring.stream, step, step + share.count)
         elif share.count > 0:
             zero = gl.zeros([ROWS, tiles.m], gl.float32, S)
@@ -362,10 +365,12 @@ def _compute(
             # products with few queries too slowly.
             if (tiles.d == 64) or (tiles.listed == 0) or (call.rules.blocks.masks is None):
                 k_tile = k_tile.load(gl.DotOperandLayout(0, S, 2))
-            if tiles.d == 64:
+            if (tiles.d == 64) and (ring.handover is None):
                 v_tile = v_tile.load(gl.DotOperandLayout(0, S, 2))
             if ROTATED:
-                dk, dv = _rotated(step, dk, dv, k_tile, v_tile, zero, share, ring, call, OPERAND, STEADY, tiles)
+                dk, dv = _rotated(
+                    step, dk, dv, k_tile, v_tile, zero, share, outbox, ring, call, OPERAND, STEADY, tiles
+                )
             else:
                 dk, dv = _late(step, dk, dv, k_tile, v_tile, zero, share, ring, call, OPERAND, STEADY, tiles)
         leave(held.first.index(place), dk * score.scale, out.dk, share, held, call, tiles.d)
@@ -389,12 +394,13 @@ def _consumer_1(out, ring, call, tiles: gl.constexpr, ROTATED: gl.constexpr, STE
 
 @gluon.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles", "total", "plane"])
 def dkdv_kernel(
-    dout, dk, dk_rows, dv, dv_rows, q, k, v, rowwise, plane, work, claims, mask, dense, blocks, score, bias, diagonal,
-    heads, group, len_q, len_k, num_tiles, total, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr,
+    dout, sums, dk, dk_rows, dv, dv_rows, q, k, v, rowwise, plane, work, claims, mask, dense, blocks, score, bias,
+    diagonal, heads, group, len_q, len_k, num_tiles, total, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr, ROTATED: gl.constexpr, STEADY: gl.constexpr, LISTED: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
     """Writes `dk` and `dv`. They, `dout`, `q`, `k` and `v` are descriptors of `(B, H, S, D)` with boxes of BLOCK_M
-    (dout, q) or 64 rows; `dk_rows` and `dv_rows` are Operands. `rowwise` and its planes are those of rows.py.
+    (dout, q) or 64 rows; `dk_rows` and `dv_rows` are Operands. `rowwise` and its planes are those of rows.py. If not
+    None, `sums`, the descriptor that `add_queries` takes, gets the gradient of the queries added, but for its scale.
 
     STEADY: full blocks have a loop of their own, without masks. Grid: programs that share the `total` tiles of 128
     keys of all their heads and batch rows.
@@ -405,20 +411,37 @@ def dkdv_kernel(
     call = Call(work, rules, diagonal, heads, group, len_q, len_k, num_tiles, total, claims)
     WORDS: gl.constexpr = 4 if score.seed is not None else 2
     WORD: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    handover = None
+    if sums is not None:
+        gl.static_assert(ROTATED, "gradients of scores are handed over by `_rotated`")
+        handover = allocate_handover(sums, q.dtype, BLOCK_M, HEAD_DIM)
     ring = Ring(
-        allocate_held(k, v, HEAD_DIM),
+        allocate_held(k, v, HEAD_DIM, 1 if sums is None else 2),
         # The second arrival is that of the queries' words.
         allocate_stream(q, dout, BLOCK_M, HEAD_DIM, STAGES, 2),
         gl.allocate_shared_memory(gl.float32, [STAGES * WORDS, BLOCK_M], WORD),
         WORDS,
+        handover,
     )
     out = Gradients(dk_rows, dv_rows)
-    gl.warp_specialize(
-        [
-            (_consumer_0, (out, ring, call, tiles, ROTATED, STEADY)),
-            (_consumer_1, (out, ring, call, tiles, ROTATED, STEADY)),
-            (_load, (q, dout, k, v, dk, dv, rowwise, plane, ring, call, tiles)),
-        ],
-        [4, 1],
-        [240, 24],
-    )
+    if sums is None:
+        gl.warp_specialize(
+            [
+                (_consumer_0, (out, ring, call, tiles, ROTATED, STEADY)),
+                (_consumer_1, (out, ring, call, tiles, ROTATED, STEADY)),
+                (_load, (q, dout, k, v, dk, dv, rowwise, plane, ring, call, tiles)),
+            ],
+            [4, 1],
+            [240, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consumer_0, (out, ring, call, tiles, ROTATED, STEADY)),
+                (_consumer_1, (out, ring, call, tiles, ROTATED, STEADY)),
+                (add_queries, (sums, ring, call, tiles)),
+                (_load, (q, dout, k, v, dk, dv, rowwise, plane, ring, call, tiles)),
+            ],
+            [4, 4, 1],
+            [208, 72, 24],
+        )

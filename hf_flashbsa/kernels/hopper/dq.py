@@ -284,7 +284,7 @@ def dq_kernel(
     rules = Rules(mask, dense, blocks, score, bias)
     call = Call(work, rules, diagonal, heads, group, len_q, len_k, num_tiles, total, claims)
     ring = Ring(
-        allocate_held(q, dout, HEAD_DIM),
+        allocate_held(q, dout, HEAD_DIM, 1),
         allocate_stream(k, v, BLOCK_N, HEAD_DIM, STAGES, 1),
     )
     sources = Sources(lse, dlse, rowwise, plane)

@@ -25,7 +25,7 @@ from hf_flashbsa.kernels.hopper.common import (
     write_note,
 )
 from hf_flashbsa.kernels.hopper.turns import tile_at
-from hf_flashbsa.kernels.primitives import list_of
+from hf_flashbsa.kernels.primitives import list_of, partial_position, place_of
 from hf_flashbsa.kernels.records import Item, Span
 
 
@@ -177,8 +177,8 @@ class Stream(NamedTuple):
 
 
 @gluon.jit
-def allocate_held(first, second, DIM: gl.constexpr):
-    """Two slots, each with room for a tile of each descriptor per consumer."""
+def allocate_held(first, second, DIM: gl.constexpr, READERS: gl.constexpr):
+    """Two slots, each with room for a tile of each descriptor per consumer. READERS give back each of these."""
     PLACES: gl.constexpr = 2 * CONSUMERS
     tiles_first = gl.allocate_shared_memory(first.dtype, [PLACES, 1, 1, ROWS, DIM], first.layout)
     tiles_second = gl.allocate_shared_memory(second.dtype, [PLACES, 1, 1, ROWS, DIM], second.layout)
@@ -186,7 +186,7 @@ def allocate_held(first, second, DIM: gl.constexpr):
     empty = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
     for place in gl.static_range(PLACES):
         mbarrier.init(full.index(place), count=1)
-        mbarrier.init(empty.index(place), count=1)
+        mbarrier.init(empty.index(place), count=READERS)
     notes = gl.allocate_shared_memory(gl.int32, [2 * NOTES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     return Held(tiles_first, tiles_second, full, empty, notes)
 
@@ -306,6 +306,22 @@ def noted_block(stream, i):
     """First row and head of block `i` of a stream, which must be there, and noted."""
     place = i % stream.stages * BLOCK_NOTES
     return read_note(stream.notes, place), read_note(stream.notes, place + 1)
+
+
+@gluon.jit
+def block_of_queries(job, call, i, PARTIAL: gl.constexpr, tiles: gl.constexpr):
+    """Head and first query of a job's `i`-th block of those that need masking, or of the others: those of the first
+    head come first."""
+    span, head = job.span, job.head
+    if call.group != 1:
+        blocks = span.partial if PARTIAL else (span.full_end - span.full_begin) // tiles.m
+        head = job.head * call.group + i // blocks
+        i = i % blocks
+    if PARTIAL:
+        position = partial_position(span, i, tiles.m, tiles)
+    else:
+        position = span.full_begin + i * tiles.m
+    return head, place_of(span, call.rules.blocks, position, tiles)
 
 
 @gluon.jit

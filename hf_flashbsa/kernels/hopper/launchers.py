@@ -8,17 +8,21 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from hf_flashbsa.kernels.arguments import operand_of, rules_of, tiles_of, width_of
+from hf_flashbsa.kernels.arguments import cdiv, operand_of, rules_of, score_of, tiles_of, width_of
 from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS
 from hf_flashbsa.kernels.hopper.dkdv import dkdv_kernel
 from hf_flashbsa.kernels.hopper.dq import dq_kernel
 from hf_flashbsa.kernels.hopper.forward import forward_kernel
 from hf_flashbsa.kernels.state import Extras, Params
+from hf_flashbsa.kernels.sums import begin_sums_kernel, end_sums_kernel
 
 #: Rows of a tile: as many as a work table has per entry.
 TILE = ROWS.value * CONSUMERS.value
-#: Threads of the two consumers and the producer share the registers of a multiprocessor.
+#: Threads of the two consumers and the producer share the registers of a multiprocessor; with a third warpgroup, more.
 OPTIONS = {"num_warps": 4, "maxnreg": 168}
+OPTIONS_OF_SUMS = {"num_warps": 4, "maxnreg": 128}
+#: Queries of a program before and after the sums.
+SUM_ROWS = 64
 
 
 #: Up to so many tiles in a sequence, programs stay and take one tile after the other, which hides how tiles begin and
@@ -29,7 +33,7 @@ RESIDENT_TILES = 64
 
 @functools.cache
 def _layout(rows: int, dim: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    element = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}[dtype]
     return gl.NVMMASharedLayout.get_default_for([1, 1, rows, dim], element)
 
 
@@ -47,8 +51,10 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-def _meta(options: dict, q: torch.Tensor, lists: torch.Tensor | None, params: Params) -> dict:
-    return {"HEAD_DIM": q.shape[-1], "LISTED": params.block_size, "WIDTH": width_of(lists), **options, **OPTIONS}
+def _meta(
+    options: dict, q: torch.Tensor, lists: torch.Tensor | None, params: Params, resources: dict = OPTIONS
+) -> dict:
+    return {"HEAD_DIM": q.shape[-1], "LISTED": params.block_size, "WIDTH": width_of(lists), **options, **resources}
 
 
 def _programs(total: int, tiles: int, claims: torch.Tensor | None, device: torch.device) -> int:
@@ -89,17 +95,35 @@ def launch_dq(
 
 
 def launch_dkdv(
-    options: dict, claims, launch, dout, dk, dv, q, k, v, rowwise, plane: int, extras: Extras, params: Params
-) -> None:
+    options: dict, claims, launch, dout, dk, dv, q, k, v, rowwise, plane: int, extras: Extras, params: Params,
+    sums: torch.Tensor | None = None,
+) -> None:  # fmt: skip
     (_, heads, len_q, _), (batch, heads_k, len_k, _) = q.shape, k.shape
     tiles, batch = tiles_of(extras.work_k, len_k, batch, TILE)
     total = tiles * heads_k * batch
     queries, lists = options["BLOCK_M"], extras.blocks_k
     launch(
         dkdv_kernel, (_programs(total, tiles, claims, q.device),),
-        _descriptor(dout, queries), _descriptor(dk, ROWS.value), operand_of(dk), _descriptor(dv, ROWS.value),
-        operand_of(dv), _descriptor(q, queries), _descriptor(k, ROWS.value), _descriptor(v, ROWS.value), rowwise,
-        plane, extras.work_k, claims,
+        _descriptor(dout, queries), None if sums is None else _descriptor(sums, queries),
+        _descriptor(dk, ROWS.value), operand_of(dk), _descriptor(dv, ROWS.value), operand_of(dv),
+        _descriptor(q, queries), _descriptor(k, ROWS.value), _descriptor(v, ROWS.value), rowwise, plane,
+        extras.work_k, claims,
         *rules_of(lists, extras, params), params.diagonal, heads, heads // heads_k, len_q, len_k, tiles, total,
-        **_meta(options, q, lists, params),
+        **_meta(options, q, lists, params, OPTIONS if sums is None else OPTIONS_OF_SUMS),
     )  # fmt: skip
+
+
+def launch_sums(
+    options: dict, claims, launch, dout, dq, dk, dv, q, k, v, out, lse, dlse, rowwise, plane: int, sums: torch.Tensor,
+    extras: Extras, params: Params,
+) -> None:  # fmt: skip
+    """The whole backward pass. `sums` is float32 and contiguous, of the shape of `q`, for the kernels alone."""
+    batch, heads, len_q, head_dim = q.shape
+    grid, score = (cdiv(len_q, SUM_ROWS), batch * heads), score_of(extras, params)
+    sizes = {"HEAD_DIM": head_dim, "BLOCK_M": SUM_ROWS, "num_warps": 4}
+    launch(
+        begin_sums_kernel, grid,
+        operand_of(dout), operand_of(out), lse, dlse, rowwise, plane, sums, score, heads, len_q, **sizes,
+    )  # fmt: skip
+    launch_dkdv(options, claims, launch, dout, dk, dv, q, k, v, rowwise, plane, extras, params, sums)
+    launch(end_sums_kernel, grid, operand_of(dq), sums, score.scale, heads, len_q, **sizes)
