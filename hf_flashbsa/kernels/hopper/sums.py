@@ -85,6 +85,43 @@ def await_use(step, outbox):
 
 
 @gluon.jit
+def _start(step, slot, zero, held, handover, tiles: gl.constexpr):
+    """Waits for the gradients of scores with block `step`, and starts their product with the keys of a slot."""
+    buffer = step % BUFFERS
+    mbarrier.wait(handover.full.index(buffer), step // BUFFERS & 1)
+    dq = zero
+    for part in gl.static_range(CONSUMERS):
+        scores = handover.scores.index(buffer * CONSUMERS + part).permute((1, 0))
+        keys = held.first.index(slot * CONSUMERS + part).reshape([ROWS, tiles.d])
+        dq = warpgroup_mma(scores, keys, dq, use_acc=part > 0, is_async=True)
+    return dq
+
+
+@gluon.jit
+def _finish(dq, step, handover):
+    """Waits for the product that `_start` began, and gives back what it was made of."""
+    dq = warpgroup_mma_wait(0, deps=(dq,))
+    mbarrier.arrive(handover.empty.index(step % BUFFERS), count=1)
+    return dq
+
+
+@gluon.jit
+def _add(sums, dq, i, step, job, handover, call, tiles: gl.constexpr):
+    """Adds the product of a job's `i`-th block, block `step` of the stream, to the sums."""
+    if i < job.partial:
+        head, first = block_of_queries(job, call, i, True, tiles)
+    else:
+        head, first = block_of_queries(job, call, i - job.partial, False, tiles)
+    tma.store_wait(BUFFERS - 1)  # one thread has to wait, and the others for it
+    barrier()
+    products = handover.products.index(step % BUFFERS)
+    products.reshape([tiles.m, tiles.d]).store(dq)
+    fence_async_shared()
+    barrier()
+    add_to_global(sums, [job.item.other_row, head, first, 0], products)
+
+
+@gluon.jit
 def add_queries(sums, ring, call, tiles: gl.constexpr):
     """The third warpgroup. `sums` is a descriptor of float32 `(B, H, S, D)` with boxes of `tiles.m` rows."""
     DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tiles.d, 16])
@@ -95,27 +132,14 @@ def add_queries(sums, ring, call, tiles: gl.constexpr):
         slot = done & 1
         mbarrier.wait(held.full.index(slot * CONSUMERS + 1), (done >> 1) & 1)
         job = noted_job(held.notes, slot, call, tiles, True)
-        for i in range(job.count):
-            if i < job.partial:
-                head, first = block_of_queries(job, call, i, True, tiles)
-            else:
-                head, first = block_of_queries(job, call, i - job.partial, False, tiles)
-            buffer = (step + i) % BUFFERS
-            mbarrier.wait(handover.full.index(buffer), (step + i) // BUFFERS & 1)
-            dq = zero
-            for part in gl.static_range(CONSUMERS):
-                scores = handover.scores.index(buffer * CONSUMERS + part).permute((1, 0))
-                keys = held.first.index(slot * CONSUMERS + part).reshape([ROWS, tiles.d])
-                dq = warpgroup_mma(scores, keys, dq, use_acc=part > 0, is_async=True)
-            dq = warpgroup_mma_wait(0, deps=(dq,))
-            mbarrier.arrive(handover.empty.index(buffer), count=1)
-            tma.store_wait(BUFFERS - 1)  # one thread has to wait, and the others for it
-            barrier()
-            products = handover.products.index(buffer)
-            products.reshape([tiles.m, tiles.d]).store(dq)
-            fence_async_shared()
-            barrier()
-            add_to_global(sums, [job.item.other_row, head, first, 0], products)
+        if job.count > 0:
+            dq = _finish(_start(step, slot, zero, held, handover, tiles), step, handover)
+            for i in range(1, job.count):
+                following = _start(step + i, slot, zero, held, handover, tiles)
+                _add(sums, dq, i - 1, step + i - 1, job, handover, call, tiles)
+                dq = _finish(following, step + i, handover)
+            last = job.count - 1
+            _add(sums, dq, last, step + last, job, handover, call, tiles)
         for part in gl.static_range(CONSUMERS):
             mbarrier.arrive(held.empty.index(slot * CONSUMERS + part), count=1)
         step += job.count
