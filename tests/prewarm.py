@@ -3,8 +3,8 @@
     TRITON_CACHE_DIR=/tmp/triton PYTHONPATH=. python tests/prewarm.py --preset hopper --gpu-tests --cases 200
 
 What is left there is the launcher in C that Triton builds for each signature. The cache must lie under the same path,
-beside the same source of the kernels and the same wheel of Triton: its files are part of every key, and each release of
-Python has a wheel of its own (`triton.runtime.cache.triton_key` tells whether two machines agree).
+beside the same source of the kernels and the same wheel of Triton, of which each release of Python has its own: its
+files are part of every key (`triton.runtime.cache.triton_key` tells whether two machines agree).
 """
 
 from __future__ import annotations
