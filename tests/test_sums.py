@@ -59,7 +59,7 @@ def test_rows_are_made_and_sums_begin_at_zero(with_dlse):
     rowwise = torch.full((2, lse.numel()), float("nan"), device=DEVICE)
     sums = torch.full((BATCH, HEADS, LENGTH, DIM), float("nan"), device=DEVICE)
     score = score_of(NO_EXTRAS, Params(1.0, 0.0, -1, -1, 0, 0, 0, False, "triton"))
-    begin_sums_kernel[(2, BATCH * HEADS)](
+    begin_sums_kernel[(BATCH * HEADS, 2)](
         operand_of(dout), operand_of(out), lse, dlse, rowwise, lse.numel(), sums, score, HEADS, LENGTH, HEAD_DIM=DIM,
         BLOCK_M=64,
     )  # fmt: skip
@@ -74,5 +74,5 @@ def test_sums_are_scaled_and_rounded():
     torch.manual_seed(0)
     (dq,) = tensors(1)
     sums = torch.randn(BATCH, HEADS, LENGTH, DIM, device=DEVICE)
-    end_sums_kernel[(2, BATCH * HEADS)](operand_of(dq), sums, 0.125, HEADS, LENGTH, HEAD_DIM=DIM, BLOCK_M=64)
+    end_sums_kernel[(BATCH * HEADS, 2)](operand_of(dq), sums, 0.125, HEADS, LENGTH, HEAD_DIM=DIM, BLOCK_M=64)
     assert torch.equal(dq, (sums * 0.125).bfloat16())

@@ -31,11 +31,11 @@ def begin_sums_kernel(
 ):
     """Writes `rowwise` (rows.py), and zeros to `sums`, float32 `(B, H, S, D)`. `dout` and `out` are Operands.
 
-    Grid: (blocks of BLOCK_M queries, heads of all batch rows).
+    Grid: (heads of all batch rows, blocks of BLOCK_M queries); its second dimension has room for 65,535.
     """
-    batch_head = tl.program_id(1)
+    batch_head = tl.program_id(0)
     batch, head = batch_head // heads, batch_head % heads
-    queries = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    queries = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, HEAD_DIM)
     live = queries < len_q
     rows = begin_rows(lse, dlse, score, batch_head, queries, live, len_q)
@@ -48,9 +48,9 @@ def begin_sums_kernel(
 @triton.jit(do_not_specialize=["len_q"])
 def end_sums_kernel(dq, sums, scale, heads, len_q, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr):
     """Writes `dq`, an Operand, as `scale * sums`. Grid: that of `begin_sums_kernel`."""
-    batch_head = tl.program_id(1)
+    batch_head = tl.program_id(0)
     batch, head = batch_head // heads, batch_head % heads
-    queries = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    queries = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, HEAD_DIM)
     live = (queries < len_q)[:, None]
     total = tl.load(sums + _place_in_sums(batch_head, queries, dims, len_q, HEAD_DIM), mask=live, other=0.0)

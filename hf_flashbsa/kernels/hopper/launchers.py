@@ -119,7 +119,7 @@ def launch_sums(
 ) -> None:  # fmt: skip
     """The whole backward pass. `sums` is float32 and contiguous, of the shape of `q`, for the kernels alone."""
     batch, heads, len_q, head_dim = q.shape
-    grid, score = (cdiv(len_q, SUM_ROWS), batch * heads), score_of(extras, params)
+    grid, score = (batch * heads, cdiv(len_q, SUM_ROWS)), score_of(extras, params)
     sizes = {"HEAD_DIM": head_dim, "BLOCK_M": SUM_ROWS, "num_warps": 4}
     launch(
         begin_sums_kernel, grid,
