@@ -1,7 +1,8 @@
 """What the backward kernels need of each query.
 
-A kernel of `dq` holds each query's rows once: it makes these numbers and leaves them to the kernels that run behind it
-in `rowwise`, planes `(B, Hq, Sq)` of `plane` float32 each: the fields of `Rows` in their order, the words as bits.
+A kernel of `dq`, or the one that begins sums (sums.py), holds each query's rows once: it makes these numbers and
+leaves them to the kernels that run behind it in `rowwise`, planes `(B, Hq, Sq)` of `plane` float32 each: the fields of
+`Rows` in their order, the words as bits.
 """
 
 from __future__ import annotations

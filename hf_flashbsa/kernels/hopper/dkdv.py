@@ -1,7 +1,8 @@
 """Gradients of keys and values for Hopper, in Gluon: one warp loads by TMA, two warpgroups of 64 keys each compute.
 
 A job holds 128 keys and walks over the queries of every head that shares them, without atomics, so results repeat
-bitwise. The kernel of `dq` has made what depends on a query alone (rows.py).
+bitwise. What depends on a query alone is made before (rows.py). If asked to, a third warpgroup makes the gradient of
+the queries beside them, which does not repeat bitwise (sums.py).
 
 Scores are held keys by queries, so that weights and gradients of scores feed the last two products from registers.
 """
