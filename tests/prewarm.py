@@ -49,6 +49,7 @@ def _gpu_test(launches: tuple[int, int], name: str, head_dim: int, deterministic
 
 
 def _case(seed: int, options: argparse.Namespace) -> None:
+    use_deterministic(not options.unordered)
     case = run_cases.case_of(seed, options)
     with run_cases.sent_to_hopper(seed):
         cases.run(cases.make_problem(case, CPU), case, "triton")
@@ -68,8 +69,7 @@ def works(options: argparse.Namespace) -> Iterator[Work]:
                     yield f"{name} {head_dim} {launches}", functools.partial(_gpu_test, launches, name, head_dim)
         for name in test_hopper_gpu.SPECS:
             yield f"{name}, sums", functools.partial(_gpu_test, (132, 0), name, 64, deterministic=False)
-    random_cases = run_cases.parse(["--hopper", "--out", "-"])
-    use_deterministic(not options.sums)
+    random_cases = run_cases.parse(["--hopper", "--out", "-", *(["--unordered"] if options.unordered else [])])
     for seed in range(options.seed0, options.seed0 + options.cases):
         yield f"case {seed}", functools.partial(_case, seed, random_cases)
 
@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--preset", nargs="+", choices=targets.PRESETS, default=[], help="cells of the benchmark")
     parser.add_argument("--gpu-tests", action="store_true", help="tests/test_hopper_gpu.py")
     parser.add_argument("--cases", type=int, default=0, help="so many of tests/run_cases.py --hopper")
-    parser.add_argument("--sums", action="store_true", help="compile the cases for sums whose order may vary")
+    parser.add_argument("--unordered", action="store_true", help="compile the cases for sums whose order may vary")
     parser.add_argument("--seed0", type=int, default=0, help="seed of the first case")
     parser.add_argument("--share", default="0/1", help="i/n: this process does every n-th from the i-th on")
     options = parser.parse_args(arguments)

@@ -113,7 +113,7 @@ def repeat(case: cases.Case, options: argparse.Namespace) -> list[str]:
 def run_job(job: Job, options: argparse.Namespace) -> dict:
     """The outcome of one job, in a worker process."""
     torch.set_num_threads(1)
-    use_deterministic(not options.sums)
+    use_deterministic(not options.unordered)
     case = case_of(job.seed, options)
     make = with_integers(cases.make_problem) if options.integers else cases.make_problem
     begin = time.perf_counter()
@@ -173,7 +173,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cases", type=int, default=500)
     parser.add_argument("--seed0", type=int, default=0, help="seed of the first case; the others follow")
     parser.add_argument("--repeats", type=int, default=100, help="runs of each repeated case; 0 for no repeat check")
-    parser.add_argument("--sums", action="store_true", help="let the order of sums vary; wants --repeats 0")
+    parser.add_argument("--unordered", action="store_true", help="let the order of sums vary; wants --repeats 0")
     parser.add_argument("--integers", action="store_true", help="round q, k, v and the output gradient to integers")
     parser.add_argument(
         "--hopper", action="store_true", help="cases for the Hopper kernels, which are made to take them"

@@ -132,8 +132,8 @@ def launcher_of(
     reason = refusal(kernel, q, k, v, others, extras, params)
     if reason is not None:
         if tuning.is_hopper(q.device):
-            others = f"the portable {kernel} kernel takes" if kernel != "sums" else "those that repeat bit by bit take"
-            _log_once("Hopper kernels: %s calls with %s", others, reason)
+            takers = f"the portable {kernel} kernel takes" if kernel != "sums" else "those of dq and dkdv take"
+            _log_once("Hopper kernels: %s calls with %s", takers, reason)
         return None
     options = _options(kernel, q, k, extras, params)
     return functools.partial(getattr(importlib.import_module(_LAUNCHERS), f"launch_{kernel}"), options, claims)

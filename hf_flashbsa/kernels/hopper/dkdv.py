@@ -225,14 +225,11 @@ def _rotated_rounds(
         at, last = step + i, step + i - 1
         p = gl.convert_layout(_kept(weights, score).to(dtype), OPERAND)
         dv_next = warpgroup_mma(p, _dout(ring, last, tiles), dv, is_async=True)
-        gradient = _gradient(weights, dp, delta, score).to(dtype)
-        if outbox is not None:
-            gradient = of_own_keys(gradient, share, outbox)
+        gradient = of_own_keys(_gradient(weights, dp, delta, score).to(dtype), share, outbox)
         ds = gl.convert_layout(gradient, OPERAND)
         dk_next = warpgroup_mma(ds, _queries(ring, last, tiles), dk, is_async=True)
         s, dp_next = start_products(i, at, k_tile, v_tile, zero, share, ring, call, MASKED, tiles.m, tiles.d)
-        if outbox is not None:
-            hand_over(last, gradient, outbox)
+        hand_over(last, gradient, outbox)
         lse = _row_word(at, 0, ring, COLUMNS)
         s, dv, dk, _, _ = warpgroup_mma_wait(1, deps=(s, dv_next, dk_next, p, ds))
         release(ring.stream, last)
@@ -266,16 +263,12 @@ def _rotated(
             OPERAND, False, tiles,
         )  # fmt: skip
     p = gl.convert_layout(_kept(weights, score).to(dtype), OPERAND)
-    gradient = _gradient(weights, dp, delta, score).to(dtype)
-    if outbox is not None:
-        gradient = of_own_keys(gradient, share, outbox)
+    gradient = of_own_keys(_gradient(weights, dp, delta, score).to(dtype), share, outbox)
     ds = gl.convert_layout(gradient, OPERAND)
     last = step + share.count - 1
-    if outbox is not None:
-        hand_over(last, gradient, outbox)
+    hand_over(last, gradient, outbox)
     dk, dv = _finish(last, p, ds, dk, dv, ring, tiles)
-    if outbox is not None:
-        await_use(last, outbox)  # results take the place of the keys
+    await_use(last, outbox)  # results take the place of the keys
     return dk, dv
 
 
@@ -425,6 +418,7 @@ def dkdv_kernel(
         handover,
     )
     out = Gradients(dk_rows, dv_rows)
+    # Written out twice: Triton takes functions in the list itself alone.
     if sums is None:
         gl.warp_specialize(
             [

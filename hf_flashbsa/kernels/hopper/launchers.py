@@ -18,7 +18,8 @@ from hf_flashbsa.kernels.sums import begin_sums_kernel, end_sums_kernel
 
 #: Rows of a tile: as many as a work table has per entry.
 TILE = ROWS.value * CONSUMERS.value
-#: Threads of the two consumers and the producer share the registers of a multiprocessor; with a third warpgroup, more.
+#: All threads of a program share the registers of a multiprocessor: 384 with two consumers and a producer, 512 with
+#: the warpgroup that adds up the gradient of the queries.
 OPTIONS = {"num_warps": 4, "maxnreg": 168}
 OPTIONS_OF_SUMS = {"num_warps": 4, "maxnreg": 128}
 #: Queries of a program before and after the sums.

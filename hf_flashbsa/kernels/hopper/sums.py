@@ -37,7 +37,8 @@ class Handover(NamedTuple):
 
 
 class Outbox(NamedTuple):
-    """A consumer's side of a Handover: the number of the consumer, and where the rows of its sequence end."""
+    """A consumer's side of a Handover: the number of the consumer, and where the rows of its sequence end. Without a
+    third warpgroup a consumer has None, and what takes it does nothing."""
 
     handover: object
     part: object
@@ -61,27 +62,30 @@ def allocate_handover(sums, dtype: gl.constexpr, BLOCK: gl.constexpr, DIM: gl.co
 @gluon.jit
 def of_own_keys(ds, share, outbox):
     """Gradients of scores without those of rows behind the last key: nothing of these is in the sums."""
-    if share.begin + ROWS > outbox.end:
-        keys = share.begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, ds.type.layout))
-        ds = gl.where((keys < outbox.end)[:, None], ds, gl.zeros_like(ds))
+    if outbox is not None:
+        if share.begin + ROWS > outbox.end:
+            keys = share.begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, ds.type.layout))
+            ds = gl.where((keys < outbox.end)[:, None], ds, gl.zeros_like(ds))
     return ds
 
 
 @gluon.jit
 def hand_over(step, ds, outbox):
     """Hands over a consumer's gradients of scores with block `step` of the stream."""
-    handover = outbox.handover
-    buffer = step % BUFFERS
-    mbarrier.wait(handover.empty.index(buffer), (step // BUFFERS & 1) ^ 1)
-    handover.scores.index(buffer * CONSUMERS + outbox.part).store(ds)
-    fence_async_shared()
-    mbarrier.arrive(handover.full.index(buffer), count=1)
+    if outbox is not None:
+        handover = outbox.handover
+        buffer = step % BUFFERS
+        mbarrier.wait(handover.empty.index(buffer), (step // BUFFERS & 1) ^ 1)
+        handover.scores.index(buffer * CONSUMERS + outbox.part).store(ds)
+        fence_async_shared()
+        mbarrier.arrive(handover.full.index(buffer), count=1)
 
 
 @gluon.jit
 def await_use(step, outbox):
     """Waits until what was handed over up to block `step` is used, and the job's keys with it."""
-    mbarrier.wait(outbox.handover.empty.index(step % BUFFERS), step // BUFFERS & 1)
+    if outbox is not None:
+        mbarrier.wait(outbox.handover.empty.index(step % BUFFERS), step // BUFFERS & 1)
 
 
 @gluon.jit
