@@ -1,9 +1,9 @@
 """Kernels for Hopper GPUs (compute capability 9.0) in Gluon, the layer under Triton's language.
 
-One warp loads tiles by TMA, and two warpgroups compute. They take the calls that `configs/hopper.json` lists and leave
-the rest to the portable kernels: `refusal` says why. The list is of calls that they were faster on, timed beside the
-portable ones on an H200; some are taken because others are, untimed: layouts of packed documents or with dropout, and
-causal calls with dropout.
+One warp finds out which tiles there are, one loads them by TMA, and two warpgroups compute. They take the calls that
+`configs/hopper.json` lists and leave the rest to the portable kernels: `refusal` says why. The list is of calls that
+they were faster on, timed beside the portable ones on an H200; some are taken because others are, untimed: layouts of
+packed documents or with dropout, and causal calls with dropout.
 """
 
 from __future__ import annotations

@@ -194,21 +194,39 @@ def read_note(notes, place):
     return gl.sum(notes.index(place).load(ONE), 0)
 
 
+# Barriers of the hardware have numbers, of which Triton takes the first: 8 and 9 are for the token of the consumers,
+# 10 and 11 for their sums (softmax.py), 12 for the scout.
+
+
 @gluon.constexpr_function
-def _token_barrier(does, part):
-    """PTX for the barrier at which a consumer gets the token; the value of the instruction is its operand."""
-    return f"bar.{does} {8 + part}, 256; mov.b32 $0, $1;"  # Triton's own barriers begin at 0
+def _named_barrier(does, number, threads):
+    """PTX for a barrier at which warps wait without asking again; the value of the instruction is its operand."""
+    return f"bar.{does} {number}, {threads}; mov.b32 $0, $1;"
+
+
+@gluon.jit
+def await_others(number: gl.constexpr, threads: gl.constexpr, x):
+    """Waits at a barrier until, with those of this partition, so many threads came. Gives `x`."""
+    return gl.inline_asm_elementwise(
+        _named_barrier("sync", number, threads), "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def tell_others(number: gl.constexpr, threads: gl.constexpr, x):
+    """Comes to a barrier without waiting there. Gives `x`."""
+    return gl.inline_asm_elementwise(
+        _named_barrier("arrive", number, threads), "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit
 def take_token(part: gl.constexpr, x):
     """Waits until the other consumer passes the token to the `part`-th one. Gives `x`."""
-    return gl.inline_asm_elementwise(_token_barrier("sync", part), "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+    return await_others(8 + part, 256, x)
 
 
 @gluon.jit
 def pass_token(part: gl.constexpr, x):
     """Passes the token to the `part`-th consumer. Gives `x`."""
-    return gl.inline_asm_elementwise(
-        _token_barrier("arrive", part), "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
-    )
+    return tell_others(8 + part, 256, x)

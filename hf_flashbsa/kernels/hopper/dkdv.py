@@ -1,4 +1,5 @@
-"""Gradients of keys and values for Hopper, in Gluon: one warp loads by TMA, two warpgroups of 64 keys each compute.
+"""Gradients of keys and values for Hopper, in Gluon: two warpgroups of 64 keys each compute what one warp finds
+(scout.py) and one loads by TMA.
 
 A job holds 128 keys and walks over the queries of every head that shares them, without atomics, so results repeat
 bitwise. What depends on a query alone is made before (rows.py). If asked to, a third warpgroup makes the gradient of
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS, Call, asks_each_score, hide_outside, shared
 from hf_flashbsa.kernels.hopper.jobs import (
@@ -25,8 +26,6 @@ from hf_flashbsa.kernels.hopper.jobs import (
     has_no_rows,
     leave,
     noted_block,
-    noted_item,
-    noted_job,
     noted_share,
     pass_over,
     prepare,
@@ -35,8 +34,8 @@ from hf_flashbsa.kernels.hopper.jobs import (
     start_products,
     tile_of,
 )
+from hf_flashbsa.kernels.hopper.scout import is_job, noted_item, noted_job, scout
 from hf_flashbsa.kernels.hopper.sums import Outbox, add_queries, allocate_handover, await_use, hand_over, of_own_keys
-from hf_flashbsa.kernels.hopper.turns import claim, first_place, second_place, settled
 from hf_flashbsa.kernels.primitives import dropout_keep, log2_factor, visible, within
 from hf_flashbsa.kernels.records import Rules, Tiles
 
@@ -63,14 +62,14 @@ class Gradients(NamedTuple):
 
 
 @gluon.jit
-def _fill(i, step, q, dout, rowwise, plane, job, slot, ring, call, tiles: gl.constexpr):
+def _fill(i, step, q, dout, rowwise, plane, job, done, ring, call, tiles: gl.constexpr):
     """Loads a job's `i`-th block of queries with what belongs to them, as block `step` of the stream."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([tiles.m // 32], [32], [1], [0])
     is_partial = i < job.partial
     lo, hi = gl.to_tensor(0), gl.to_tensor(call.len_q)
     if is_partial:
         # The job is read anew, because the producer has registers for little.
-        whole = noted_job(ring.held.notes, slot, call, tiles, True)
+        whole = noted_job(ring.held.agenda, done, call, tiles, True)
         head, first = block_of_queries(whole, call, i, True, tiles)
         lo, hi = whole.span.lo, whole.span.hi
     else:
@@ -99,22 +98,20 @@ def _load(q, dout, k, v, dk, dv, rowwise, plane, ring, call, tiles: gl.constexpr
     # Once consumers have given back a block of a job, they have left the results of the job before.
     early = ring.stream.stages + 1
     step, done = gl.to_tensor(0), gl.to_tensor(0)
-    place = first_place(call, tiles, True)
-    following = second_place(call, place, tiles, True)
-    prepare(held, 0, k, v, place, call, tiles, True)
-    while place < call.total:
-        claimed = claim(call, done + 2)
-        job = noted_job(held.notes, done & 1, call, tiles, True)
-        for i in range(gl.maximum(job.count, early + 1)):
+    prepare(held, done, k, v, call, tiles)
+    while is_job(held.agenda, done):
+        job = noted_job(held.agenda, done, call, tiles, True)
+        for i in range(gl.maximum(job.count, early + 2)):
             if i == early:
                 send_results(held, done + 1, dk, dv, call.len_k, call)
-                prepare(held, done + 1, k, v, following, call, tiles, True)
+            if i == early + 1:
+                prepare(held, done + 1, k, v, call, tiles)
             if i < job.count:
-                _fill(i, step + i, q, dout, rowwise, plane, job, done & 1, ring, call, tiles)
+                _fill(i, step + i, q, dout, rowwise, plane, job, done, ring, call, tiles)
         step += job.count
-        place, following = following, settled(call, claimed, tiles, True)
         done += 1
     send_results(held, done + 1, dk, dv, call.len_k, call)
+    tma.store_wait(0)
 
 
 @gluon.jit
@@ -132,7 +129,7 @@ def _weights(i, step, s, lse, share, ring, call, MASKED: gl.constexpr, tiles: gl
     COLUMNS: gl.constexpr = gl.SliceLayout(0, s.type.layout)
     rules = call.rules
     if MASKED and (i < share.partial):
-        item, _ = noted_item(ring.held.notes, share.slot, call)
+        item, _ = noted_item(ring.held.agenda, share.number, call)
         first, head = noted_block(ring.stream, step)
         queries = first + gl.arange(0, tiles.m, layout=COLUMNS)
         keys = share.begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout))
@@ -338,7 +335,7 @@ def _compute(
     step, done = gl.to_tensor(0), gl.to_tensor(0)
     while await_job(part, held, done):
         place = (done & 1) * CONSUMERS + part
-        share = noted_share(part, held.notes, done & 1, call, tiles, True)
+        share = noted_share(part, held, done, call, tiles, True)
         dk = gl.zeros([ROWS, tiles.d], gl.float32, DK)
         dv = gl.zeros([ROWS, tiles.d], gl.float32, DK)
         outbox = None
@@ -346,7 +343,7 @@ def _compute(
             idle = has_no_rows(share, held, call)
         else:
             # The third warpgroup waits for both consumers.
-            item, _ = noted_item(held.notes, share.slot, call)
+            item, _ = noted_item(held.agenda, share.number, call)
             outbox = Outbox(ring.handover, part, shared(item.end))
             idle = False
         if idle:
@@ -425,9 +422,10 @@ def dkdv_kernel(
                 (_consumer_0, (out, ring, call, tiles, ROTATED, STEADY)),
                 (_consumer_1, (out, ring, call, tiles, ROTATED, STEADY)),
                 (_load, (q, dout, k, v, dk, dv, rowwise, plane, ring, call, tiles)),
+                (scout, (ring.held.agenda, call, tiles, True)),
             ],
-            [4, 1],
-            [240, 24],
+            [4, 1, 1],
+            [240, 24, 24],
         )
     else:
         gl.warp_specialize(
@@ -436,7 +434,8 @@ def dkdv_kernel(
                 (_consumer_1, (out, ring, call, tiles, ROTATED, STEADY)),
                 (add_queries, (sums, ring, call, tiles)),
                 (_load, (q, dout, k, v, dk, dv, rowwise, plane, ring, call, tiles)),
+                (scout, (ring.held.agenda, call, tiles, True)),
             ],
-            [4, 4, 1],
-            [208, 72, 24],
+            [4, 4, 1, 1],
+            [208, 72, 24, 24],
         )

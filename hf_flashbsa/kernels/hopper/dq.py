@@ -1,4 +1,5 @@
-"""The gradient of the queries for Hopper, in Gluon: one warp loads by TMA, two warpgroups of 64 queries each compute.
+"""The gradient of the queries for Hopper, in Gluon: two warpgroups of 64 queries each compute what one warp finds
+(scout.py) and one loads by TMA.
 
 A job holds 128 queries and walks over their keys, without atomics, so results repeat bitwise. Before it does, it makes
 what the backward kernels need of each query (rows.py).
@@ -24,8 +25,6 @@ from hf_flashbsa.kernels.hopper.jobs import (
     has_no_rows,
     leave,
     noted_block,
-    noted_item,
-    noted_job,
     noted_share,
     pass_over,
     prepare,
@@ -35,7 +34,7 @@ from hf_flashbsa.kernels.hopper.jobs import (
     tile_of,
     wait_for,
 )
-from hf_flashbsa.kernels.hopper.turns import claim, first_place, second_place, settled
+from hf_flashbsa.kernels.hopper.scout import is_job, noted_item, noted_job, scout
 from hf_flashbsa.kernels.primitives import dropout_keep, log2_factor, partial_position, place_of, visible, within
 from hf_flashbsa.kernels.records import Rules, Tiles
 from hf_flashbsa.kernels.rows import begin_rows, finish_rows
@@ -81,12 +80,12 @@ def _out(part: gl.constexpr, stream, i, tiles: gl.constexpr):
 
 
 @gluon.jit
-def _fill(i, step, k, v, job, slot, ring, call, tiles: gl.constexpr):
+def _fill(i, step, k, v, job, done, ring, call, tiles: gl.constexpr):
     """Loads a job's `i`-th block of keys and values as block `step` of the stream."""
     is_partial = i < job.partial
     if is_partial:
         # The job is read anew, because the producer has registers for little.
-        whole = noted_job(ring.held.notes, slot, call, tiles, False)
+        whole = noted_job(ring.held.agenda, done, call, tiles, False)
         position = partial_position(whole.span, i, tiles.n, tiles)
     else:
         position = job.span.full_begin + (i - job.partial) * tiles.n
@@ -102,24 +101,22 @@ def _load(q, dout, k, v, out, dq, ring, call, tiles: gl.constexpr):
     # Once consumers have given back a block of a job, they have left the results of the job before.
     early = ring.stream.stages
     step, done = gl.to_tensor(0), gl.to_tensor(0)
-    place = first_place(call, tiles, False)
-    following = second_place(call, place, tiles, False)
-    prepare(held, 0, q, dout, place, call, tiles, False)
-    while place < call.total:
-        claimed = claim(call, done + 2)
-        job = noted_job(held.notes, done & 1, call, tiles, False)
+    prepare(held, done, q, dout, call, tiles)
+    while is_job(held.agenda, done):
+        job = noted_job(held.agenda, done, call, tiles, False)
         _fill_out(ring.stream, step, out, job, tiles)
         step += 1
-        for i in range(gl.maximum(job.count, early + 1)):
+        for i in range(gl.maximum(job.count, early + 2)):
             if i == early:
                 send_results(held, done + 1, dq, None, call.len_q, call)
-                prepare(held, done + 1, q, dout, following, call, tiles, False)
+            if i == early + 1:
+                prepare(held, done + 1, q, dout, call, tiles)
             if i < job.count:
-                _fill(i, step + i, k, v, job, done & 1, ring, call, tiles)
+                _fill(i, step + i, k, v, job, done, ring, call, tiles)
         step += job.count
-        place, following = following, settled(call, claimed, tiles, False)
         done += 1
     send_results(held, done + 1, dq, None, call.len_q, call)
+    tma.store_wait(0)
 
 
 @gluon.jit
@@ -127,7 +124,7 @@ def _rows(part: gl.constexpr, step, queries, do_tile, sources, share, ring, call
     """Makes Rows of a share's queries. Their outputs are block `step` of the stream, which it gives back."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([tiles.d // 16, 8], [32 * 8 // tiles.d, tiles.d // 8], [4, 1], [1, 0])
     score = call.rules.score
-    item, head = noted_item(ring.held.notes, share.slot, call)
+    item, head = noted_item(ring.held.agenda, share.number, call)
     batch_head, live = item.row * call.heads + head, queries < item.end
     rows = begin_rows(sources.lse, sources.dlse, score, batch_head, queries, live, call.len_q)
     wait_for(ring.stream, step)
@@ -148,7 +145,7 @@ def _weights(i, step, s, rows, share, ring, call, MASKED: gl.constexpr, tiles: g
     """Weights of a share's queries with block `i` of its job, block `step` of the stream, before dropout."""
     rules = call.rules
     if MASKED and (i < share.partial):
-        item, head = noted_item(ring.held.notes, share.slot, call)
+        item, head = noted_item(ring.held.agenda, share.number, call)
         first, _ = noted_block(ring.stream, step)
         queries = share.begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout))
         keys = first + gl.arange(0, tiles.n, layout=gl.SliceLayout(0, s.type.layout))
@@ -238,7 +235,7 @@ def _compute(part: gl.constexpr, dq_rows, sources, ring, call, tiles: gl.constex
     step, done = gl.to_tensor(0), gl.to_tensor(0)
     while await_job(part, held, done):
         place = (done & 1) * CONSUMERS + part
-        share = noted_share(part, held.notes, done & 1, call, tiles, False)
+        share = noted_share(part, held, done, call, tiles, False)
         queries = share.begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
         q_tile = held.first.index(place).reshape([ROWS, tiles.d])
         do_tile = held.second.index(place).reshape([ROWS, tiles.d])
@@ -293,7 +290,8 @@ def dq_kernel(
             (_consumer_0, (dq_rows, sources, ring, call, tiles, STEADY)),
             (_consumer_1, (dq_rows, sources, ring, call, tiles, STEADY)),
             (_load, (q, dout, k, v, out, dq, ring, call, tiles)),
+            (scout, (ring.held.agenda, call, tiles, False)),
         ],
-        [4, 1],
-        [240, 24],
+        [4, 1, 1],
+        [240, 24, 24],
     )

@@ -1,7 +1,7 @@
 """What the loading warp of the Hopper forward kernel does.
 
-It finds out which tiles and blocks there are, loads them by TMA, notes in shared memory what the consumers ask about
-them, who have neither time nor registers for it, and sends off the results that they leave.
+It loads by TMA, block by block, the tiles that the scout finds (scout.py), notes in shared memory what consumers ask
+about blocks, and sends off the results that they leave.
 """
 
 from __future__ import annotations
@@ -12,23 +12,21 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from hf_flashbsa.kernels.hopper.common import (
-    CONSUMERS,
-    ROWS,
-    barrier,
-    first_key,
-    read_note,
-    span_met,
-    visits,
-    write_note,
+from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS, barrier, first_key, visits, write_note
+from hf_flashbsa.kernels.hopper.scout import (
+    allocate_agenda,
+    await_found,
+    is_job,
+    noted_item,
+    noted_job,
+    noted_part,
+    want,
 )
-from hf_flashbsa.kernels.hopper.turns import claim, first_place, second_place, settled, tile_at
 from hf_flashbsa.kernels.primitives import block_pointer
-from hf_flashbsa.kernels.records import Item
 
 
 class Ring(NamedTuple):
-    """Shared memory, and the barriers that say what is in it."""
+    """Shared memory, the barriers that say what is in it, and the `agenda` of tiles."""
 
     q_tiles: object
     k_tiles: object
@@ -39,18 +37,22 @@ class Ring(NamedTuple):
     k_empty: object
     v_full: object
     v_empty: object
-    tile_notes: object
     block_notes: object
+    agenda: object
 
 
 #: Tiles whose queries, and later results, have room in shared memory. With two, a tile of a single block has none for
 #: the queries of the tile after it until the results before it are stored.
 SLOTS = gl.constexpr(3)
-#: How many numbers are noted of the tile in a slot of queries (`_note_tile`), and of the block in a stage: its first
-#: key, what to do with it, what the grid of a layout says of it, and how many full blocks of the tile follow.
-TILE_NOTES = gl.constexpr(10)
+#: How many rounds before consumers begin a tile its queries are to be on their way, and how many before that it is
+#: wanted. No more, because a tile that nobody has claimed may still go to a program that is done earlier.
+QUERIES_AHEAD = gl.constexpr(4)
+WANTED_AHEAD = gl.constexpr(4)
+#: How many numbers are noted of the block in a stage: its first key, what to do with it, what the grid of a layout
+#: says of it, and how many full blocks of the tile follow.
 BLOCK_NOTES = gl.constexpr(4)
-#: What to do with a block: its scores need masking; it or the full ones that follow end their tile; the program.
+#: What to do with a block: its scores need masking; it or the full ones that follow end their tile; it is none, and
+#: there are no more.
 MASKED = gl.constexpr(1)
 LAST = gl.constexpr(2)
 FINAL = gl.constexpr(4)
@@ -72,8 +74,8 @@ def allocate_ring(q, k, v, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
-        gl.allocate_shared_memory(gl.int32, [PARTS * TILE_NOTES, 1], NOTE),
         gl.allocate_shared_memory(gl.int32, [STAGES * BLOCK_NOTES, 1], NOTE),
+        allocate_agenda(),
     )
     for slot in gl.static_range(PARTS):
         mbarrier.init(ring.q_full.index(slot), count=1)
@@ -84,44 +86,6 @@ def allocate_ring(q, k, v, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES
         mbarrier.init(ring.k_empty.index(stage), count=CONSUMERS)
         mbarrier.init(ring.v_empty.index(stage), count=CONSUMERS)
     return ring
-
-
-@gluon.jit
-def _note_tile(notes, slot, call, head, begin, item, span):
-    """Notes what a consumer asks about its part of a tile, from query `begin` on."""
-    place = slot * TILE_NOTES
-    write_note(notes, place, item.row)
-    write_note(notes, place + 1, head)
-    write_note(notes, place + 2, begin)
-    write_note(notes, place + 3, item.end)
-    write_note(notes, place + 4, span.lo)
-    write_note(notes, place + 5, span.hi)
-    if call.work is not None:
-        write_note(notes, place + 6, item.other_row)
-        write_note(notes, place + 7, item.diagonal)
-        write_note(notes, place + 8, item.query_origin)
-        write_note(notes, place + 9, item.key_origin)
-    barrier()  # one thread tells of what all of them wrote
-
-
-@gluon.jit
-def noted_tile(notes, slot, call):
-    """The head and part of a tile that were noted, as an Item whose bounds `lo` and `hi` are those of the span."""
-    place = slot * TILE_NOTES
-    row, head, begin = read_note(notes, place), read_note(notes, place + 1), read_note(notes, place + 2)
-    end, lo, hi = read_note(notes, place + 3), read_note(notes, place + 4), read_note(notes, place + 5)
-    other_row, diagonal, query_origin, key_origin = row, call.diagonal, 0, 0
-    if call.work is not None:
-        other_row, diagonal = read_note(notes, place + 6), read_note(notes, place + 7)
-        query_origin, key_origin = read_note(notes, place + 8), read_note(notes, place + 9)
-    return head, Item(row, begin, end, other_row, lo, lo, hi, hi, diagonal, query_origin, key_origin)
-
-
-@gluon.jit
-def _span(call, item, head, tiles: gl.constexpr):
-    """What a tile visits, and in how many blocks: one at least, in which nothing may be visible."""
-    span = span_met(item, call.rules, head, tiles, False)
-    return span, gl.maximum(visits(span, tiles), 1)
 
 
 @gluon.jit
@@ -145,7 +109,7 @@ def _empty_slots(out, ring, done, call):
         slot = done % SLOTS * CONSUMERS + part
         mbarrier.wait(ring.q_empty.index(slot), ((done // SLOTS) & 1) ^ 1)
         if done >= SLOTS:
-            head, item = noted_tile(ring.tile_notes, slot, call)
+            item, head = noted_part(part, ring.agenda, done - SLOTS, call)
             begin = item.begin
             if call.work is not None:
                 # Nothing is written beyond the tensor. Consumers write parts that end early (`store`).
@@ -155,28 +119,37 @@ def _empty_slots(out, ring, done, call):
 
 
 @gluon.jit
-def _load_queries(q, out, done, head, item, span, ring, call, tiles: gl.constexpr):
-    """Loads and notes the `done`-th tile."""
+def _load_queries(q, out, done, ring, call, tiles: gl.constexpr):
+    """Loads the queries of the `done`-th tile, or tells that there is no such tile."""
     _empty_slots(out, ring, done, call)
+    found = await_found(ring.agenda, done)
+    item, head = noted_item(ring.agenda, done, call)
     for part in gl.static_range(CONSUMERS):
-        slot, begin = done % SLOTS * CONSUMERS + part, item.begin + part * ROWS
-        _note_tile(ring.tile_notes, slot, call, head, begin, item, span)
-        mbarrier.expect(ring.q_full.index(slot), ROWS * tiles.d * 2)
-        tma.async_copy_global_to_shared(
-            q, [item.row, head, begin, 0], ring.q_full.index(slot), ring.q_tiles.index(slot)
-        )
+        slot = done % SLOTS * CONSUMERS + part
+        full, begin = ring.q_full.index(slot), item.begin + part * ROWS
+        if found:
+            mbarrier.expect(full, ROWS * tiles.d * 2)
+            tma.async_copy_global_to_shared(q, [item.row, head, begin, 0], full, ring.q_tiles.index(slot))
+        else:
+            mbarrier.arrive(full, count=1)
 
 
 @gluon.jit
-def _load_keys(k, row, head, first, todo, kind, full, step, ring, tiles: gl.constexpr, STAGES: gl.constexpr):
-    """Loads the keys of the `step`-th block, and notes what to do with it."""
+def _note_block(first, todo, kind, full, step, ring, STAGES: gl.constexpr):
+    """Notes what to do with the `step`-th block, once its stage is empty."""
     stage, phase = step % STAGES, (step // STAGES) & 1
     mbarrier.wait(ring.k_empty.index(stage), phase ^ 1)
     write_note(ring.block_notes, stage * BLOCK_NOTES, first)
     write_note(ring.block_notes, stage * BLOCK_NOTES + 1, todo)
     write_note(ring.block_notes, stage * BLOCK_NOTES + 2, kind)
     write_note(ring.block_notes, stage * BLOCK_NOTES + 3, full)
-    barrier()
+    barrier()  # one thread tells of what all of them wrote
+
+
+@gluon.jit
+def _load_keys(k, row, head, first, step, ring, tiles: gl.constexpr, STAGES: gl.constexpr):
+    """Loads the keys of the `step`-th block, which was noted."""
+    stage = step % STAGES
     mbarrier.expect(ring.k_full.index(stage), tiles.n * tiles.d * 2)
     tma.async_copy_global_to_shared(k, [row, head, first, 0], ring.k_full.index(stage), ring.k_tiles.index(stage))
 
@@ -192,53 +165,53 @@ def _load_values(v, row, head, first, step, ring, tiles: gl.constexpr, STAGES: g
 
 @gluon.jit
 def load(q, k, v, out, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr, STEADY: gl.constexpr):
-    """The producer, which also finds out what to load, and notes it for the consumers.
+    """The producer, which also notes for the consumers what to do with each block.
 
-    Values follow the keys of the next block: consumers need the two at once, and what to load for the next tile is
-    found out while they still compute with what they have.
+    Values follow the keys of the next block, because consumers need the two at once; queries come ahead of their tile.
     """
+    # Keys are loaded STAGES rounds ahead.
+    EARLIER: gl.constexpr = QUERIES_AHEAD - STAGES if STAGES < QUERIES_AHEAD else 0
     step, done = gl.to_tensor(0), gl.to_tensor(0)
     v_row, v_head, v_first = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
-    place = first_place(call, tiles, False)
-    following = second_place(call, place, tiles, False)
-    while place < call.total:
-        claimed = claim(call, done + 2)
-        head, item = tile_at(call, place, tiles, False)
-        span, count = _span(call, item, head, tiles)
-        head_k = head // call.group
+    _load_queries(q, out, done, ring, call, tiles)
+    while is_job(ring.agenda, done):
+        job = noted_job(ring.agenda, done, call, tiles, False)
+        item, span = job.item, job.span
+        # One at least, in which nothing may be visible.
+        count = gl.maximum(job.count, 1)
+        head_k = job.head // call.group
         grid_row = 0
         if tiles.listed > 0:
             if call.rules.blocks.masks is not None:
                 # Tiles that meet nothing may lie beyond the grid.
-                own = gl.where(visits(span, tiles) > 0, item.begin - item.query_origin, 0)
-                grid_row = block_pointer(call.rules.blocks, item.row, head, own, 0, tiles)
+                own = gl.where(job.count > 0, item.begin - item.query_origin, 0)
+                grid_row = block_pointer(call.rules.blocks, item.row, job.head, own, 0, tiles)
         first, kind = _block(call, span, grid_row, 0, tiles)
-        at_end = gl.where(following < call.total, LAST, LAST | FINAL)
         # The last block that consumers ask notes of.
         general = gl.maximum(span.partial - 1, 0) if STEADY else count - 1
-        todo = gl.where((span.partial > 0) | (kind == 0), MASKED, 0) | gl.where(general == 0, at_end, 0)
-        full = gl.where(general == 0, count - 1, 0)
-        _load_keys(k, item.other_row, head_k, first, todo, kind, full, step, ring, tiles, STAGES)
-        if done > 0:
-            _load_values(v, v_row, v_head, v_first, step - 1, ring, tiles, STAGES)
-        # Last, since consumers may wait for those values before they leave the slots.
-        _load_queries(q, out, done, head, item, span, ring, call, tiles)
-        v_row, v_head, v_first = gl.to_tensor(item.other_row), head_k, first
-        step += 1
-        first, kind = _block(call, span, grid_row, gl.minimum(1, count - 1), tiles)
-        for i in range(1, count):
+        loading = gl.maximum(count - 1 - EARLIER, 0)
+        wanting = gl.maximum(loading - WANTED_AHEAD, 0)
+        for i in range(count):
             # On its way while this round waits.
             coming, coming_kind = _block(call, span, grid_row, gl.minimum(i + 1, count - 1), tiles)
-            todo = gl.where(i < span.partial, MASKED, 0) | gl.where(i == general, at_end, 0)
+            todo = gl.where((i < span.partial) | (kind == 0), MASKED, 0) | gl.where(i == general, LAST, 0)
             full = gl.where(i == general, count - 1 - i, 0)
-            _load_keys(k, item.other_row, head_k, first, todo, kind, full, step, ring, tiles, STAGES)
-            _load_values(v, item.other_row, head_k, v_first, step - 1, ring, tiles, STAGES)
-            v_first = first
+            _note_block(first, todo, kind, full, step, ring, STAGES)
+            _load_keys(k, item.other_row, head_k, first, step, ring, tiles, STAGES)
+            if step > 0:
+                _load_values(v, v_row, v_head, v_first, step - 1, ring, tiles, STAGES)
+            v_row, v_head, v_first = gl.to_tensor(item.other_row), head_k, first
+            if i == wanting:
+                want(done)
+            # Behind those values, which consumers may wait for before they leave the slots.
+            if i == loading:
+                _load_queries(q, out, done + 1, ring, call, tiles)
             first, kind = coming, coming_kind
             step += 1
-        place, following = following, settled(call, claimed, tiles, False)
         done += 1
-    if done > 0:
+    _note_block(0, LAST | FINAL, 0, 0, step, ring, STAGES)
+    mbarrier.arrive(ring.k_full.index(step % STAGES), count=1)
+    if step > 0:
         _load_values(v, v_row, v_head, v_first, step - 1, ring, tiles, STAGES)
-    for i in gl.static_range(SLOTS):
+    for i in gl.static_range(1, SLOTS):
         _empty_slots(out, ring, done + i, call)

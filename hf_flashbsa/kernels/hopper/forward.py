@@ -1,4 +1,5 @@
-"""The forward kernel for Hopper, in Gluon: one warp loads by TMA (feed.py), two warpgroups of 64 queries each compute.
+"""The forward kernel for Hopper, in Gluon: two warpgroups of 64 queries each compute what one warp finds (scout.py)
+and one loads by TMA (feed.py).
 
 Within a warpgroup the product with the values of a block runs while the softmax of the next block is computed (the
 scheme of FlashAttention-3, Shah et al., arXiv 2407.08608).
@@ -21,7 +22,8 @@ from hf_flashbsa.kernels.hopper.common import (
     read_note,
     take_token,
 )
-from hf_flashbsa.kernels.hopper.feed import BLOCK_NOTES, FINAL, LAST, MASKED, SLOTS, allocate_ring, load, noted_tile
+from hf_flashbsa.kernels.hopper.feed import BLOCK_NOTES, FINAL, LAST, MASKED, SLOTS, allocate_ring, load
+from hf_flashbsa.kernels.hopper.scout import noted_part, scout
 from hf_flashbsa.kernels.hopper.softmax import (
     State,
     are_too_large,
@@ -34,17 +36,16 @@ from hf_flashbsa.kernels.hopper.softmax import (
     store,
     weights_by,
 )
-from hf_flashbsa.kernels.hopper.turns import first_place
 from hf_flashbsa.kernels.primitives import dropout_words
 from hf_flashbsa.kernels.records import Rules, Tiles
 
 
 @gluon.jit
-def _place(first, q_slot, ring, call):
-    """The place in its sequence of a block's first key, for dropout."""
+def _place(first, done, ring, call):
+    """The place in its sequence of the first key of a block of the `done`-th tile, for dropout."""
     if call.rules.score.seed is not None:
         if call.work is not None:
-            _, item = noted_tile(ring.tile_notes, q_slot, call)
+            item, _ = noted_part(0, ring.agenda, done, call)
             first -= item.key_origin
     return first
 
@@ -58,11 +59,11 @@ def _scores(step, q_slot, s, ring, tiles: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _start(part: gl.constexpr, step, q_slot, s, p, o, begun, live, ring, tiles: gl.constexpr, STAGES: gl.constexpr):
-    """Starts the products of the queries in a slot with the keys of the `step`-th block, if there is one, and of the
-    weights of the block before with its values, if there are some; these are added to `o` where it has `begun`."""
+def _start(part: gl.constexpr, step, q_slot, s, p, o, begun, ring, tiles: gl.constexpr, STAGES: gl.constexpr):
+    """Starts the products of the queries in a slot with the keys of the `step`-th block, and of the weights of the
+    block before with its values, if there are some; these are added to `o` where it has `begun`."""
     stage, before = step % STAGES, (step + STAGES - 1) % STAGES
-    mbarrier.wait(ring.k_full.index(stage), (step // STAGES) & 1, pred=live)
+    mbarrier.wait(ring.k_full.index(stage), (step // STAGES) & 1)
     step = take_token(part, step)
     s = _scores(step, q_slot, s, ring, tiles, STAGES)
     mbarrier.wait(ring.v_full.index(before), ((step - 1) // STAGES) & 1, pred=step > 0)
@@ -108,47 +109,46 @@ def _compute(
     begun = gl.to_tensor(0)
     if part == 1:
         step = pass_token(0, step)
-    running = first_place(call, tiles, False) < call.total
-    while running:
-        live = (todo & FINAL) == 0
+    live = gl.to_tensor(True)
+    while live:
         fresh = (todo & LAST) != 0
         stage = step % STAGES
         q_slot = done % SLOTS * CONSUMERS + part
-        mbarrier.wait(ring.q_full.index(q_slot), (done // SLOTS) & 1, pred=fresh & live)
-        s, product = _start(part, step, q_slot, s, p, o, begun, live, ring, tiles, STAGES)
+        mbarrier.wait(ring.q_full.index(q_slot), (done // SLOTS) & 1, pred=fresh)
+        s, product = _start(part, step, q_slot, s, p, o, begun, ring, tiles, STAGES)
         s = warpgroup_mma_wait(1, deps=(s,))
         first = read_note(ring.block_notes, stage * BLOCK_NOTES)
         todo = read_note(ring.block_notes, stage * BLOCK_NOTES + 1)
         kind = read_note(ring.block_notes, stage * BLOCK_NOTES + 2)
-        # The round without block reads what was noted of another one.
-        full = gl.where(live, read_note(ring.block_notes, stage * BLOCK_NOTES + 3), 0)
-        mbarrier.arrive(ring.k_empty.index(stage), count=1, pred=live)
+        full = read_note(ring.block_notes, stage * BLOCK_NOTES + 3)
+        live = (todo & FINAL) == 0
+        mbarrier.arrive(ring.k_empty.index(stage), count=1)
         old = state
         if fresh:
             state = no_state(QUAD)
             if rules.score.seed is not None:
-                head, item = noted_tile(ring.tile_notes, q_slot, call)
+                item, head = noted_part(part, ring.agenda, done, call)
                 rows = item.begin + gl.arange(0, ROWS, layout=ROW)
                 pad, factor = dropout_words(rules.score, item.row * call.heads + head, rows)
         shrink = gl.full([ROWS, 4], 1.0, gl.float32, QUAD)
         # Not for the sake of the last round: ptxas would move the wait behind it before the exponentials.
         if live:
             if (todo & MASKED) != 0:
-                head, item = noted_tile(ring.tile_notes, q_slot, call)
+                item, head = noted_part(part, ring.agenda, done, call)
                 s = hide(s, rules, head, item, first, kind, tiles)
                 # What TMA brings from beyond the tensor is 0.
                 if (first < item.lo) | (gl.minimum(first + tiles.n, call.len_k) > item.hi):
                     mbarrier.wait(ring.v_full.index(stage), (step // STAGES) & 1)
                     values = ring.v_tiles.index(stage).reshape([tiles.n, tiles.d])
                     clear(values, first, item.lo, item.hi, tiles.n, tiles.d)
-            place = _place(first, q_slot, ring, call)
+            place = _place(first, done, ring, call)
             s, shrink, state = softmax(s, state, rules)
             s = drop(s, place, pad, factor, rules, tiles)
         o = warpgroup_mma_wait(0, deps=(product,))
         if fresh:
             if step > 0:
                 old_slot = (done + SLOTS - 1) % SLOTS * CONSUMERS + part
-                head, item = noted_tile(ring.tile_notes, old_slot, call)
+                item, head = noted_part(part, ring.agenda, done - 1, call)
                 # The scores of the tile before were complete a round ago: nothing reads its queries any more.
                 old_tile = ring.q_tiles.index(old_slot).reshape([ROWS, tiles.d])
                 store(o, old, old_tile, rows_out, lse, sinks, head, item, call, S, tiles)
@@ -160,7 +160,7 @@ def _compute(
         begun = gl.where(fresh, 0, 1)
         if STEADY:
             for _ in range(full):
-                s, product = _start(part, step, q_slot, s, p, o, begun, True, ring, tiles, STAGES)
+                s, product = _start(part, step, q_slot, s, p, o, begun, ring, tiles, STAGES)
                 if rules.score.seed is not None:
                     first = read_note(ring.block_notes, step % STAGES * BLOCK_NOTES)
                 s = warpgroup_mma_wait(1, deps=(s,))
@@ -174,13 +174,12 @@ def _compute(
                 else:
                     state = State(state.pivot, state.sum + sums)
                 mbarrier.arrive(ring.k_empty.index(step % STAGES), count=1)
-                s = drop(s, _place(first, q_slot, ring, call), pad, factor, rules, tiles)
+                s = drop(s, _place(first, done, ring, call), pad, factor, rules, tiles)
                 p = operand(s, P, ring.q_tiles.dtype)
                 mbarrier.arrive(ring.v_empty.index((step + STAGES - 1) % STAGES), count=1)
                 step += 1
                 begun = gl.to_tensor(1)
         done += gl.where((todo & LAST) != 0, 1, 0)
-        running = live
     if part == 0:
         take_token(0, step)  # which is left
 
@@ -216,7 +215,8 @@ def forward_kernel(
             (_consumer_0, (rows_out, lse, sinks, ring, call, tiles, STAGES, STEADY)),
             (_consumer_1, (rows_out, lse, sinks, ring, call, tiles, STAGES, STEADY)),
             (load, (q, k, v, out, ring, call, tiles, STAGES, STEADY)),
+            (scout, (ring.agenda, call, tiles, False)),
         ],
-        [4, 1],
-        [232, 40],
+        [4, 1, 1],
+        [232, 40, 40],
     )

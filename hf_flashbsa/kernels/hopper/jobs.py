@@ -20,145 +20,47 @@ from hf_flashbsa.kernels.hopper.common import (
     clear,
     read_note,
     shared,
-    span_met,
     store_shared,
     write_note,
 )
-from hf_flashbsa.kernels.hopper.turns import tile_at
-from hf_flashbsa.kernels.primitives import list_of, partial_position, place_of
-from hf_flashbsa.kernels.records import Item, Span
-
-
-class Job(NamedTuple):
-    """A tile of own rows, its head (of keys, if it is one of keys), and what it visits: `count` blocks of the other
-    side, of all heads that share the keys; the first `partial` of them need masking.
-    """
-
-    item: object
-    head: object
-    span: object
-    partial: object
-    count: object
+from hf_flashbsa.kernels.hopper.scout import (
+    allocate_agenda,
+    await_found,
+    is_job,
+    noted_item,
+    noted_job,
+    noted_part,
+    want,
+)
+from hf_flashbsa.kernels.primitives import partial_position, place_of
 
 
 class Share(NamedTuple):
-    """What a consumer keeps of a job: the slot of its notes, the first of its own 64 rows, the first key of their
-    sequence, and how many blocks are visited, of which the first `partial` need masking.
+    """What a consumer keeps of a job: the number of it, the first of its own 64 rows, the first key of their sequence,
+    and how many blocks are visited, of which the first `partial` need masking.
     """
 
-    slot: object
+    number: object
     begin: object
     key_origin: object
     partial: object
     count: object
 
 
-#: How many numbers are noted of a job, and of a block: its first row and its head.
-NOTES = gl.constexpr(19)
+#: How many numbers are noted of a block: its first row and its head.
 BLOCK_NOTES = gl.constexpr(2)
-
-
-@gluon.jit
-def _job(call, item, head, span, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
-    if TRANSPOSED:
-        partial, full = span.partial * call.group, (span.full_end - span.full_begin) // tiles.m * call.group
-    else:
-        partial, full = span.partial, (span.full_end - span.full_begin) // tiles.n
-    return Job(item, head, span, partial, partial + full)
-
-
-@gluon.jit
-def job_at(call, place, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
-    """The job that has a place: a tile of queries, or with `TRANSPOSED` of keys."""
-    head, item = tile_at(call, place, tiles, TRANSPOSED)
-    head_q = head * call.group if TRANSPOSED else head
-    return _job(call, item, head, span_met(item, call.rules, head_q, tiles, TRANSPOSED), tiles, TRANSPOSED)
-
-
-@gluon.jit
-def _note_job(notes, slot, job, call, tiles: gl.constexpr):
-    item, span = job.item, job.span
-    place = slot * NOTES
-    write_note(notes, place, 1)  # there is one
-    write_note(notes, place + 1, item.row)
-    write_note(notes, place + 2, job.head)
-    write_note(notes, place + 3, item.begin)
-    write_note(notes, place + 4, item.end)
-    write_note(notes, place + 5, span.lo)
-    write_note(notes, place + 6, span.hi)
-    write_note(notes, place + 7, span.begin)
-    write_note(notes, place + 8, span.left)
-    write_note(notes, place + 9, span.partial)
-    write_note(notes, place + 10, span.full_begin)
-    write_note(notes, place + 11, span.full_end)
-    if call.work is not None:
-        write_note(notes, place + 12, item.other_row)
-        write_note(notes, place + 13, item.diagonal)
-        write_note(notes, place + 14, item.query_origin)
-        write_note(notes, place + 15, item.key_origin)
-    if tiles.listed > 0:
-        write_note(notes, place + 16, span.right)
-        write_note(notes, place + 17, span.listed)
-        write_note(notes, place + 18, span.origin)
-
-
-@gluon.jit
-def noted_item(notes, slot, call):
-    """The tile and head of a job that was noted. Bounds of the Item are those of its span."""
-    place = slot * NOTES
-    row, head = read_note(notes, place + 1), read_note(notes, place + 2)
-    begin, end = read_note(notes, place + 3), read_note(notes, place + 4)
-    lo, hi = read_note(notes, place + 5), read_note(notes, place + 6)
-    other_row, diagonal, query_origin, key_origin = row, call.diagonal, 0, 0
-    if call.work is not None:
-        other_row, diagonal = read_note(notes, place + 12), read_note(notes, place + 13)
-        query_origin, key_origin = read_note(notes, place + 14), read_note(notes, place + 15)
-    return Item(row, begin, end, other_row, lo, lo, hi, hi, diagonal, query_origin, key_origin), head
-
-
-@gluon.jit
-def noted_job(notes, slot, call, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
-    """The job that was noted."""
-    place = slot * NOTES
-    item, head = noted_item(notes, slot, call)
-    begin, left, partial = read_note(notes, place + 7), read_note(notes, place + 8), read_note(notes, place + 9)
-    full_begin, full_end = read_note(notes, place + 10), read_note(notes, place + 11)
-    right, listed, origin, index = left, 0, 0, 0
-    if tiles.listed > 0:
-        right, listed = read_note(notes, place + 16), read_note(notes, place + 17)
-        origin = read_note(notes, place + 18)
-        head_q = head * call.group if TRANSPOSED else head
-        index = list_of(item, call.rules.blocks, head_q, item.lo, item.hi, tiles, TRANSPOSED) + 2
-    span = Span(begin, left, right, partial, full_begin, full_end, listed, item.lo, item.hi, index, origin)
-    return _job(call, item, head, span, tiles, TRANSPOSED)
-
-
-@gluon.jit
-def noted_share(part: gl.constexpr, notes, slot, call, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
-    """A consumer's share of a job that was noted. Little of it, because it stays in registers for as long."""
-    job = noted_job(notes, slot, call, tiles, TRANSPOSED)
-    key_origin = 0
-    if call.work is not None:
-        key_origin = shared(job.item.key_origin)
-    begin = shared(job.item.begin) + part * ROWS
-    partial = shared(job.partial)
-    if (call.work is None) & (call.rules.mask.window_left is None) & (call.rules.mask.window_right is None):
-        # One block of each head at most, where the other side ends. Told of that, the compiler leaves no masking in
-        # the loop over further blocks.
-        partial = gl.minimum(partial, call.group if TRANSPOSED else 1)
-    return Share(slot, begin, key_origin, partial, shared(job.count))
 
 
 class Held(NamedTuple):
     """The tiles of two operands that a job keeps, one of each per consumer, in two slots; the barriers that tell that
-    they are there, and that results are in their place; and `notes` of each slot's job.
+    they are there, and that results are in their place; and the `agenda` of jobs.
     """
 
     first: object
     second: object
     full: object
     empty: object
-    notes: object
+    agenda: object
 
 
 class Stream(NamedTuple):
@@ -187,8 +89,7 @@ def allocate_held(first, second, DIM: gl.constexpr, READERS: gl.constexpr):
     for place in gl.static_range(PLACES):
         mbarrier.init(full.index(place), count=1)
         mbarrier.init(empty.index(place), count=READERS)
-    notes = gl.allocate_shared_memory(gl.int32, [2 * NOTES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    return Held(tiles_first, tiles_second, full, empty, notes)
+    return Held(tiles_first, tiles_second, full, empty, allocate_agenda())
 
 
 @gluon.jit
@@ -210,58 +111,67 @@ def send_results(held, done, first, second, length, call):
     """Waits for the slot of the `done`-th job, and sends off what the last but one before it left there: to `first`
     and `second`, descriptors of tensors of `length` rows, or to `first` alone.
     """
-    slot = done & 1
     for part in gl.static_range(CONSUMERS):
-        place = slot * CONSUMERS + part
+        place = (done & 1) * CONSUMERS + part
         mbarrier.wait(held.empty.index(place), ((done >> 1) & 1) ^ 1)
         if done > 1:
-            note = slot * NOTES
-            row, head = read_note(held.notes, note + 1), read_note(held.notes, note + 2)
-            begin = read_note(held.notes, note + 3) + part * ROWS
+            item, head = noted_part(part, held.agenda, done - 2, call)
+            begin = item.begin
             if call.work is not None:
                 # Nothing is written beyond the tensor. Consumers write parts that end early (`leave`).
-                begin = gl.where(begin + ROWS > read_note(held.notes, note + 4), length, begin)
-            tma.async_copy_shared_to_global(first, [row, head, begin, 0], held.first.index(place))
+                begin = gl.where(begin + ROWS > item.end, length, begin)
+            tma.async_copy_shared_to_global(first, [item.row, head, begin, 0], held.first.index(place))
             if second is not None:
-                tma.async_copy_shared_to_global(second, [row, head, begin, 0], held.second.index(place))
-    tma.store_wait(0)
+                tma.async_copy_shared_to_global(second, [item.row, head, begin, 0], held.second.index(place))
 
 
 @gluon.jit
-def prepare(held, done, first, second, place_of_job, call, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
-    """Loads and notes what the `done`-th job keeps, into a slot that `send_results` made free; or tells that there is
-    none, if it has no place."""
-    slot = done & 1
-    if place_of_job < call.total:
-        job = job_at(call, place_of_job, tiles, TRANSPOSED)
-        _note_job(held.notes, slot, job, call, tiles)
-        barrier()
-        for part in gl.static_range(CONSUMERS):
-            place = slot * CONSUMERS + part
-            full = held.full.index(place)
-            begin = job.item.begin + part * ROWS
+def prepare(held, done, first, second, call, tiles: gl.constexpr):
+    """Loads what the `done`-th job keeps, into a slot of which `send_results` sent off what was there; or tells that
+    there is no such job."""
+    found = await_found(held.agenda, done)
+    if found:
+        want(done)
+    item, head = noted_item(held.agenda, done, call)
+    tma.store_wait(0)
+    for part in gl.static_range(CONSUMERS):
+        place = (done & 1) * CONSUMERS + part
+        full, begin = held.full.index(place), item.begin + part * ROWS
+        if found:
             mbarrier.expect(full, 2 * ROWS * tiles.d * 2)
-            tma.async_copy_global_to_shared(first, [job.item.row, job.head, begin, 0], full, held.first.index(place))
-            tma.async_copy_global_to_shared(second, [job.item.row, job.head, begin, 0], full, held.second.index(place))
-    else:
-        write_note(held.notes, slot * NOTES, 0)
-        barrier()
-        for part in gl.static_range(CONSUMERS):
-            mbarrier.arrive(held.full.index(slot * CONSUMERS + part), count=1)
+            tma.async_copy_global_to_shared(first, [item.row, head, begin, 0], full, held.first.index(place))
+            tma.async_copy_global_to_shared(second, [item.row, head, begin, 0], full, held.second.index(place))
+        else:
+            mbarrier.arrive(full, count=1)
 
 
 @gluon.jit
 def await_job(part: gl.constexpr, held, done):
     """Waits until a consumer's part of the slot of the `done`-th job is ready; whether there is such a job."""
-    slot = done & 1
-    mbarrier.wait(held.full.index(slot * CONSUMERS + part), (done >> 1) & 1)
-    return shared(read_note(held.notes, slot * NOTES)) != 0
+    mbarrier.wait(held.full.index((done & 1) * CONSUMERS + part), (done >> 1) & 1)
+    return is_job(held.agenda, done)
+
+
+@gluon.jit
+def noted_share(part: gl.constexpr, held, done, call, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
+    """A consumer's share of the `done`-th job. Little of it, because it stays in registers for as long."""
+    job = noted_job(held.agenda, done, call, tiles, TRANSPOSED)
+    key_origin = 0
+    if call.work is not None:
+        key_origin = shared(job.item.key_origin)
+    begin = shared(job.item.begin) + part * ROWS
+    partial = shared(job.partial)
+    if (call.work is None) & (call.rules.mask.window_left is None) & (call.rules.mask.window_right is None):
+        # One block of each head at most, where the other side ends. Told of that, the compiler leaves no masking in
+        # the loop over further blocks.
+        partial = gl.minimum(partial, call.group if TRANSPOSED else 1)
+    return Share(done, begin, key_origin, partial, shared(job.count))
 
 
 @gluon.jit
 def has_no_rows(share, held, call):
     """Whether a tile ends before a consumer's share of it begins."""
-    item, _ = noted_item(held.notes, share.slot, call)
+    item, _ = noted_item(held.agenda, share.number, call)
     return share.begin >= shared(item.end)
 
 
@@ -273,7 +183,7 @@ def leave(tile, values, rows, share, held, call, DIM: gl.constexpr):
     tile = tile.reshape([ROWS, DIM])
     tile.store(values.to(tile.dtype))
     if call.work is not None:
-        item, head = noted_item(held.notes, share.slot, call)
+        item, head = noted_item(held.agenda, share.number, call)
         if share.begin + ROWS > item.end:
             # Rows of another sequence follow, which the producer would overwrite.
             store_shared(rows, item.row, head, share.begin, item.end, tile, DIM)
@@ -345,11 +255,11 @@ def pass_over(stream, begin, end):
 
 
 @gluon.jit
-def clear_outside(stream, i, notes, share, call, BLOCK: gl.constexpr, DIM: gl.constexpr):
+def clear_outside(stream, i, agenda, share, call, BLOCK: gl.constexpr, DIM: gl.constexpr):
     """Waits for block `i` of a stream, one that needs masking, and clears rows that the job does not meet."""
     wait_for(stream, i)
     begin, _ = noted_block(stream, i)
-    item, _ = noted_item(notes, share.slot, call)
+    item, _ = noted_item(agenda, share.number, call)
     if (begin < item.lo) | (begin + BLOCK > item.hi):
         clear(tile_of(stream.first, stream, i, BLOCK, DIM), begin, item.lo, item.hi, BLOCK, DIM)
         clear(tile_of(stream.second, stream, i, BLOCK, DIM), begin, item.lo, item.hi, BLOCK, DIM)
@@ -364,7 +274,7 @@ def start_products(
     """
     stream = ring.stream
     if MASKED and (i < share.partial):
-        clear_outside(stream, step, ring.held.notes, share, call, BLOCK, DIM)
+        clear_outside(stream, step, ring.held.agenda, share, call, BLOCK, DIM)
     wait_for(stream, step)
     tile = tile_of(stream.first, stream, step, BLOCK, DIM)
     s = warpgroup_mma(first, tile.permute((1, 0)), zero, use_acc=False, is_async=True)

@@ -20,7 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS, add_to_global, barrier
-from hf_flashbsa.kernels.hopper.jobs import await_job, block_of_queries, noted_job
+from hf_flashbsa.kernels.hopper.jobs import await_job, block_of_queries
+from hf_flashbsa.kernels.hopper.scout import noted_job
 
 #: Blocks of gradients of scores, and of products, that there is room for.
 BUFFERS = gl.constexpr(2)
@@ -135,7 +136,7 @@ def add_queries(sums, ring, call, tiles: gl.constexpr):
     while await_job(0, held, done):
         slot = done & 1
         mbarrier.wait(held.full.index(slot * CONSUMERS + 1), (done >> 1) & 1)
-        job = noted_job(held.notes, slot, call, tiles, True)
+        job = noted_job(held.agenda, done, call, tiles, True)
         if job.count > 0:
             dq = _finish(_start(step, slot, zero, held, handover, tiles), step, handover)
             for i in range(1, job.count):

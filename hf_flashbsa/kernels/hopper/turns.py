@@ -17,7 +17,6 @@ from hf_flashbsa.kernels.primitives import scheduled, work_item
 @gluon.jit
 def tile_at(call, place, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
     """The head and tile that have a place."""
-    place = gl.minimum(place, call.total - 1)
     if TRANSPOSED:
         row, head, tile = scheduled(call.work, place, call.num_tiles, call.heads // call.group, tiles.n)
         item = work_item(call.work, tile, row, call.len_k, call.len_q, call.diagonal, tiles.n)
@@ -30,35 +29,27 @@ def tile_at(call, place, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
 
 
 @gluon.jit
-def first_place(call, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
-    """The place of a program's first tile, `call.total` where it gets none: unused entries end a work table."""
-    place = gl.program_id(0)
-    if call.work is not None:
-        place = gl.where(_is_empty(call, place, tiles, TRANSPOSED), call.total, place)
+def place_at(call, turn, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
+    """The place of a program's `turn`-th tile; from `call.total` on there is none."""
+    own, programs = gl.program_id(0), gl.num_programs(0)
+    if call.claims is None:
+        # Every other turn of all programs runs backwards, which evens out long and short tiles.
+        place = turn * programs + gl.where(turn % 2 == 1, programs - 1 - own, own)
+    else:
+        place = own
+        if turn > 0:
+            place = programs + _claim(call.claims)
+        while _is_empty(call, place, tiles, TRANSPOSED):
+            place = programs + _claim(call.claims)
     return place
 
 
 @gluon.jit
-def second_place(call, place, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
-    """The place of the second tile of a program whose first one has `place`; from `call.total` on there is none."""
-    following = gl.to_tensor(call.total)
-    if place < call.total:
-        following = settled(call, claim(call, 1), tiles, TRANSPOSED)
-    return following
-
-
-@gluon.jit
-def claim(call, turn):
-    """Asks for the place of a program's `turn`-th tile, behind the first: what `settled` turns into one. The answer
-    takes its time, for which nothing waits here."""
-    programs = gl.num_programs(0)
-    if call.claims is None:
-        # Every other turn of all programs runs backwards, which evens out long and short tiles.
-        own = gl.program_id(0)
-        return turn * programs + gl.where(turn % 2 == 1, programs - 1 - own, own)
-    else:
-        # One of the threads asks, and has the answer.
-        return programs + gl.inline_asm_elementwise(
+def _claim(claims):
+    """Counts one up, for the warp; what the counter was."""
+    # One of the threads asks, and tells the others.
+    return shared(
+        gl.inline_asm_elementwise(
             """
             {
                 .reg .pred first;
@@ -69,21 +60,13 @@ def claim(call, turn):
                 @first atom.relaxed.gpu.global.add.u32 $0, [$1], 1;
             }
             """,
-            "=&r,l", [call.claims], dtype=gl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-@gluon.jit
-def settled(call, place, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
-    """The place that a `claim` gave, or that of the next tile with rows; from `call.total` on there is none."""
-    if call.claims is not None:
-        place = shared(place)
-        while (place < call.total) & _is_empty(call, place, tiles, TRANSPOSED):
-            place = shared(claim(call, 0))
-    return place
+            "=&r,l", [claims], dtype=gl.int32, is_pure=False, pack=1,
+        )
+    )  # fmt: skip
 
 
 @gluon.jit
 def _is_empty(call, place, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
-    _, item = tile_at(call, place, tiles, TRANSPOSED)
-    return item.begin >= item.end
+    """Whether a place is that of an unused entry of a work table."""
+    _, item = tile_at(call, gl.minimum(place, call.total - 1), tiles, TRANSPOSED)
+    return (place < call.total) & (item.begin >= item.end)
