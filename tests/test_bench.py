@@ -1,6 +1,7 @@
 """The benchmark: what it computes, not how fast anything is."""
 
 import contextlib
+import gc
 import json
 
 import pytest
@@ -312,6 +313,31 @@ def test_jobs_survive_crashes_errors_and_hangs():
 
 def test_jobs_stop_when_time_is_up():
     assert list(run_jobs(eval, ["1"], workers=1, seconds=0.0)) == []
+
+
+def test_garbage_does_not_hide_what_is_held(monkeypatch):
+    held = {"now": 0, "peak": 0}
+
+    class Buffer:
+        """Counts as device memory until the collector finds it."""
+
+        def __init__(self, size: int):
+            self.itself, self.size = self, size
+            held["now"] += size
+            held["peak"] = max(held.values())
+
+        def __del__(self):
+            held["now"] -= self.size
+
+    def work() -> None:
+        gc.collect()
+        Buffer(50)
+
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: held.update(peak=held["now"]))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: held["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: held["peak"])
+    Buffer(100)
+    assert peak_bytes(work, torch.device("cuda")) == 50
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -101,6 +102,7 @@ def peak_bytes(fn: Callable[[], Any], device: torch.device) -> int | None:
     """Most bytes that `fn` holds at once beyond what was allocated before, its result included; None on a CPU."""
     if device.type != "cuda":
         return None
+    gc.collect()  # what `fn` frees besides would hide what it holds
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     fn()
