@@ -23,7 +23,7 @@ from hf_flashbsa.kernels.hopper.common import (
     take_token,
 )
 from hf_flashbsa.kernels.hopper.feed import BLOCK_NOTES, FINAL, LAST, MASKED, SLOTS, allocate_ring, load
-from hf_flashbsa.kernels.hopper.scout import noted_part, scout
+from hf_flashbsa.kernels.hopper.scout import noted_item, noted_part, scout
 from hf_flashbsa.kernels.hopper.softmax import (
     State,
     are_too_large,
@@ -45,7 +45,7 @@ def _place(first, done, ring, call):
     """The place in its sequence of the first key of a block of the `done`-th tile, for dropout."""
     if call.rules.score.seed is not None:
         if call.work is not None:
-            item, _ = noted_part(0, ring.agenda, done, call)
+            item, _ = noted_item(ring.agenda, done, call)
             first -= item.key_origin
     return first
 
