@@ -25,13 +25,15 @@ from hf_flashbsa.kernels.state import Extras, Params
 KERNELS = ("forward", "dq", "dkdv")
 #: Bytes that a kernel may spill: addresses and bounds, one of each thread, none of the tensors.
 SPILLS = 128
+UNLISTED = "what configs/hopper.json does not list"
 #: Kinds of calls that compile to code of their own. `length` is 4096 where they do not say.
 CALLS = {
     "plain": {},
     "short": {"causal": True, "length": 512},
-    "window": {"window_size": (200, 30), "sinks": True},
+    "window": {"window_size": (1000, 1100), "sinks": True},
     "dropout": {"causal": True, "dropout_p": 0.1},
     "packed": {},
+    "padded": {"causal": True},
     "grouped": {"causal": True},
     "layout": {"length": 512},
     "layout-partial": {"causal": True},
@@ -67,6 +69,8 @@ def call(kind: str, head_dim: int) -> None:
     if "packed" in kind:
         cu_seqlens = torch.tensor([0, 700, length], dtype=torch.int32)
         options |= {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+    if kind == "padded":
+        options["segment_ids_k"] = torch.zeros(1, length, dtype=torch.int32)
     if "layout" in kind:
         masks = None if kind == "layout" else torch.ones(1, 128, 128, dtype=torch.bool)
         grid = torch.ones(1, 1, length // 128, length // 128, dtype=torch.int32)
@@ -240,22 +244,47 @@ def test_takes(on_hopper, kernel):
 
 
 def test_packed_documents_are_taken_where_they_were_faster(on_hopper):
-    """At head dim 64: with as many queries as keys, roughly, and the forward without causality."""
+    """At head dim 64: the forward with as many queries as keys, roughly, and without both causality and dropout; dq
+    where segments tell what is padding."""
     q, k, v, others, extras, params = _arguments(64, extras={"work_q": torch.zeros(1), "work_k": torch.zeros(1)})
-    unlisted = "what configs/hopper.json does not list"
-    for kernel in ("forward", "dkdv"):
-        assert hopper.refusal(kernel, q, k, v, others, extras, params) is None
-        assert hopper.refusal(kernel, q[:, :, :1000], k, v, others, extras, params) == unlisted
     causal = params._replace(window_right=0)
-    assert hopper.refusal("forward", q, k, v, others, extras, causal) == unlisted
-    assert hopper.refusal("dkdv", q, k, v, others, extras, causal) is None
-    assert hopper.refusal("dq", q, k, v, others, extras, params) == unlisted
+    for kernel, taken in (("forward", True), ("dkdv", True), ("dq", False)):
+        for some in (params, causal):
+            assert hopper.refusal(kernel, q, k, v, others, extras, some) == (None if taken else UNLISTED)
+    for kernel, taken in (("forward", False), ("dkdv", True)):
+        assert hopper.refusal(kernel, q[:, :, :1000], k, v, others, extras, params) == (None if taken else UNLISTED)
+        dropout = causal._replace(drop_threshold=1)
+        assert hopper.refusal(kernel, q, k, v, others, extras, dropout) == (None if taken else UNLISTED)
+    padded = extras._replace(segment_ids_k=torch.zeros(1))
+    assert hopper.refusal("dq", q, k, v, others, padded, params) is None
+
+
+@pytest.mark.parametrize(("kernel", "narrowest"), [("forward", 512), ("dq", 2048), ("dkdv", 0)])
+def test_narrow_windows_are_left_where_that_was_faster(on_hopper, kernel, narrowest):
+    """At head dim 64."""
+    for window_left in (0, 511, 512, 2047, 2048, -1):
+        wide = window_left < 0 or window_left >= narrowest
+        reason = hopper.refusal(kernel, *_arguments(64, window_left=window_left, window_right=0))
+        assert reason == (None if wide else UNLISTED)
+    assert hopper.refusal(kernel, *_arguments(64, window_left=narrowest // 2, window_right=-1)) is None
+
+
+@pytest.mark.parametrize(
+    ("tiles", "window", "stay"), [(64, (-1, -1), True), (65, (-1, 0), False), (65, (1024, 1024), True),
+                                  (65, (2049, 0), False), (65, (9, -1), False)],
+)  # fmt: skip
+def test_programs_stay_where_tiles_meet_little(tiles, window, stay):
+    from hf_flashbsa.kernels.hopper import launchers
+
+    params = _arguments(window_left=window[0], window_right=window[1])[-1]
+    assert launchers._programs(1000, tiles, None, params, torch.device("cpu")) == (132 if stay else 1000)
+    assert launchers._programs(1000, tiles, torch.zeros(1), params, torch.device("cpu")) == 132
 
 
 @pytest.mark.parametrize(("length", "causal", "taken"), [(4096, -1, True), (2048, -1, False), (2048, 0, True)])
 def test_sums_are_for_long_sequences(on_hopper, length, causal, taken):
     reason = hopper.refusal("sums", *_arguments(64, length, window_right=causal))
-    assert reason == (None if taken else "what configs/hopper.json does not list")
+    assert reason == (None if taken else UNLISTED)
 
 
 def _layout_arguments(heads: int, heads_k: int, layout_heads: int, head_dim: int = 128):
@@ -287,8 +316,8 @@ def test_leaves_heads_that_share_keys_but_no_list(on_hopper):
     [
         ("dtype torch.float32", {"dtype": torch.float32}),
         ("head dims 128 and 64", {"dim_v": 64}),
-        ("what configs/hopper.json does not list", {"head_dim": 96}),
-        ("what configs/hopper.json does not list", {"length": 32}),
+        (UNLISTED, {"head_dim": 96}),
+        (UNLISTED, {"length": 16}),
         ("bias", {"extras": {"bias": torch.zeros(1, 1, 2048, 2048)}}),
         ("segment_ids_q", {"extras": {"segment_ids_q": torch.zeros(1, 2048)}}),
         ("softcap", {"softcap": 30.0}),

@@ -40,8 +40,8 @@ def carried(extras: Extras) -> tuple[torch.Tensor | None, ...]:
 
 
 class Params(NamedTuple):
-    """Numbers of a call. 0 softcap is none, -1 is an unlimited window, `drop_threshold` is that of dropout.py,
-    `block_size` that of a layout, 0 without."""
+    """Numbers of a call. 0 softcap is none, -1 is a window unlimited on that side, `drop_threshold` is that of
+    dropout.py, `block_size` that of a layout, 0 without."""
 
     scale: float
     softcap: float
@@ -52,6 +52,11 @@ class Params(NamedTuple):
     block_size: int
     deterministic: bool
     backend: str
+
+    @property
+    def window(self) -> int | None:
+        """How many keys the window shows beside the diagonal; None where it has no limit on one side."""
+        return self.window_left + self.window_right if min(self.window_left, self.window_right) >= 0 else None
 
 
 def sinks_gradient(sinks: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:

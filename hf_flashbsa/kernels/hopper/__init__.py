@@ -2,8 +2,8 @@
 
 One warp finds out which tiles there are, one loads them by TMA, and two warpgroups compute. They take the calls that
 `configs/hopper.json` lists and leave the rest to the portable kernels: `refusal` says why. The list is of calls that
-they were faster on, timed beside the portable ones on an H200; some are taken because others are, untimed: layouts of
-packed documents or with dropout, and causal calls with dropout.
+they were faster on, timed beside the portable ones on an H200; layouts of packed documents or with dropout are taken
+because others are, untimed.
 """
 
 from __future__ import annotations
@@ -52,9 +52,10 @@ def _entries(kernel: str) -> list[dict]:
 def _options(kernel: str, q: torch.Tensor, k: torch.Tensor, extras: Extras, params: Params) -> dict | None:
     """The launch options that are listed for such a call; None where it is not.
 
-    An entry lists calls of one head dim, with rows of queries and keys of at least `shortest`, and at least `queries`
-    queries for each key. Where it says so, calls must have a work table (`ragged`) or none, a block layout or none,
-    keys ahead of a query hidden (`causal`) or not, dropout or not.
+    An entry lists calls of one head dim, with rows of queries and keys of at least `shortest`, at least `queries`
+    queries for each key, and windows of at least `narrowest` keys. Where it says so, calls must have a work table
+    (`ragged`) or none, segments or none, a block layout or none, keys ahead of a query hidden (`causal`) or not,
+    dropout or not.
     """
     len_q, len_k = q.shape[2], k.shape[2]
     call = {
@@ -62,11 +63,14 @@ def _options(kernel: str, q: torch.Tensor, k: torch.Tensor, extras: Extras, para
         "ragged": (extras.work_q if kernel in ("forward", "dq") else extras.work_k) is not None,
         "layout": extras.grid is not None,
         "causal": params.window_right >= 0,
+        "segments": extras.segment_ids_k is not None,
         "dropout": params.drop_threshold > 0,
     }
     for entry in _entries(kernel):
         alike = all(entry.get(name, value) == value for name, value in call.items())
-        if alike and min(len_q, len_k) >= entry["shortest"] and len_q >= entry.get("queries", 0.0) * len_k:
+        wide = params.window is None or params.window >= entry.get("narrowest", 0)
+        long = min(len_q, len_k) >= entry["shortest"] and len_q >= entry.get("queries", 0.0) * len_k
+        if alike and wide and long:
             return entry["options"]
     return None
 

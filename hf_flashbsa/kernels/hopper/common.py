@@ -154,17 +154,23 @@ def hide_outside(x, rules, begin, first, lo, hi, diagonal, tiles: gl.constexpr, 
 @gluon.jit
 def clear(tile, first, lo, hi, BLOCK: gl.constexpr, DIM: gl.constexpr):
     """Zeros the rows of a `[BLOCK, DIM]` tile from row `first` on that lie outside of `[lo, hi)`: they meet weights of
-    0, and memory there may hold NaN. All warpgroups write the same bytes.
+    0, and memory there may hold NaN. Several warpgroups may do so at once: they write the same bytes.
     """
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // DIM, DIM // 8], [4, 1], [1, 0])
-    # Consumers have no registers left for all rows at once.
-    PIECE: gl.constexpr = 32
-    for i in gl.static_range(BLOCK // PIECE):
+    gl.static_assert(DIM % 64 == 0, "TMA swizzles within rows of 128 bytes")
+    # 64 columns fill a row, 32 words; of 128, TMA writes one half behind the other.
+    ROW: gl.constexpr = 32
+    PIECE: gl.constexpr = 8 * gl.num_warps()
+    PIECES: gl.constexpr = BLOCK // PIECE
+    HALVES: gl.constexpr = DIM // 64
+    LAYOUT: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
+    pieces = tile._reinterpret(gl.int32, [HALVES * PIECES, PIECE * ROW], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    for i in range(gl.where(first < lo, 0, gl.maximum(hi - first, 0) // PIECE), PIECES):
         begin = first + i * PIECE
-        piece = tile.slice(i * PIECE, PIECE)
-        values = piece.load(LAYOUT)
-        rows = begin + gl.arange(0, PIECE, layout=gl.SliceLayout(1, LAYOUT))
-        piece.store(gl.where(((rows >= lo) & (rows < hi))[:, None], values, gl.zeros_like(values)))
+        if (begin < lo) | (begin + PIECE > hi):
+            rows = begin + gl.arange(0, PIECE * ROW, layout=LAYOUT) // ROW
+            for half in gl.static_range(HALVES):
+                piece = pieces.index(half * PIECES + i)
+                piece.store(gl.where((rows >= lo) & (rows < hi), piece.load(LAYOUT), 0))
     fence_async_shared()
     barrier()
 

@@ -12,7 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS, barrier, first_key, visits, write_note
+from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS, barrier, clear, first_key, visits, write_note
 from hf_flashbsa.kernels.hopper.scout import (
     allocate_agenda,
     await_found,
@@ -37,8 +37,19 @@ class Ring(NamedTuple):
     k_empty: object
     v_full: object
     v_empty: object
+    v_landed: object
     block_notes: object
     agenda: object
+
+
+class Block(NamedTuple):
+    """Where a block of keys and values lies, and which keys, `[lo, hi)`, its tile meets at all."""
+
+    row: object
+    head: object
+    first: object
+    lo: object
+    hi: object
 
 
 #: Tiles whose queries, and later results, have room in shared memory. With two, a tile of a single block has none for
@@ -74,9 +85,11 @@ def allocate_ring(q, k, v, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
+        gl.allocate_shared_memory(gl.int64, [1], BARRIER),
         gl.allocate_shared_memory(gl.int32, [STAGES * BLOCK_NOTES, 1], NOTE),
         allocate_agenda(),
     )
+    mbarrier.init(ring.v_landed, count=1)
     for slot in gl.static_range(PARTS):
         mbarrier.init(ring.q_full.index(slot), count=1)
         mbarrier.init(ring.q_empty.index(slot), count=1)
@@ -155,12 +168,25 @@ def _load_keys(k, row, head, first, step, ring, tiles: gl.constexpr, STAGES: gl.
 
 
 @gluon.jit
-def _load_values(v, row, head, first, step, ring, tiles: gl.constexpr, STAGES: gl.constexpr):
-    """Loads the values of the `step`-th block."""
+def _load_values(v, block, step, cleared, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr):
+    """Loads the values of the `step`-th block. Those that its tile does not meet it clears, before consumers know of
+    the block, for whom that would take longer than the wait here. Returns how many blocks were `cleared` so far.
+    """
     stage, phase = step % STAGES, (step // STAGES) & 1
+    full, tile = ring.v_full.index(stage), ring.v_tiles.index(stage)
     mbarrier.wait(ring.v_empty.index(stage), phase ^ 1)
-    mbarrier.expect(ring.v_full.index(stage), tiles.n * tiles.d * 2)
-    tma.async_copy_global_to_shared(v, [row, head, first, 0], ring.v_full.index(stage), ring.v_tiles.index(stage))
+    # What TMA brings from beyond the tensor is 0.
+    if (block.first < block.lo) | (gl.minimum(block.first + tiles.n, call.len_k) > block.hi):
+        mbarrier.expect(ring.v_landed, tiles.n * tiles.d * 2)
+        tma.async_copy_global_to_shared(v, [block.row, block.head, block.first, 0], ring.v_landed, tile)
+        mbarrier.wait(ring.v_landed, cleared & 1)
+        clear(tile, block.first, block.lo, block.hi, tiles.n, tiles.d)
+        mbarrier.arrive(full, count=1)
+        cleared += 1
+    else:
+        mbarrier.expect(full, tiles.n * tiles.d * 2)
+        tma.async_copy_global_to_shared(v, [block.row, block.head, block.first, 0], full, tile)
+    return cleared
 
 
 @gluon.jit
@@ -172,7 +198,8 @@ def load(q, k, v, out, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr, ST
     # Keys are loaded STAGES rounds ahead.
     EARLIER: gl.constexpr = QUERIES_AHEAD - STAGES if STAGES < QUERIES_AHEAD else 0
     step, done = gl.to_tensor(0), gl.to_tensor(0)
-    v_row, v_head, v_first = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
+    cleared, zero = gl.to_tensor(0), gl.to_tensor(0)
+    before = Block(zero, zero, zero, zero, zero)
     _load_queries(q, out, done, ring, call, tiles)
     while is_job(ring.agenda, done):
         job = noted_job(ring.agenda, done, call, tiles, False)
@@ -199,8 +226,8 @@ def load(q, k, v, out, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr, ST
             _note_block(first, todo, kind, full, step, ring, STAGES)
             _load_keys(k, item.other_row, head_k, first, step, ring, tiles, STAGES)
             if step > 0:
-                _load_values(v, v_row, v_head, v_first, step - 1, ring, tiles, STAGES)
-            v_row, v_head, v_first = gl.to_tensor(item.other_row), head_k, first
+                cleared = _load_values(v, before, step - 1, cleared, ring, call, tiles, STAGES)
+            before = Block(gl.to_tensor(item.other_row), head_k, first, gl.to_tensor(item.lo), gl.to_tensor(item.hi))
             if i == wanting:
                 want(done)
             # Behind those values, which consumers may wait for before they leave the slots.
@@ -212,6 +239,6 @@ def load(q, k, v, out, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr, ST
     _note_block(0, LAST | FINAL, 0, 0, step, ring, STAGES)
     mbarrier.arrive(ring.k_full.index(step % STAGES), count=1)
     if step > 0:
-        _load_values(v, v_row, v_head, v_first, step - 1, ring, tiles, STAGES)
+        _load_values(v, before, step - 1, cleared, ring, call, tiles, STAGES)
     for i in gl.static_range(1, SLOTS):
         _empty_slots(out, ring, done + i, call)

@@ -16,7 +16,6 @@ from hf_flashbsa.kernels.hopper.common import (
     ROWS,
     Call,
     by_thread,
-    clear,
     pass_token,
     quad_of,
     read_note,
@@ -136,11 +135,6 @@ def _compute(
             if (todo & MASKED) != 0:
                 item, head = noted_part(part, ring.agenda, done, call)
                 s = hide(s, rules, head, item, first, kind, tiles)
-                # What TMA brings from beyond the tensor is 0.
-                if (first < item.lo) | (gl.minimum(first + tiles.n, call.len_k) > item.hi):
-                    mbarrier.wait(ring.v_full.index(stage), (step // STAGES) & 1)
-                    values = ring.v_tiles.index(stage).reshape([tiles.n, tiles.d])
-                    clear(values, first, item.lo, item.hi, tiles.n, tiles.d)
             place = _place(first, done, ring, call)
             s, shrink, state = softmax(s, state, rules)
             s = drop(s, place, pad, factor, rules, tiles)

@@ -26,10 +26,11 @@ OPTIONS_OF_SUMS = {"num_warps": 4, "maxnreg": 128}
 SUM_ROWS = 64
 
 
-#: Up to so many tiles in a sequence, programs stay and take one tile after the other, which hides how tiles begin and
-#: end. Where there are more, it counts little, and the GPU's own order balances unequal tiles better. Programs that
-#: claim their tiles always stay.
+#: Up to so many tiles in a sequence, or keys in a window, programs stay and take one tile after the other, which hides
+#: how tiles begin and end. Where a tile meets more, that counts little, and the GPU's own order is the better one.
+#: Programs that claim their tiles always stay.
 RESIDENT_TILES = 64
+RESIDENT_WINDOW = 2048
 
 
 @functools.cache
@@ -58,9 +59,10 @@ def _meta(
     return {"HEAD_DIM": q.shape[-1], "LISTED": params.block_size, "WIDTH": width_of(lists), **options, **resources}
 
 
-def _programs(total: int, tiles: int, claims: torch.Tensor | None, device: torch.device) -> int:
+def _programs(total: int, tiles: int, claims: torch.Tensor | None, params: Params, device: torch.device) -> int:
     """How many programs share `total` tiles, of which a sequence has `tiles`."""
-    return min(total, _multiprocessors(device)) if claims is not None or tiles <= RESIDENT_TILES else total
+    short = tiles <= RESIDENT_TILES or (params.window is not None and params.window <= RESIDENT_WINDOW)
+    return min(total, _multiprocessors(device)) if short or claims is not None else total
 
 
 def launch_forward(options: dict, claims, launch, q, k, v, out, lse, extras: Extras, params: Params) -> None:
@@ -69,7 +71,7 @@ def launch_forward(options: dict, claims, launch, q, k, v, out, lse, extras: Ext
     total = tiles * heads * batch
     lists = extras.blocks_q
     launch(
-        forward_kernel, (_programs(total, tiles, claims, q.device),),
+        forward_kernel, (_programs(total, tiles, claims, params, q.device),),
         _descriptor(q, ROWS.value), _descriptor(k, options["BLOCK_N"]), _descriptor(v, options["BLOCK_N"]),
         _descriptor(out, ROWS.value), operand_of(out), lse, extras.sinks, extras.work_q, claims,
         *rules_of(lists, extras, params), params.diagonal, heads, heads // heads_k, len_q, len_k, tiles, total,
@@ -86,7 +88,7 @@ def launch_dq(
     total = tiles * heads * batch
     keys, lists = options["BLOCK_N"], extras.blocks_q
     launch(
-        dq_kernel, (_programs(total, tiles, claims, q.device),),
+        dq_kernel, (_programs(total, tiles, claims, params, q.device),),
         _descriptor(dout, ROWS.value), _descriptor(dq, ROWS.value), operand_of(dq), _descriptor(q, ROWS.value),
         _descriptor(k, keys), _descriptor(v, keys), _descriptor(out, keys), lse, dlse, rowwise, plane,
         extras.work_q, claims,
@@ -104,7 +106,7 @@ def launch_dkdv(
     total = tiles * heads_k * batch
     queries, lists = options["BLOCK_M"], extras.blocks_k
     launch(
-        dkdv_kernel, (_programs(total, tiles, claims, q.device),),
+        dkdv_kernel, (_programs(total, tiles, claims, params, q.device),),
         _descriptor(dout, queries), None if sums is None else _descriptor(sums, queries),
         _descriptor(dk, ROWS.value), operand_of(dk), _descriptor(dv, ROWS.value), operand_of(dv),
         _descriptor(q, queries), _descriptor(k, ROWS.value), _descriptor(v, ROWS.value), rowwise, plane,
