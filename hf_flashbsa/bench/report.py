@@ -48,7 +48,7 @@ def problem(row: dict) -> tuple:
 
 
 def _mask(row: dict) -> str:
-    names = (row["mask"], row.get("pattern"), row.get("chance"))
+    names = (row["mask"], row["window"] if row["mask"] == "window" else None, row.get("pattern"), row.get("chance"))
     return " ".join(str(name) for name in names if name is not None)
 
 

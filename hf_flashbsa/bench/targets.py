@@ -72,6 +72,7 @@ def hopper() -> Iterator[Target]:
             for than in ("cudnn", OURS):
                 yield Target(f"{text} {than}", "ms", Job(than, case, "backward"), Job(UNORDERED, case, "backward"))
     yield from ragged()
+    yield from windowed_and_padded()
     for head_dim in (64, 128):
         for length in (1024, 4096):
             yield faster("fa2", case_of("full", length, head_dim, dropout_p=0.1), "both", 1.3)
@@ -99,6 +100,14 @@ def ragged() -> Iterator[Target]:
         yield Target(text, "tflops", Job(OURS, packed, pass_), Job(OURS, dense, pass_), 0.85)
         yield faster("flash_attn", packed, pass_, 1.3)
         yield faster("flash_attn", cross, pass_, 1.0)
+
+
+def windowed_and_padded() -> Iterator[Target]:
+    """Sliding windows over long sequences, and batches padded to the longest of XSum's documents."""
+    windows = [case_of("window", 16384, head_dim, window=w) for head_dim, w in ((64, 256), (64, 2048), (128, 4096))]
+    for case in (*windows, *(case_of("padded", 1024, head_dim) for head_dim in (64, 128))):
+        for pass_ in ("forward", "backward"):
+            yield faster("fa2", case, pass_, 1.0)
 
 
 def scaling(text: str, case: Callable[[int], Case]) -> Iterator[Target]:
