@@ -34,8 +34,9 @@ def on_cpu(result: tuple) -> tuple:
 @pytest.mark.parametrize("rules", CONFIGS)
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_and_gradients(name, rules, padding):
+    """Against float64: T5's own rounding of float32 is 7e-5 of the largest gradient, as much as the tolerance leaves."""
     inputs, config = inputs_for(name, padding), CONFIGS[rules]
-    assert_same(on_cpu(run(sparse(name, config).cuda(), on_gpu(inputs))), run(sparse(name, config), inputs))
+    assert_same(on_cpu(run(sparse(name, config).cuda(), on_gpu(inputs))), run(sparse(name, config).double(), inputs))
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])
