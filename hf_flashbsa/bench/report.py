@@ -147,7 +147,7 @@ def plot(rows: list[dict], path: Path) -> None:
                 (lines[provider],) = axis.plot(*zip(*points, strict=True), marker="o", color=f"C{index}")
         axis.set_xscale("log", base=2)
         axis.set_xticks(sorted({row["length"] for row in here}))
-        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_major_formatter(lambda n, place: f"{n // 1024:g}k" if n % 1024 == 0 else f"{n:g}")
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     for axis in axes[-1]:
