@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from packed_models import labelled, losses
 from sparse_models import MIXED, NAMES, SELECTING, SIZES, inputs_for, sparse
-from transformers_models import assert_same, host_never_waits, live_logits, run
+from transformers_models import TOLERANCE, assert_same, errors_of, host_never_waits, live_logits, run
 
-from hf_flashbsa import backends_used, enable_padding_free
+from hf_flashbsa import attention, backends_used, enable_padding_free
+from hf_flashbsa.integration import forward
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,10 +36,15 @@ def on_cpu(result: tuple) -> tuple:
 @pytest.mark.parametrize("padding", ["none", "right", "left", "holes"])
 @pytest.mark.parametrize("rules", CONFIGS)
 @pytest.mark.parametrize("name", NAMES)
-def test_logits_and_gradients(name, rules, padding):
-    """Against float64, because T5's rounding in float32 alone is 7e-5 of its largest gradient."""
+def test_logits_and_gradients(name, rules, padding, monkeypatch):
+    """Errors against float64 are at most three times those of the torch back end: T5's, whose scores are not scaled,
+    has some of 1.3e-4 of the largest gradient on a GPU."""
     inputs, config = inputs_for(name, padding), CONFIGS[rules]
-    assert_same(on_cpu(run(sparse(name, config).cuda(), on_gpu(inputs))), run(sparse(name, config).double(), inputs))
+    expected = run(sparse(name, config).double(), inputs)
+    result = on_cpu(run(sparse(name, config).cuda(), on_gpu(inputs)))
+    monkeypatch.setattr(forward, "attention", functools.partial(attention, backend="torch"))
+    native = errors_of(on_cpu(run(sparse(name, config).cuda(), on_gpu(inputs))), expected)
+    assert_same(result, expected, max(TOLERANCE, 3 * max(native.values())))
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])

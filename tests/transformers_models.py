@@ -173,17 +173,24 @@ def run(model: nn.Module, inputs: dict, **extra) -> tuple[torch.Tensor, dict[str
 TOLERANCE = 1e-4
 
 
-def assert_same(result: tuple, expected: tuple, tolerance: float = TOLERANCE) -> None:
-    """Two results of `run` agree: logits and every gradient."""
+def errors_of(result: tuple, expected: tuple) -> dict[str, float]:
+    """Errors of the logits and each gradient of a result of `run`, relative to another as `TOLERANCE` has it."""
     (logits, gradients), (expected_logits, expected_gradients) = result, expected
     assert gradients.keys() == expected_gradients.keys()
     pairs = {"logits": (logits, expected_logits)}
     pairs |= {name: (gradients[name], expected_gradients[name]) for name in gradients}
     largest = max(float(g.abs().max()) for g in expected_gradients.values())
+    errors = {}
     for name, (actual, wanted) in pairs.items():
         assert actual.isfinite().all(), f"{name} is not finite"
         scale = max(float(wanted.abs().max()), 1e-2 * largest)
-        error = float((actual - wanted).abs().max()) / scale
+        errors[name] = float((actual - wanted).abs().max()) / scale
+    return errors
+
+
+def assert_same(result: tuple, expected: tuple, tolerance: float = TOLERANCE) -> None:
+    """Two results of `run` agree: logits and every gradient."""
+    for name, error in errors_of(result, expected).items():
         assert error <= tolerance, f"{name}: relative error {error:.1e}"
 
 

@@ -160,11 +160,12 @@ def _note_block(first, todo, kind, full, step, ring, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _load_keys(k, row, head, first, step, ring, tiles: gl.constexpr, STAGES: gl.constexpr):
+def _load_keys(k, block, step, ring, tiles: gl.constexpr, STAGES: gl.constexpr):
     """Loads the keys of the `step`-th block, which was noted."""
     stage = step % STAGES
-    mbarrier.expect(ring.k_full.index(stage), tiles.n * tiles.d * 2)
-    tma.async_copy_global_to_shared(k, [row, head, first, 0], ring.k_full.index(stage), ring.k_tiles.index(stage))
+    full, tile = ring.k_full.index(stage), ring.k_tiles.index(stage)
+    mbarrier.expect(full, tiles.n * tiles.d * 2)
+    tma.async_copy_global_to_shared(k, [block.row, block.head, block.first, 0], full, tile)
 
 
 @gluon.jit
@@ -224,10 +225,11 @@ def load(q, k, v, out, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr, ST
             todo = gl.where((i < span.partial) | (kind == 0), MASKED, 0) | gl.where(i == general, LAST, 0)
             full = gl.where(i == general, count - 1 - i, 0)
             _note_block(first, todo, kind, full, step, ring, STAGES)
-            _load_keys(k, item.other_row, head_k, first, step, ring, tiles, STAGES)
+            block = Block(gl.to_tensor(item.other_row), head_k, first, gl.to_tensor(item.lo), gl.to_tensor(item.hi))
+            _load_keys(k, block, step, ring, tiles, STAGES)
             if step > 0:
                 cleared = _load_values(v, before, step - 1, cleared, ring, call, tiles, STAGES)
-            before = Block(gl.to_tensor(item.other_row), head_k, first, gl.to_tensor(item.lo), gl.to_tensor(item.hi))
+            before = block
             if i == wanting:
                 want(done)
             # Behind those values, which consumers may wait for before they leave the slots.
