@@ -274,9 +274,15 @@ def test_narrow_windows_are_left_where_that_was_faster(on_hopper, kernel, narrow
 
 
 @pytest.mark.parametrize(
-    ("tiles", "window", "stay"), [(64, (-1, -1), True), (65, (-1, 0), False), (65, (1024, 1024), True),
-                                  (65, (2049, 0), False), (65, (9, -1), False)],
-)  # fmt: skip
+    ("tiles", "window", "stay"),
+    [
+        (64, (-1, -1), True),
+        (65, (-1, 0), False),
+        (65, (1024, 1024), True),
+        (65, (2049, 0), False),
+        (65, (9, -1), False),
+    ],
+)
 def test_programs_stay_where_tiles_meet_little(tiles, window, stay):
     from hf_flashbsa.kernels.hopper import launchers
 

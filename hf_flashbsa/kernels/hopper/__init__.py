@@ -57,7 +57,7 @@ def _options(kernel: str, q: torch.Tensor, k: torch.Tensor, extras: Extras, para
     (`ragged`) or none, segments or none, a block layout or none, keys ahead of a query hidden (`causal`) or not,
     dropout or not.
     """
-    len_q, len_k = q.shape[2], k.shape[2]
+    len_q, len_k, window = q.shape[2], k.shape[2], params.window
     call = {
         "head_dim": q.shape[-1],
         "ragged": (extras.work_q if kernel in ("forward", "dq") else extras.work_k) is not None,
@@ -68,7 +68,7 @@ def _options(kernel: str, q: torch.Tensor, k: torch.Tensor, extras: Extras, para
     }
     for entry in _entries(kernel):
         alike = all(entry.get(name, value) == value for name, value in call.items())
-        wide = params.window is None or params.window >= entry.get("narrowest", 0)
+        wide = window is None or window >= entry.get("narrowest", 0)
         long = min(len_q, len_k) >= entry["shortest"] and len_q >= entry.get("queries", 0.0) * len_k
         if alike and wide and long:
             return entry["options"]
