@@ -53,12 +53,8 @@ def kernels_of(kind: str) -> tuple[str, ...]:
 
 
 def kinds_for(head_dim: int) -> list[str]:
-    """Kinds of calls that compile to code of their own at a head dim.
-
-    Padded ones of head dim 128 are not judged yet: their forward kernel spills 232 to 248 bytes, by what each thread
-    asks of segments.
-    """
-    return [kind for kind in CALLS if head_dim == 64 or not ("sums" in kind or kind == "padded")]
+    """Kinds of calls that compile to code of their own at a head dim."""
+    return [kind for kind in CALLS if head_dim == 64 or "sums" not in kind]
 
 
 def call(kind: str, head_dim: int) -> None:

@@ -36,7 +36,7 @@ from hf_flashbsa.kernels.hopper.jobs import (
 )
 from hf_flashbsa.kernels.hopper.scout import is_job, noted_item, noted_job, scout
 from hf_flashbsa.kernels.hopper.sums import Outbox, add_queries, allocate_handover, await_use, hand_over, of_own_keys
-from hf_flashbsa.kernels.primitives import dropout_keep, log2_factor, visible, within
+from hf_flashbsa.kernels.primitives import dropout_keep, log2_factor, visible
 from hf_flashbsa.kernels.records import Rules, Tiles
 
 
@@ -133,15 +133,14 @@ def _weights(i, step, s, lse, share, ring, call, MASKED: gl.constexpr, tiles: gl
         first, head = noted_block(ring.stream, step)
         queries = first + gl.arange(0, tiles.m, layout=COLUMNS)
         keys = share.begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout))
+        s = hide_outside(s, rules, share.begin, first, item.lo, item.hi, item.diagonal, tiles, True)
         if asks_each_score(rules, tiles):
-            inside = within(rules.mask, keys, queries, item.end, item.lo, item.hi, item.diagonal, True)
+            inside = (keys < item.end)[:, None]  # those that there are
             ok = visible(
                 rules, item.other_row, item.row, head, queries[None, :], keys[:, None], inside, item.query_origin,
                 item.key_origin, first, share.begin, tiles,
             )  # fmt: skip
             s = gl.where(ok, s, float("-inf"))
-        else:
-            s = hide_outside(s, rules, share.begin, first, item.lo, item.hi, item.diagonal, tiles, True)
     p = gl.exp2(s * log2_factor(rules) - lse[None, :])
     if rules.score.seed is not None:
         pad = _row_word(step, 2, ring, COLUMNS).to(gl.uint32, bitcast=True)

@@ -149,15 +149,17 @@ def _weights(i, step, s, rows, share, ring, call, MASKED: gl.constexpr, tiles: g
         first, _ = noted_block(ring.stream, step)
         queries = share.begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout))
         keys = first + gl.arange(0, tiles.n, layout=gl.SliceLayout(0, s.type.layout))
-        if asks_each_score(rules, tiles):
+        if (tiles.listed > 0) and (rules.blocks.masks is not None):  # all at once takes fewer registers here
             inside = within(rules.mask, queries, keys, item.end, item.lo, item.hi, item.diagonal, False)
+        else:
+            s = hide_outside(s, rules, share.begin, first, item.lo, item.hi, item.diagonal, tiles, False)
+            inside = ((keys >= item.lo) & (keys < item.hi))[None, :]
+        if asks_each_score(rules, tiles):
             ok = visible(
                 rules, item.row, item.other_row, head, queries[:, None], keys[None, :], inside, item.query_origin,
                 item.key_origin, share.begin, first, tiles,
             )  # fmt: skip
             s = gl.where(ok, s, float("-inf"))
-        else:
-            s = hide_outside(s, rules, share.begin, first, item.lo, item.hi, item.diagonal, tiles, False)
     return gl.exp2(s * log2_factor(rules) - rows.lse[:, None])
 
 

@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from hf_flashbsa.kernels.hopper.common import ROWS, by_thread, for_all_pairs, hide_outside, quad_of, store_shared
-from hf_flashbsa.kernels.primitives import LN2, LOG2E, dropout_keep, log2_factor, related, shown, within
+from hf_flashbsa.kernels.primitives import LN2, LOG2E, dropout_keep, log2_factor, related, shown
 
 
 class State(NamedTuple):
@@ -36,12 +36,11 @@ def hide(s, rules, head, item, first, kind, tiles: gl.constexpr):
     rows = item.begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout))
     keys = first + gl.arange(0, tiles.n, layout=gl.SliceLayout(0, s.type.layout))
     hi = gl.where(kind > 0, item.hi, item.lo)
+    s = hide_outside(s, rules, item.begin, first, item.lo, hi, item.diagonal, tiles, False)
     if rules.mask.segment_ids_k is not None:
-        inside = within(rules.mask, rows, keys, item.end, item.lo, hi, item.diagonal, False)
+        inside = ((keys >= item.lo) & (keys < hi))[None, :]  # where the ids may be read
         ok = related(rules, item.row, item.other_row, head, rows[:, None], keys[None, :], inside)
         s = gl.where(ok, s, float("-inf"))
-    else:
-        s = hide_outside(s, rules, item.begin, first, item.lo, hi, item.diagonal, tiles, False)
     if tiles.listed > 0:
         if rules.blocks.masks is not None:
             if kind > 1:
