@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from hf_flashbsa.layout import BlockLayout
+from hf_flashbsa.segments import segment_tiles
 
 #: Rows per entry of a work table. Kernel tiles divide it, so one table serves every tile size.
 TILE = 128
@@ -267,28 +268,55 @@ class AttentionSpec:
             tile: rows per entry. One entry never spans two sequences.
 
         Returns:
-            int32 `(tiles, 11)`: `own_row, own_begin, own_end, other_row, lo, full_lo, full_hi, hi, diagonal,
-            query_origin, key_origin`, the last two being the first rows of the sequence. Own rows
+            int32 `(tiles, 12)`: `own_row, own_begin, own_end, other_row, lo, full_lo, full_hi, hi, diagonal,
+            query_origin, key_origin, used`. The origins are the first rows of the sequence. Own rows
             `[own_begin, own_end)` meet rows `[lo, hi)` of the other side, of which `[full_lo, full_hi)` are all
-            visible as far as lengths and segments go; causality, window and mask are not resolved. Unused entries
-            have `own_begin == own_end`. Every own row is in exactly one entry; where it meets nothing, `lo == hi`.
-            Entries with the most work come first.
+            visible as far as lengths and segments go; causality, window and mask are not resolved. The first
+            `used` entries are used, a number that stands in all of them; others have `own_begin == own_end`. Every
+            own row is in exactly one entry; where it meets nothing, `lo == hi`, unless its rows have several segment
+            ids. Entries with the most work come first.
         """
         if not self.is_ragged:
             return None
+        if side == "k" and self._is_symmetric(shape):
+            side = "q"
         return self.kept(side, (shape, device, tile), lambda: self._build_work(side, shape, device, tile))
 
+    def _is_symmetric(self, shape: Shape) -> bool:
+        """Whether queries and keys divide into the same tiles, which meet the same."""
+        alike = all(self._get(name, "q") is self._get(name, "k") for name in ("seqlens", "starts", "cu_seqlens"))
+        segments = self.segment_ids_k is None or self.segment_ids_q is self.segment_ids_k
+        same_sizes = shape.batch_q == shape.batch_k and shape.len_q == shape.len_k
+        return alike and segments and same_sizes and self.layout is None
+
     def _build_work(self, side: str, shape: Shape, device: torch.device, tile: int) -> torch.Tensor:
-        s = self.sequences(shape, device)
+        sequences = self.sequences(shape, device)
         if side == "q":
-            self._assert_covered(s)
+            self._assert_covered(sequences)
+        tiles = self._tiles_of_segments if self.segment_ids_k is not None else self._tiles_of_lengths
+        used, columns = tiles(side, shape, sequences, tile)
+        table = torch.stack([c.to(torch.int32) for c in columns], dim=1) * used[:, None]
+        amount = table[:, 7] - table[:, 4]
+        if self.layout is not None:
+            listed = self.layout.lists(side).total.float().mean((0, 1)) * self.layout.block_size
+            place = (table[:, 1] - table[:, 9 if side == "q" else 10]) // self.layout.block_size
+            amount = torch.minimum(amount, listed[place.clamp(max=len(listed) - 1)])
+        order = torch.argsort(amount.masked_fill(~used, -1), descending=True, stable=True)
+        count = used.sum(dtype=torch.int32).expand(len(table), 1)
+        return torch.cat([table[order], count], dim=1)
+
+    def _tiles_of_lengths(
+        self, side: str, shape: Shape, s: Sequences, tile: int
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Entries of a work table that are used, and the columns but for the last, in order of the sequences."""
+        if side == "q":
             row, begin, end, other_row, lo, hi = s.q_row, s.q_begin, s.q_end, s.k_row, s.k_begin, s.k_end
             length, packed = shape.len_q, self.cu_seqlens_q is not None
         else:
             row, begin, end, other_row, lo, hi = s.k_row, s.k_begin, s.k_end, s.q_row, s.q_begin, s.q_end
             length, packed = shape.len_k, self.cu_seqlens_k is not None
-        n, diagonal, origin_q, origin_k = row.shape[0], s.diagonal, s.q_begin, s.k_begin
-        count = length // tile + n if packed else n * -(-length // tile)
+        diagonal, origin_q, origin_k = s.diagonal, s.q_begin, s.k_begin
+        count = length // tile + row.shape[0] if packed else row.shape[0] * -(-length // tile)
         # Dead rows still need their zeros: they are sequences that meet nothing.
         dead = []
         if self._get("starts", side) is not None:
@@ -307,43 +335,37 @@ class AttentionSpec:
         # Entry e belongs to the sequence whose cumulative number of tiles first exceeds e.
         tiles = (end - begin + tile - 1) // tile
         cumulative = torch.cumsum(tiles, 0)
-        entry = torch.arange(count, device=device)
+        entry = torch.arange(count, device=row.device)
         index = torch.searchsorted(cumulative, entry, right=True)
         used = index < cumulative.shape[0]
         index = index.clamp(max=cumulative.shape[0] - 1)
-        nth = entry - (cumulative - tiles)[index]
-        own_begin = begin[index] + nth * tile
+        own_begin = begin[index] + (entry - (cumulative - tiles)[index]) * tile
         own_end = torch.minimum(own_begin + tile, end[index])
-        lo, hi = lo[index], hi[index]
-        full_lo, full_hi = lo, hi
-        if self.segment_ids_k is not None:
-            bounds = self._segment_bounds(side, shape, tile, begin[:n])
-            place = (index * bounds[0].shape[1] + nth).clamp(max=bounds[0].numel() - 1)
-            met_lo, met_full_lo, met_full_hi, met_hi = (x.flatten()[place] for x in bounds)
-            # What meets nothing stays empty; dead rows have nothing between lo and hi.
-            lo, hi = torch.maximum(lo, met_lo), torch.minimum(hi, met_hi)
-            lo = torch.minimum(lo, hi)
-            full_lo, full_hi = torch.maximum(lo, met_full_lo), torch.minimum(hi, met_full_hi)
-        columns = [
-            row[index],
-            own_begin,
-            own_end,
-            other_row[index],
-            lo,
-            full_lo,
-            full_hi,
-            hi,
-            diagonal[index],
-            origin_q[index],
-            origin_k[index],
-        ]
-        table = torch.stack([c.to(torch.int32) for c in columns], dim=1) * used[:, None]
-        amount = table[:, 7] - table[:, 4]
-        if self.layout is not None:
-            listed = self.layout.lists(side).total.float().mean((0, 1)) * self.layout.block_size
-            place = (table[:, 1] - table[:, 9 if side == "q" else 10]) // self.layout.block_size
-            amount = torch.minimum(amount, listed[place.clamp(max=len(listed) - 1)])
-        return table[torch.argsort(amount, descending=True, stable=True)].contiguous()
+        row, other_row, lo, hi = row[index], other_row[index], lo[index], hi[index]
+        of_sequence = [x[index] for x in (diagonal, origin_q, origin_k)]
+        return used, [row, own_begin, own_end, other_row, lo, lo, hi, hi, *of_sequence]
+
+    def _tiles_of_segments(
+        self, side: str, shape: Shape, s: Sequences, tile: int
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The same where segment ids say what meets. Every sequence has a batch row here."""
+        ids_q, ids_k = self.segment_ids(shape)
+        if ids_q is None:
+            ids_q = ids_k.new_zeros(1, 1).expand(shape.batch_q, shape.len_q)
+        if side == "q":
+            own, other, begin, lo, hi = ids_q, ids_k, s.q_begin, s.k_begin, s.k_end
+        else:
+            own, other, begin, lo, hi = ids_k, ids_q, s.k_begin, s.q_begin, s.q_end
+        # Block layouts count their blocks from the first row of a sequence.
+        t = segment_tiles(own, other, begin, tile, divided=self.layout is None)
+        used = torch.arange(len(t.row), device=own.device) < t.used
+        row = t.row
+        # What meets nothing stays empty; rows before the sequence meet nothing.
+        hi = torch.where(t.begin < begin[row], 0, torch.minimum(hi[row], t.hi))
+        lo = torch.minimum(torch.maximum(lo[row], t.lo), hi)
+        full_lo, full_hi = torch.minimum(torch.maximum(lo, t.full_lo), hi), torch.minimum(hi, t.full_hi)
+        of_sequence = [x[row] for x in (s.diagonal, s.q_begin, s.k_begin)]
+        return used, [row, t.begin, t.end, row, lo, full_lo, full_hi, hi, *of_sequence]
 
     def _assert_covered(self, s: Sequences) -> None:
         """Stops the device where a packed sequence is longer than the layout; `validate` sees lengths of rows only."""
@@ -355,33 +377,3 @@ class AttentionSpec:
                 most = count * self.layout.block_size
                 message = f"layout: covers {most} rows of {side}; make it for the longest sequence."
                 torch._assert_async((end - begin <= most).all(), message)
-
-    def _segment_bounds(self, side: str, shape: Shape, tile: int, begin: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """`(lo, full_lo, full_hi, hi)`, each `(B, tiles)`: hull of what a tile's ids meet, and its first full run.
-        Tiles of batch row `b` begin at row `begin[b]`."""
-        ids_q, ids_k = self.segment_ids(shape)
-        if ids_q is None:
-            ids_q = ids_k.new_zeros(1, 1).expand(shape.batch_q, shape.len_q)
-        own, other = (ids_q, ids_k) if side == "q" else (ids_k, ids_q)
-        length = own.shape[1]
-        tiles = -(-length // tile)
-        rows = (begin[:, None] + torch.arange(tiles * tile, device=own.device)).clamp(max=length - 1)
-        own = own.gather(1, rows).unflatten(1, (tiles, tile))
-        highest = own.amax(-1, keepdim=True)
-        lowest = own.masked_fill(own < 0, torch.iinfo(own.dtype).max).amin(-1, keepdim=True)
-        uniform = (own.amin(-1, keepdim=True) == highest) & (highest >= 0)
-        met = (other[:, None] >= lowest) & (other[:, None] <= highest) & (other[:, None] >= 0)
-        full = met & uniform
-        size = other.shape[1]
-        if size == 0:
-            return (torch.zeros(own.shape[0], tiles, dtype=torch.int32, device=own.device),) * 4
-        position = torch.arange(size, device=own.device, dtype=torch.int32)
-
-        def first(where: torch.Tensor, otherwise: int) -> torch.Tensor:
-            return torch.where(where, position, otherwise).amin(-1)
-
-        lo, full_lo = first(met, size), first(full, size)
-        hi = torch.where(met, position + 1, 0).amax(-1)
-        full_hi = first(~full & (position >= full_lo[..., None]), size)
-        nothing = hi == 0
-        return lo.masked_fill(nothing, 0), full_lo.minimum(hi), full_hi.minimum(hi), hi

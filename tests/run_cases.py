@@ -29,7 +29,7 @@ from hf_flashbsa.bench.workers import JobError, run_jobs
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 #: Masks that the Hopper kernels know.
-HOPPER_MASKS = ("none", "cu_seqlens", "seqlens", "key_padding", "cu_seqlens", "starts")
+HOPPER_MASKS = ("none", "cu_seqlens", "seqlens", "key_padding", "segments", "starts")
 #: Programs that share the tiles of a forward call on the Hopper kernels: one has several, or each has one.
 PROGRAMS = (1, 2, 6, 132)
 DIMS = (8, 16, 32, 40, 59, 64, 80, 96, 100, 111, 128, 160, 192, 256)

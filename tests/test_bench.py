@@ -37,7 +37,7 @@ def test_live_scores_are_those_of_the_mask(mask):
     rows = 1 if case.is_packed else case.batch
     count = visible.expand(rows, 1, queries, keys).sum().item()
     # The custom of counting causal attention as half a square leaves out half of the diagonal.
-    diagonal = queries * rows / 2 if mask in ("causal", "packed-causal") else 0
+    diagonal = queries * rows / 2 if mask in ("causal", "packed-causal", "packed-ids") else 0
     assert case.live_scores == count - diagonal
     assert case.flops("both") == case.flops("forward") + case.flops("backward")
 
@@ -120,7 +120,8 @@ PROBLEMS = [
     pytest.param(mask, options, id=f"{mask}-{name}")
     for mask in MASKS
     for name, options in (("plain", {}), ("gqa", {"heads_k": 2}), ("bias", {"bias": True}), ("layout", LAYOUT))
-    if not (mask == "packed-cross" and name in ("bias", "layout")) and not (mask == "window" and name == "layout")
+    if not (mask == "packed-cross" and name == "bias")
+    and not (mask in ("window", "packed-ids", "packed-cross") and name == "layout")
 ] + [pytest.param("full", LAYOUT | {"pattern": "bigbird", "chance": None, "heads_k": 2}, id="layout of each head")]
 
 

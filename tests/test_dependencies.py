@@ -25,7 +25,8 @@ ALLOWED = {
     "hf_flashbsa.config": {
         "torch", "hf_flashbsa.layout", "hf_flashbsa.pattern_tools", "hf_flashbsa.patterns", "hf_flashbsa.selection",
     },
-    "hf_flashbsa.spec": {"torch", "hf_flashbsa.layout"},
+    "hf_flashbsa.segments": {"torch"},
+    "hf_flashbsa.spec": {"torch", "hf_flashbsa.layout", "hf_flashbsa.segments"},
     "hf_flashbsa.reference": {"torch", "hf_flashbsa.spec"},
     "hf_flashbsa.kernels": {"torch", "hf_flashbsa.kernels"},
     "hf_flashbsa.kernels.autograd": {"torch", "hf_flashbsa.kernels", "hf_flashbsa.spec"},

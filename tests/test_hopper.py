@@ -34,6 +34,7 @@ CALLS = {
     "dropout": {"causal": True, "dropout_p": 0.1},
     "packed": {},
     "padded": {"causal": True},
+    "documents": {"causal": True},
     "grouped": {"causal": True},
     "layout": {"length": 512},
     "layout-partial": {"causal": True},
@@ -71,6 +72,8 @@ def call(kind: str, head_dim: int) -> None:
         options |= {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
     if kind == "padded":
         options["segment_ids_k"] = torch.zeros(1, length, dtype=torch.int32)
+    if kind == "documents":
+        options |= {f"segment_ids_{side}": torch.arange(length)[None] // 400 for side in "qk"}
     if "layout" in kind:
         masks = None if kind == "layout" else torch.ones(1, 128, 128, dtype=torch.bool)
         grid = torch.ones(1, 1, length // 128, length // 128, dtype=torch.int32)
@@ -325,7 +328,6 @@ def test_leaves_heads_that_share_keys_but_no_list(on_hopper):
         (UNLISTED, {"head_dim": 96}),
         (UNLISTED, {"length": 16}),
         ("bias", {"extras": {"bias": torch.zeros(1, 1, 2048, 2048)}}),
-        ("segment_ids_q", {"extras": {"segment_ids_q": torch.zeros(1, 2048)}}),
         ("softcap", {"softcap": 30.0}),
         ("block layouts, blocks of 64", {"extras": {"grid": torch.zeros(1)}, "block_size": 64}),
         ("no tokens", {"length": 0}),

@@ -41,6 +41,19 @@ def packed() -> dict[str, torch.Tensor]:
     return {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
 
 
+def padding() -> torch.Tensor:
+    """Ids, 0 or -1, of two rows: with padding on both sides, and in many places."""
+    live = torch.rand(2, LENGTH, generator=torch.Generator().manual_seed(0)) < 0.7
+    live[0] = (torch.arange(LENGTH) >= 100) & (torch.arange(LENGTH) < LENGTH - 333)
+    return live.to(DEVICE, torch.int32) - 1
+
+
+def documents(shortest: int = 100) -> torch.Tensor:
+    """Ids of two rows of documents, whose lengths differ."""
+    position = torch.arange(LENGTH, device=DEVICE)
+    return torch.stack([position // (3 * shortest), position // shortest]).to(torch.int32)
+
+
 def layout(kinds: tuple[int, ...], heads: int = 1) -> BlockLayout:
     """Random blocks of `kinds`: 0 none, 1 full, 2 to 4 partial. Block row 5 and block column 2 have none."""
     g = torch.Generator().manual_seed(0)
@@ -64,6 +77,12 @@ SPECS = {
         seqlens_k=torch.tensor([70, LENGTH - 3], device=DEVICE),
     ),
     "packed": lambda: AttentionSpec(causal=True, **packed()),
+    "padding": lambda: AttentionSpec(causal=True, segment_ids_k=padding()),
+    "documents": lambda: AttentionSpec(segment_ids_q=documents(), segment_ids_k=documents()),
+    "documents and padding": lambda: AttentionSpec(
+        causal=True, window_size=(200, None), segment_ids_q=documents(), segment_ids_k=documents() + padding() * LENGTH
+    ),
+    "very short documents": lambda: AttentionSpec(segment_ids_q=documents(3), segment_ids_k=documents(3)),
     "layout": lambda: AttentionSpec(layout=layout((0, 0, 1))),
     "layout of partial blocks": lambda: AttentionSpec(layout=layout((0, 2, 3, 4))),
     "causal layout": lambda: AttentionSpec(causal=True, layout=layout((0, 1, 2, 3, 4))),

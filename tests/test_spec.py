@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hf_flashbsa import AttentionSpec
+from hf_flashbsa import AttentionSpec, BlockLayout
 from hf_flashbsa.spec import TILE, Shape
 
 CPU = torch.device("cpu")
-COLUMNS = "own_row own_begin own_end other_row lo full_lo full_hi hi diagonal query_origin key_origin".split()
+COLUMNS = "own_row own_begin own_end other_row lo full_lo full_hi hi diagonal query_origin key_origin used".split()
 
 
 def _lengths(r: random.Random, n: int, high: int) -> list[int]:
@@ -43,7 +43,8 @@ def random_spec(seed: int) -> tuple[AttentionSpec, Shape]:
             batch_k, len_k = 1, sum(lengths_k) + r.choice((0, 40))
     elif kind == "segments":
         for side, length in (("q", len_q), ("k", len_k)):
-            ids = (torch.rand(r.choice((1, n)), length, generator=g) < 3 / length).cumsum(1) - r.choice((0, 1))
+            chance = r.choice((3 / length, 3 / length, 0.7))
+            ids = (torch.rand(r.choice((1, n)), length, generator=g) < chance).cumsum(1) - r.choice((0, 1))
             options[f"segment_ids_{side}"] = ids.flip(1) if r.random() < 0.2 else ids
     elif kind == "padding":
         options["mask"] = torch.rand(n, 1, 1, len_k, generator=g) < r.choice((0.0, 0.5, 0.97))
@@ -75,15 +76,20 @@ def sequences(spec: AttentionSpec, shape: Shape) -> list[tuple[int, int, int, in
     return [(*a, *b) for a, b in zip(queries, keys, strict=True)]
 
 
+def ids_of(spec: AttentionSpec, shape: Shape, side: str) -> torch.Tensor:
+    """Segment ids of each row of a side."""
+    batch, length = (shape.batch_q, shape.len_q) if side == "q" else (shape.batch_k, shape.len_k)
+    ids = spec.segment_ids_q if side == "q" else spec.segment_ids_k
+    return torch.zeros(batch, length) if ids is None else ids.expand(batch, -1)
+
+
 def meetings(spec: AttentionSpec, shape: Shape, side: str) -> torch.Tensor:
     """bool `(own rows, other rows)`, both flattened over the batch: who meets whom by lengths and segments."""
     met = torch.zeros(shape.batch_q, shape.len_q, shape.batch_k, shape.len_k, dtype=torch.bool)
     for q_row, q0, q1, k_row, k0, k1 in sequences(spec, shape):
         met[q_row, q0:q1, k_row, k0:k1] = True
     if spec.segment_ids_k is not None:
-        ids_k = spec.segment_ids_k.expand(shape.batch_k, -1)
-        ids_q = torch.zeros(shape.batch_q, shape.len_q) if spec.segment_ids_q is None else spec.segment_ids_q
-        ids_q = ids_q.expand(shape.batch_q, -1)
+        ids_q, ids_k = ids_of(spec, shape, "q"), ids_of(spec, shape, "k")
         met &= (ids_q[:, :, None, None] == ids_k) & (ids_k >= 0)
     return met if side == "q" else met.permute(2, 3, 0, 1)
 
@@ -111,11 +117,14 @@ def test_work_table(seed, side):
         assert not elsewhere.any(), "rows that meet lie outside [lo, hi)"
         if spec.segment_ids_k is None:
             assert where.tolist() == list(range(e["lo"], e["hi"])), "lengths leave no hole"
-        elif len(where) == 0:
-            assert e["lo"] == e["hi"]
+        elif ids_of(spec, shape, side)[e["own_row"], own].unique().numel() == 1:
+            assert (len(where) == 0) == (e["lo"] == e["hi"])
+            assert len(where) == 0 or int(where[-1]) + 1 == e["hi"]
         assert e["lo"] <= e["full_lo"] <= e["hi"] and e["full_hi"] <= e["hi"]
         assert mine[:, e["other_row"], e["full_lo"] : e["full_hi"]].all(), "[full_lo, full_hi) is not full"
     assert (visits == 1).all(), "a row without an entry, or with several"
+    used = int((table[:, 1] < table[:, 2]).sum())
+    assert (table[:, COLUMNS.index("used")] == used).all() and (table[:used, 1] < table[:used, 2]).all()
     width = table[:, COLUMNS.index("hi")] - table[:, COLUMNS.index("lo")]
     assert (width[:-1] >= width[1:]).all(), "most work comes first"
 
@@ -137,16 +146,33 @@ def test_work_table_places_diagonal_and_origin(seed):
                     assert at[side, e["own_row"], row] == (e["other_row"], e["diagonal"], e["key_origin"])
 
 
-def test_hull_of_segments_is_tight():
-    """Packed documents of sorted ids: a tile visits the documents it has a part in, and no others."""
-    lengths = [16, 48, 5, 27]
-    ids = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None]
-    spec = AttentionSpec(segment_ids_q=ids, segment_ids_k=ids)
-    table = {row[1]: row for row in spec.work("q", Shape(1, 1, 96, 96), CPU, 16).tolist()}
-    # begin -> lo, full_lo, full_hi, hi
-    want = {0: (0, 0, 16, 16), 16: (16, 16, 64, 64), 32: (16, 16, 64, 64), 48: (16, 16, 64, 64), 80: (69, 69, 96, 96)}
-    assert {begin: tuple(table[begin][4:8]) for begin in want} == want
-    assert (table[64][4], table[64][7]) == (64, 96)
+def _bounds(ids: torch.Tensor, **options) -> dict[int, tuple[int, ...]]:
+    """`begin -> (end, lo, full_lo, full_hi, hi)` of one row of ids in tiles of 16."""
+    shape = Shape(1, 1, ids.shape[1], ids.shape[1])
+    table = AttentionSpec(segment_ids_q=ids, segment_ids_k=ids, **options).work("q", shape, CPU, 16)
+    return {row[1]: (row[2], *row[4:8]) for row in table[: int(table[0, -1])].tolist()}
+
+
+def test_tiles_end_where_documents_do():
+    """So that each meets its own document, and its bounds say all."""
+    ids = torch.repeat_interleave(torch.arange(4), torch.tensor([16, 48, 5, 27]))[None]
+    documents = {0: (16, 0, 16), 16: (32, 16, 64), 32: (48, 16, 64), 48: (64, 16, 64), 64: (69, 64, 69)}
+    documents |= {69: (85, 69, 96), 85: (96, 69, 96)}
+    assert _bounds(ids) == {begin: (end, lo, lo, hi, hi) for begin, (end, lo, hi) in documents.items()}
+
+
+def test_more_documents_than_there_is_room_for():
+    """Tiles have rows of many then, and of what they meet a hull is known."""
+    bounds = _bounds(torch.arange(384)[None])
+    assert [(begin, values[0]) for begin, values in sorted(bounds.items())] == [(i, i + 16) for i in range(0, 384, 16)]
+    for begin, (_, lo, full_lo, full_hi, hi) in bounds.items():
+        assert (lo, hi) == (begin // 128 * 128, begin // 128 * 128 + 128) and full_lo == full_hi
+
+
+def test_tiles_of_a_block_layout_are_those_of_its_blocks():
+    layout = BlockLayout(torch.ones(1, 1, 3, 3, dtype=torch.int32), 32)
+    bounds = _bounds(torch.repeat_interleave(torch.arange(2), torch.tensor([24, 72]))[None], layout=layout)
+    assert sorted(bounds) == list(range(0, 96, 16))
 
 
 def test_no_table_where_arithmetic_says_the_same():
@@ -154,6 +180,18 @@ def test_no_table_where_arithmetic_says_the_same():
     for options in ({}, {"causal": True}, {"window_size": (3, 4)}, {"query_offset": 2}, {"mask": dense}):
         spec = AttentionSpec(**options)
         assert not spec.is_ragged and spec.work("q", Shape(1, 1, 4, 4), CPU) is None
+
+
+@pytest.mark.parametrize("name", ["cu_seqlens", "seqlens", "starts", "segment_ids"])
+def test_queries_and_keys_of_the_same_rows_share_a_table(name):
+    values = torch.zeros(1, 6, dtype=torch.int32) if name == "segment_ids" else torch.tensor([0, 6])
+    sides = {f"{name}_q": values, f"{name}_k": values}
+    batch = 1 if values.ndim == 2 or name == "cu_seqlens" else 2
+    shape = Shape(batch, batch, 6, 6)
+    spec = AttentionSpec(**sides, causal=True)
+    assert spec.work("k", shape, CPU) is spec.work("q", shape, CPU)
+    apart = AttentionSpec(**sides | {f"{name}_k": values.clone()})
+    assert apart.work("k", shape, CPU) is not apart.work("q", shape, CPU)
 
 
 def test_tables_are_made_once_for_a_size():

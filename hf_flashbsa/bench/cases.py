@@ -14,7 +14,7 @@ from hf_flashbsa.layout import BlockLayout
 from hf_flashbsa.reference import reference_attention
 from hf_flashbsa.spec import AttentionSpec
 
-MASKS = ("full", "causal", "window", "padded", "packed", "packed-causal", "packed-cross")
+MASKS = ("full", "causal", "window", "padded", "packed", "packed-causal", "packed-ids", "packed-cross")
 PASSES = ("forward", "backward", "both")
 #: FLOPs of a pass relative to the forward's two matrix products; the backward counts five, recomputation included.
 FLOP_FACTOR = {"forward": 1.0, "backward": 2.5, "both": 3.5}
@@ -31,7 +31,8 @@ class Case:
     """One problem. `mask` is one of `MASKS`; `length` is that of a batch row, or the longest document's.
 
     "window" is causal and sees `window` earlier keys; "padded" rows hold documents of different lengths; "packed" is
-    one row of `batch * length` tokens in documents of such lengths, and "packed-cross" has `CROSS_QUERIES` queries for
+    one row of `batch * length` tokens in documents of such lengths, which segment ids tell of "packed-ids", where it
+    is causal, and cumulative lengths of the others; and "packed-cross" has `CROSS_QUERIES` queries for
     each of them. `pattern` names a block layout of `layouts.PATTERNS`, and `chance` is a block's to be visited
     under "random".
 
@@ -58,7 +59,7 @@ class Case:
             raise ValueError("bias: there is none for the mask 'packed-cross'; time it without.")
         if self.pattern is not None and self.is_packed and self.bias:
             raise ValueError("bias: packed documents have none together with a pattern; time it without.")
-        if self.pattern is not None and self.mask in ("window", "packed-cross"):
+        if self.pattern is not None and self.mask in ("window", "packed-ids", "packed-cross"):
             raise ValueError(f"pattern: {self.pattern!r} is not timed with the mask {self.mask!r}; take another one.")
         if (self.pattern is None) != (self.block_size is None):
             raise ValueError("pattern, block_size: give both, or none of them.")
@@ -71,7 +72,7 @@ class Case:
 
     @property
     def is_causal(self) -> bool:
-        return self.mask in ("causal", "window", "packed-causal")
+        return self.mask in ("causal", "window", "packed-causal", "packed-ids")
 
     @functools.cached_property
     def documents(self) -> list[int]:
@@ -171,10 +172,10 @@ class Inputs:
     @functools.cached_property
     def spec(self) -> AttentionSpec:
         """The mask as the plugin makes it: padding as segment ids, packed documents as cumulative lengths, or where
-        a bias rules these out, as segment ids."""
+        there are none or a bias rules them out, as segment ids."""
         case, layout = self.case, self.layout
         window_size = (case.window, None) if case.mask == "window" else (None, None)
-        if case.is_packed and case.bias:
+        if case.mask == "packed-ids" or (case.is_packed and case.bias):
             ids = self.document_k
             return AttentionSpec(case.is_causal, segment_ids_q=ids, segment_ids_k=ids)
         if case.is_packed:

@@ -93,7 +93,7 @@ def _torch_flash(inputs: Inputs) -> Runner:
         cu_seqlens_q, cu_seqlens_k = (inputs.cu_seqlens_q, inputs.cu_seqlens_k) if q.ndim == 3 else (None, None)
         out, *_ = torch.ops.aten._flash_attention_forward(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max(case.queries), max(case.documents), case.dropout_p,
-            case.mask == "packed-causal", False, window_size_left=left, window_size_right=right,
+            case.is_packed and case.is_causal, False, window_size_left=left, window_size_right=right,
         )  # fmt: skip
         return out
 
@@ -176,6 +176,7 @@ def _flex(inputs: Inputs) -> Runner:
         "padded": lambda b, h, q, k: k < lengths[b],
         "packed": lambda b, h, q, k: document_q[q] == document_k[k],
         "packed-causal": lambda b, h, q, k: (document_q[q] == document_k[k]) & (q >= k),
+        "packed-ids": lambda b, h, q, k: (document_q[q] == document_k[k]) & (q >= k),
         "packed-cross": lambda b, h, q, k: document_q[q] == document_k[k],
     }
     block_mask = None

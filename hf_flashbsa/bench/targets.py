@@ -99,6 +99,12 @@ def ragged() -> Iterator[Target]:
         yield Target(text, "tflops", Job(OURS, packed, pass_), Job(OURS, dense, pass_), 0.85)
         yield faster("flash_attn", packed, pass_, 1.3)
         yield faster("flash_attn", cross, pass_, 1.0)
+    for head_dim in (64, 128):
+        lengths = case_of("packed-causal", 1024, head_dim, batch=53)
+        ids = dataclasses.replace(lengths, mask="packed-ids")
+        for pass_ in ("forward", "backward"):
+            text = f"{report.label(ids.fields())}, {pass_}: speed over cumulative lengths"
+            yield Target(text, "ms", Job(OURS, lengths, pass_), Job(OURS, ids, pass_), 0.95)
 
 
 def windowed_and_padded() -> Iterator[Target]:

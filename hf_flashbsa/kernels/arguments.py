@@ -36,6 +36,8 @@ def mask_of(extras: Extras, params: Params) -> Mask:
         segment_ids_k=ids_k,
         ids_stride_q=None if ids_q is None else ids_q.stride(0),
         ids_stride_k=None if ids_k is None else ids_k.stride(0),
+        ids_length_q=None if ids_q is None else ids_q.shape[1],
+        ids_length_k=None if ids_k is None else ids_k.shape[1],
     )
 
 

@@ -20,7 +20,7 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 #: Rows per entry of a work table, and its columns (`AttentionSpec.work`).
 WORK_TILE: tl.constexpr = tl.constexpr(128)
-WORK_COLUMNS: tl.constexpr = tl.constexpr(11)
+WORK_COLUMNS: tl.constexpr = tl.constexpr(12)
 #: Constants of the dropout mask (dropout.py).
 PHILOX_ROUNDS: tl.constexpr = tl.constexpr(dropout.ROUNDS)
 KEY_FACTOR: tl.constexpr = tl.constexpr(dropout.KEY_FACTOR)
@@ -260,7 +260,12 @@ def visible(
     """Which scores of a tile exist of those `inside` (`within`), given broadcastable `queries` and `keys`, of which
     `first_*` are the first.
     """
-    ok = related(rules, row_q, row_k, head, queries, keys, inside)
+    ok = inside
+    if rules.mask.segment_ids_k is not None:
+        ok = ok & same_segment(rules.mask, row_q, row_k, queries, keys)
+    if rules.dense.ptr is not None:
+        shows = tl.load(matrix_pointers(rules.dense, row_q, head, queries, keys), mask=inside, other=0)
+        ok = ok & (shows != 0)
     blocks = rules.blocks
     if tiles.listed > 0:
         if blocks.masks is not None:
@@ -271,23 +276,16 @@ def visible(
 
 
 @triton.jit
-def related(rules, row_q, row_k, head, queries, keys, inside):
-    """What `visible` says, but for the masks of partial blocks. `inside` guards rows that tensors have."""
-    mask, dense = rules.mask, rules.dense
-    ok = inside
-    if mask.segment_ids_k is not None:
-        id_k = tl.load(mask.segment_ids_k + tl.cast(row_k, tl.int64) * mask.ids_stride_k + keys, mask=inside, other=-1)
-        if mask.segment_ids_q is not None:
-            id_q = tl.load(
-                mask.segment_ids_q + tl.cast(row_q, tl.int64) * mask.ids_stride_q + queries, mask=inside, other=-1
-            )
-            ok = ok & (id_k == id_q)
-        else:
-            ok = ok & (id_k == 0)
-        ok = ok & (id_k >= 0)
-    if dense.ptr is not None:
-        ok = ok & (tl.load(matrix_pointers(dense, row_q, head, queries, keys), mask=inside, other=0) != 0)
-    return ok
+def same_segment(mask, row_q, row_k, queries, keys):
+    """Whether segment ids let broadcastable `queries` and `keys` meet."""
+    # Lengths guard the loads: with a guard for each score, each score would load ids of its own.
+    ids_k = mask.segment_ids_k + tl.cast(row_k, tl.int64) * mask.ids_stride_k
+    id_k = tl.load(ids_k + keys, mask=keys < mask.ids_length_k, other=-1)
+    id_q = 0
+    if mask.segment_ids_q is not None:
+        ids_q = mask.segment_ids_q + tl.cast(row_q, tl.int64) * mask.ids_stride_q
+        id_q = tl.load(ids_q + queries, mask=queries < mask.ids_length_q, other=-1)
+    return (id_k == id_q) & (id_k >= 0)
 
 
 @triton.jit

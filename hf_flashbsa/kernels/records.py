@@ -72,7 +72,8 @@ class Blocks(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """What hides scores. Every field may be None; segment ids are `(batch, length)`, the strides their batch's."""
+    """What hides scores. Every field may be None; segment ids are `(batch, length)`, the strides their batch's, and
+    their lengths stand beside them."""
 
     window_left: object
     window_right: object
@@ -80,6 +81,8 @@ class Mask(NamedTuple):
     segment_ids_k: object
     ids_stride_q: object
     ids_stride_k: object
+    ids_length_q: object
+    ids_length_k: object
 
 
 class Score(NamedTuple):

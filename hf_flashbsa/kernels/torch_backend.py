@@ -37,7 +37,7 @@ def _pieces(q: torch.Tensor, k: torch.Tensor, extras: Extras, params: Params) ->
     else:
         whole = [
             (slice(row, row + 1), begin, end, slice(other, other + 1), lo, hi, diagonal, *origins)
-            for row, begin, end, other, lo, _, _, hi, diagonal, *origins in extras.work_q.tolist()
+            for row, begin, end, other, lo, _, _, hi, diagonal, *origins, _ in extras.work_q.tolist()
             if begin < end
         ]
     for rows_q, begin, end, rows_k, lo, hi, diagonal, *origins in whole:

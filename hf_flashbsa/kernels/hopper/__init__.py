@@ -93,7 +93,7 @@ def refusal(
         return f"dtype {q.dtype}"
     if q.shape[-1] != v.shape[-1]:
         return f"head dims {q.shape[-1]} and {v.shape[-1]}"
-    for name in ("bias", "mask", "segment_ids_q"):  # more registers than consumers have
+    for name in ("bias", "mask"):  # more registers than consumers have
         if getattr(extras, name) is not None:
             return name
     if params.softcap > 0.0:

@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from hf_flashbsa.kernels.primitives import bounds, partial_position, place_of, span_of
+from hf_flashbsa.kernels.primitives import bounds, partial_position, place_of, same_segment, span_of
 from hf_flashbsa.kernels.records import Span
 
 #: Rows of a consumer, a warpgroup: those of a wgmma product. A tile has two of them.
@@ -108,12 +108,6 @@ def for_all_pairs(x):
 
 
 @gluon.jit
-def asks_each_score(rules, tiles: gl.constexpr):
-    """Whether segments or the masks of blocks say which scores exist, and not bounds of rows alone."""
-    return (rules.mask.segment_ids_k is not None) or ((tiles.listed > 0) and (rules.blocks.masks is not None))
-
-
-@gluon.jit
 def _may_be_hidden(rules, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
     """Whether blocks hold others below the first that a row meets, and others behind the last."""
     if TRANSPOSED:
@@ -149,6 +143,16 @@ def hide_outside(x, rules, begin, first, lo, hi, diagonal, tiles: gl.constexpr, 
     if BEHIND:
         x = gl.where(place < for_all_pairs(hi[:, None] - own[None, :]), x, float("-inf"))
     return gl.convert_layout(x.reshape([ROWS, COLUMNS]), S, assert_trivial=True)
+
+
+@gluon.jit
+def hide_segments(x, rules, row_q, row_k, item, queries, keys):
+    """Of a product of broadcastable `queries` and `keys`, as -inf what segments hide, if they hide anything that the
+    tile meets."""
+    if rules.mask.segment_ids_k is not None:
+        if item.full_hi < item.hi:
+            x = gl.where(same_segment(rules.mask, row_q, row_k, queries, keys), x, float("-inf"))
+    return x
 
 
 @gluon.jit

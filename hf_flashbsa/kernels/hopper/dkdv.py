@@ -16,7 +16,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS, Call, asks_each_score, hide_outside, shared
+from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS, Call, hide_outside, hide_segments, shared
 from hf_flashbsa.kernels.hopper.jobs import (
     allocate_held,
     allocate_stream,
@@ -134,13 +134,14 @@ def _weights(i, step, s, lse, share, ring, call, MASKED: gl.constexpr, tiles: gl
         queries = first + gl.arange(0, tiles.m, layout=COLUMNS)
         keys = share.begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout))
         s = hide_outside(s, rules, share.begin, first, item.lo, item.hi, item.diagonal, tiles, True)
-        if asks_each_score(rules, tiles):
-            inside = (keys < item.end)[:, None]  # those that there are
+        if (tiles.listed > 0) and (rules.blocks.masks is not None):
             ok = visible(
-                rules, item.other_row, item.row, head, queries[None, :], keys[:, None], inside, item.query_origin,
-                item.key_origin, first, share.begin, tiles,
+                rules, item.other_row, item.row, head, queries[None, :], keys[:, None], (keys < item.end)[:, None],
+                item.query_origin, item.key_origin, first, share.begin, tiles,
             )  # fmt: skip
             s = gl.where(ok, s, float("-inf"))
+        else:
+            s = hide_segments(s, rules, item.other_row, item.row, item, queries[None, :], keys[:, None])
     p = gl.exp2(s * log2_factor(rules) - lse[None, :])
     if rules.score.seed is not None:
         pad = _row_word(step, 2, ring, COLUMNS).to(gl.uint32, bitcast=True)

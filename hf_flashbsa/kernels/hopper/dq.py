@@ -16,7 +16,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS, Call, asks_each_score, hide_outside
+from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS, Call, hide_outside, hide_segments
 from hf_flashbsa.kernels.hopper.jobs import (
     allocate_held,
     allocate_stream,
@@ -151,15 +151,14 @@ def _weights(i, step, s, rows, share, ring, call, MASKED: gl.constexpr, tiles: g
         keys = first + gl.arange(0, tiles.n, layout=gl.SliceLayout(0, s.type.layout))
         if (tiles.listed > 0) and (rules.blocks.masks is not None):  # all at once takes fewer registers here
             inside = within(rules.mask, queries, keys, item.end, item.lo, item.hi, item.diagonal, False)
-        else:
-            s = hide_outside(s, rules, share.begin, first, item.lo, item.hi, item.diagonal, tiles, False)
-            inside = ((keys >= item.lo) & (keys < item.hi))[None, :]
-        if asks_each_score(rules, tiles):
             ok = visible(
                 rules, item.row, item.other_row, head, queries[:, None], keys[None, :], inside, item.query_origin,
                 item.key_origin, share.begin, first, tiles,
             )  # fmt: skip
             s = gl.where(ok, s, float("-inf"))
+        else:
+            s = hide_outside(s, rules, share.begin, first, item.lo, item.hi, item.diagonal, tiles, False)
+            s = hide_segments(s, rules, item.row, item.other_row, item, queries[:, None], keys[None, :])
     return gl.exp2(s * log2_factor(rules) - rows.lse[:, None])
 
 

@@ -23,7 +23,7 @@ from hf_flashbsa.kernels.hopper.common import (
     tell_others,
     write_note,
 )
-from hf_flashbsa.kernels.hopper.turns import place_at, tile_at
+from hf_flashbsa.kernels.hopper.turns import place_at, places, tile_at
 from hf_flashbsa.kernels.primitives import list_of
 from hf_flashbsa.kernels.records import Item, Span
 
@@ -101,6 +101,8 @@ def _note_job(agenda, n, item, head, span, call, tiles: gl.constexpr):
         write_note(notes, place + 16, span.listed)
         write_note(notes, place + 17, span.origin)
     write_note(notes, place + IS_JOB, 1)
+    if call.rules.mask.segment_ids_k is not None:
+        write_note(notes, place + 19, gl.where((item.full_lo <= item.lo) & (item.full_hi >= item.hi), 1, 0))
 
 
 @gluon.jit
@@ -111,7 +113,8 @@ def is_job(agenda, n):
 
 @gluon.jit
 def noted_item(agenda, n, call):
-    """The tile and head of a job that was noted. Bounds of the Item are those of its span."""
+    """The tile and head of a job that was noted. Bounds of the Item are those of its span. As far as segments go, all
+    of it is full, or nothing is said to be."""
     notes, place = agenda.notes, n % KEPT * NOTES
     row, head = read_note(notes, place), read_note(notes, place + 1)
     begin, end = read_note(notes, place + 2), read_note(notes, place + 3)
@@ -120,7 +123,10 @@ def noted_item(agenda, n, call):
     if call.work is not None:
         other_row, diagonal = read_note(notes, place + 6), read_note(notes, place + 7)
         query_origin, key_origin = read_note(notes, place + 8), read_note(notes, place + 9)
-    return Item(row, begin, end, other_row, lo, lo, hi, hi, diagonal, query_origin, key_origin), head
+    full_hi = hi
+    if call.rules.mask.segment_ids_k is not None:
+        full_hi = gl.where(read_note(notes, place + 19) != 0, hi, lo)
+    return Item(row, begin, end, other_row, lo, lo, full_hi, hi, diagonal, query_origin, key_origin), head
 
 
 @gluon.jit
@@ -169,8 +175,8 @@ def await_found(agenda, n):
 def scout(agenda, call, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
     """The scouting warp. Its jobs are tiles of queries, or with `TRANSPOSED` of keys."""
     n = gl.to_tensor(0)
-    place = place_at(call, n, tiles, TRANSPOSED)
-    while place < call.total:
+    end, place = places(call), place_at(call, n)
+    while place < end:
         head, item = tile_at(call, place, tiles, TRANSPOSED)
         head_q = head * call.group if TRANSPOSED else head
         span = span_met(item, call.rules, head_q, tiles, TRANSPOSED)
@@ -178,7 +184,7 @@ def scout(agenda, call, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
         barrier()  # one thread tells of what all of them wrote
         mbarrier.arrive(agenda.found, count=1)
         n = await_others(WANTED, 64, n) + 1
-        place = place_at(call, n, tiles, TRANSPOSED)
+        place = place_at(call, n)
     write_note(agenda.notes, n % KEPT * NOTES + IS_JOB, 0)
     barrier()
     mbarrier.arrive(agenda.found, count=1)

@@ -8,8 +8,16 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from hf_flashbsa.kernels.hopper.common import ROWS, by_thread, for_all_pairs, hide_outside, quad_of, store_shared
-from hf_flashbsa.kernels.primitives import LN2, LOG2E, dropout_keep, log2_factor, related, shown
+from hf_flashbsa.kernels.hopper.common import (
+    ROWS,
+    by_thread,
+    for_all_pairs,
+    hide_outside,
+    hide_segments,
+    quad_of,
+    store_shared,
+)
+from hf_flashbsa.kernels.primitives import LN2, LOG2E, dropout_keep, log2_factor, shown
 
 
 class State(NamedTuple):
@@ -37,10 +45,7 @@ def hide(s, rules, head, item, first, kind, tiles: gl.constexpr):
     keys = first + gl.arange(0, tiles.n, layout=gl.SliceLayout(0, s.type.layout))
     hi = gl.where(kind > 0, item.hi, item.lo)
     s = hide_outside(s, rules, item.begin, first, item.lo, hi, item.diagonal, tiles, False)
-    if rules.mask.segment_ids_k is not None:
-        inside = ((keys >= item.lo) & (keys < hi))[None, :]  # where the ids may be read
-        ok = related(rules, item.row, item.other_row, head, rows[:, None], keys[None, :], inside)
-        s = gl.where(ok, s, float("-inf"))
+    s = hide_segments(s, rules, item.row, item.other_row, item, rows[:, None], keys[None, :])
     if tiles.listed > 0:
         if rules.blocks.masks is not None:
             if kind > 1:

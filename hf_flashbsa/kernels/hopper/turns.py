@@ -11,17 +11,35 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from hf_flashbsa.kernels.hopper.common import shared
-from hf_flashbsa.kernels.primitives import scheduled, work_item
+from hf_flashbsa.kernels.primitives import WORK_COLUMNS, scheduled, work_item
+
+
+@gluon.jit
+def _tiles(call):
+    """How many tiles each head has, or head and batch row."""
+    if call.work is None:
+        return call.num_tiles
+    else:
+        return gl.load(call.work + WORK_COLUMNS - 1)  # as many as are used of those that there is room for
+
+
+@gluon.jit
+def places(call):
+    """How many places there are."""
+    if call.work is None:
+        return call.total
+    else:
+        return call.total // call.num_tiles * _tiles(call)
 
 
 @gluon.jit
 def tile_at(call, place, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
     """The head and tile that have a place."""
     if TRANSPOSED:
-        row, head, tile = scheduled(call.work, place, call.num_tiles, call.heads // call.group, tiles.n)
+        row, head, tile = scheduled(call.work, place, _tiles(call), call.heads // call.group, tiles.n)
         item = work_item(call.work, tile, row, call.len_k, call.len_q, call.diagonal, tiles.n)
     else:
-        row, head, tile = scheduled(call.work, place, call.num_tiles, call.heads, tiles.m)
+        row, head, tile = scheduled(call.work, place, _tiles(call), call.heads, tiles.m)
         if call.work is None:
             tile = call.num_tiles - 1 - tile  # those with the most work, where attention is causal
         item = work_item(call.work, tile, row, call.len_q, call.len_k, call.diagonal, tiles.m)
@@ -29,8 +47,8 @@ def tile_at(call, place, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
 
 
 @gluon.jit
-def place_at(call, turn, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
-    """The place of a program's `turn`-th tile; from `call.total` on there is none."""
+def place_at(call, turn):
+    """The place of a program's `turn`-th tile. There is none if there are not so many `places`."""
     own, programs = gl.program_id(0), gl.num_programs(0)
     if call.claims is None:
         # Every other turn of all programs runs backwards, which evens out long and short tiles.
@@ -38,8 +56,6 @@ def place_at(call, turn, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
     else:
         place = own
         if turn > 0:
-            place = programs + _claim(call.claims)
-        while _is_empty(call, place, tiles, TRANSPOSED):
             place = programs + _claim(call.claims)
     return place
 
@@ -63,10 +79,3 @@ def _claim(claims):
             "=&r,l", [claims], dtype=gl.int32, is_pure=False, pack=1,
         )
     )  # fmt: skip
-
-
-@gluon.jit
-def _is_empty(call, place, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
-    """Whether a place is that of an unused entry of a work table."""
-    _, item = tile_at(call, gl.minimum(place, call.total - 1), tiles, TRANSPOSED)
-    return (place < call.total) & (item.begin >= item.end)
