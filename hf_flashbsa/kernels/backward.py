@@ -11,11 +11,13 @@ import triton
 import triton.language as tl
 
 from hf_flashbsa.kernels.primitives import (
+    asks_ids,
     bias_tile,
     block_pointer,
     dot,
     dropout_keep,
     head_of,
+    hide_segments,
     list_entries,
     load_tile,
     log2_factor,
@@ -57,10 +59,11 @@ def _dkdv_block(
     s, slope = logits(s, rules, added)
     if MASKED:
         ok = visible(
-            rules, item.other_row, item.row, head, queries[None, :], keys[:, None], inside, item.query_origin,
-            item.key_origin, m0, item.begin, tiles,
+            rules, item.other_row, head, queries[None, :], keys[:, None], inside, item.query_origin, item.key_origin,
+            m0, item.begin, tiles,
         )  # fmt: skip
         s = tl.where(ok, s, float("-inf"))
+        s = hide_segments(s, rules.mask, item.other_row, item.row, asks_ids(item), queries[None, :], keys[:, None])
     p = tl.math.exp2(s * log2_factor(rules) - rows.lse[None, :])
     # [m, dv]
     do_block = load_tile(dout, m0, span.lo, span.hi, tiles.head_dim_v, tiles.m, tiles.dv, MASKED)
@@ -123,8 +126,8 @@ def dkdv_kernel(
 
 @triton.jit
 def _score_gradient(
-    q_tile, do_tile, rows, k_block, v_block, added, queries, first_q, n0, query_origin, key_origin, inside, row_q,
-    row_k, rules, head, tiles: tl.constexpr, MASKED: tl.constexpr,
+    q_tile, do_tile, rows, k_block, v_block, added, queries, first_q, n0, query_origin, key_origin, inside, asks,
+    row_q, row_k, rules, head, tiles: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """`[m, n]` gradients of the biased score for keys from `n0`, and the softcap's slope."""
     keys = n0 + tl.arange(0, tiles.n)
@@ -132,10 +135,10 @@ def _score_gradient(
     s, slope = logits(s, rules, added)
     if MASKED:
         ok = visible(
-            rules, row_q, row_k, head, queries[:, None], keys[None, :], inside, query_origin, key_origin, first_q, n0,
-            tiles,
-        )  # fmt: skip
+            rules, row_q, head, queries[:, None], keys[None, :], inside, query_origin, key_origin, first_q, n0, tiles
+        )
         s = tl.where(ok, s, float("-inf"))
+        s = hide_segments(s, rules.mask, row_q, row_k, asks, queries[:, None], keys[None, :])
     p = tl.math.exp2(s * log2_factor(rules) - rows.lse[:, None])
     dp = dot(do_tile, tl.trans(v_block))
     if rules.score.seed is not None:
@@ -162,7 +165,7 @@ def _dq_block(
     )
     ds, slope = _score_gradient(
         q_tile, do_tile, rows, k_block, v_block, added, queries, item.begin, n0, item.query_origin, item.key_origin,
-        inside, item.row, item.other_row, rules, head, tiles, MASKED,
+        inside, asks_ids(item), item.row, item.other_row, rules, head, tiles, MASKED,
     )  # fmt: skip
     return dot((ds * slope).to(k_block.dtype), k_block, dq)
 
@@ -260,7 +263,7 @@ def dbias_kernel(
             k_block = load_tile(head_of(k, row_k, head // group), n0, 0, k_end, HEAD_DIM, BLOCK_N, BLOCK_D, True)
             v_block = load_tile(head_of(v, row_k, head // group), n0, 0, k_end, HEAD_DIM_V, BLOCK_N, BLOCK_DV, True)
             ds, _ = _score_gradient(
-                q_tile, do_tile, rows, k_block, v_block, added, queries, m0, n0, q_begin, k_begin, inside,
+                q_tile, do_tile, rows, k_block, v_block, added, queries, m0, n0, q_begin, k_begin, inside, True,
                 row_q, row_k, rules, head, tiles, True,
             )  # fmt: skip
             total += ds

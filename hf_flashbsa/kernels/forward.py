@@ -8,12 +8,14 @@ import triton.language as tl
 from hf_flashbsa.kernels.primitives import (
     LN2,
     LOG2E,
+    asks_ids,
     bias_tile,
     dot,
     dropout_keep,
     dropout_words,
     first_full,
     head_of,
+    hide_segments,
     list_entries,
     load_tile,
     log2_factor,
@@ -51,10 +53,11 @@ def _attend(
     s, _ = logits(s, rules, added)
     if MASKED:
         ok = visible(
-            rules, item.row, item.other_row, head, queries[:, None], keys[None, :], inside, item.query_origin,
-            item.key_origin, item.begin, n0, tiles,
+            rules, item.row, head, queries[:, None], keys[None, :], inside, item.query_origin, item.key_origin,
+            item.begin, n0, tiles,
         )  # fmt: skip
         s = tl.where(ok, s, float("-inf"))
+        s = hide_segments(s, rules.mask, item.row, item.other_row, asks_ids(item), queries[:, None], keys[None, :])
     to_log2 = log2_factor(rules)
     new_max = tl.maximum(row_max, tl.max(s, 1) * to_log2)
     pivot = new_max

@@ -255,14 +255,12 @@ def within(mask, rows, others, end, lo, hi, diagonal, TRANSPOSED: tl.constexpr):
 
 @triton.jit
 def visible(
-    rules, row_q, row_k, head, queries, keys, inside, query_origin, key_origin, first_q, first_k, tiles: tl.constexpr
+    rules, row_q, head, queries, keys, inside, query_origin, key_origin, first_q, first_k, tiles: tl.constexpr
 ):
     """Which scores of a tile exist of those `inside` (`within`), given broadcastable `queries` and `keys`, of which
-    `first_*` are the first.
+    `first_*` are the first, but for what `hide_segments` hides.
     """
     ok = inside
-    if rules.mask.segment_ids_k is not None:
-        ok = ok & same_segment(rules.mask, row_q, row_k, queries, keys)
     if rules.dense.ptr is not None:
         shows = tl.load(matrix_pointers(rules.dense, row_q, head, queries, keys), mask=inside, other=0)
         ok = ok & (shows != 0)
@@ -276,16 +274,25 @@ def visible(
 
 
 @triton.jit
-def same_segment(mask, row_q, row_k, queries, keys):
-    """Whether segment ids let broadcastable `queries` and `keys` meet."""
-    # Lengths guard the loads: with a guard for each score, each score would load ids of its own.
-    ids_k = mask.segment_ids_k + tl.cast(row_k, tl.int64) * mask.ids_stride_k
-    id_k = tl.load(ids_k + keys, mask=keys < mask.ids_length_k, other=-1)
-    id_q = 0
-    if mask.segment_ids_q is not None:
-        ids_q = mask.segment_ids_q + tl.cast(row_q, tl.int64) * mask.ids_stride_q
-        id_q = tl.load(ids_q + queries, mask=queries < mask.ids_length_q, other=-1)
-    return (id_k == id_q) & (id_k >= 0)
+def asks_ids(item):
+    """Whether segments hide anything that a tile meets."""
+    return (item.full_lo > item.lo) | (item.full_hi < item.hi)
+
+
+@triton.jit
+def hide_segments(s, mask, row_q, row_k, asks, queries, keys):
+    """Scores of broadcastable `queries` and `keys`, -inf where segments keep them apart; as they are unless `asks`."""
+    if mask.segment_ids_k is not None:
+        if asks:
+            # Lengths guard the loads: with a guard for each score, each score would load ids of its own.
+            ids_k = mask.segment_ids_k + tl.cast(row_k, tl.int64) * mask.ids_stride_k
+            id_k = tl.load(ids_k + keys, mask=keys < mask.ids_length_k, other=-1)
+            id_q = 0
+            if mask.segment_ids_q is not None:
+                ids_q = mask.segment_ids_q + tl.cast(row_q, tl.int64) * mask.ids_stride_q
+                id_q = tl.load(ids_q + queries, mask=queries < mask.ids_length_q, other=-1)
+            s = tl.where((id_k == id_q) & (id_k >= 0), s, float("-inf"))
+    return s
 
 
 @triton.jit

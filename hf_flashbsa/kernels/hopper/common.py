@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from hf_flashbsa.kernels.primitives import bounds, partial_position, place_of, same_segment, span_of
+from hf_flashbsa.kernels.primitives import bounds, partial_position, place_of, span_of
 from hf_flashbsa.kernels.records import Span
 
 #: Rows of a consumer, a warpgroup: those of a wgmma product. A tile has two of them.
@@ -143,16 +143,6 @@ def hide_outside(x, rules, begin, first, lo, hi, diagonal, tiles: gl.constexpr, 
     if BEHIND:
         x = gl.where(place < for_all_pairs(hi[:, None] - own[None, :]), x, float("-inf"))
     return gl.convert_layout(x.reshape([ROWS, COLUMNS]), S, assert_trivial=True)
-
-
-@gluon.jit
-def hide_segments(x, rules, row_q, row_k, item, queries, keys):
-    """Of a product of broadcastable `queries` and `keys`, as -inf what segments hide, if they hide anything that the
-    tile meets."""
-    if rules.mask.segment_ids_k is not None:
-        if item.full_hi < item.hi:
-            x = gl.where(same_segment(rules.mask, row_q, row_k, queries, keys), x, float("-inf"))
-    return x
 
 
 @gluon.jit

@@ -16,7 +16,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS, Call, hide_outside, hide_segments, shared
+from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS, Call, hide_outside, shared
 from hf_flashbsa.kernels.hopper.jobs import (
     allocate_held,
     allocate_stream,
@@ -36,7 +36,7 @@ from hf_flashbsa.kernels.hopper.jobs import (
 )
 from hf_flashbsa.kernels.hopper.scout import is_job, noted_item, noted_job, scout
 from hf_flashbsa.kernels.hopper.sums import Outbox, add_queries, allocate_handover, await_use, hand_over, of_own_keys
-from hf_flashbsa.kernels.primitives import dropout_keep, log2_factor, visible
+from hf_flashbsa.kernels.primitives import asks_ids, dropout_keep, hide_segments, log2_factor, visible
 from hf_flashbsa.kernels.records import Rules, Tiles
 
 
@@ -136,12 +136,11 @@ def _weights(i, step, s, lse, share, ring, call, MASKED: gl.constexpr, tiles: gl
         s = hide_outside(s, rules, share.begin, first, item.lo, item.hi, item.diagonal, tiles, True)
         if (tiles.listed > 0) and (rules.blocks.masks is not None):
             ok = visible(
-                rules, item.other_row, item.row, head, queries[None, :], keys[:, None], (keys < item.end)[:, None],
+                rules, item.other_row, head, queries[None, :], keys[:, None], (keys < item.end)[:, None],
                 item.query_origin, item.key_origin, first, share.begin, tiles,
             )  # fmt: skip
             s = gl.where(ok, s, float("-inf"))
-        else:
-            s = hide_segments(s, rules, item.other_row, item.row, item, queries[None, :], keys[:, None])
+        s = hide_segments(s, rules.mask, item.other_row, item.row, asks_ids(item), queries[None, :], keys[:, None])
     p = gl.exp2(s * log2_factor(rules) - lse[None, :])
     if rules.score.seed is not None:
         pad = _row_word(step, 2, ring, COLUMNS).to(gl.uint32, bitcast=True)

@@ -16,7 +16,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS, Call, hide_outside, hide_segments
+from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS, Call, hide_outside
 from hf_flashbsa.kernels.hopper.jobs import (
     allocate_held,
     allocate_stream,
@@ -35,7 +35,16 @@ from hf_flashbsa.kernels.hopper.jobs import (
     wait_for,
 )
 from hf_flashbsa.kernels.hopper.scout import is_job, noted_item, noted_job, scout
-from hf_flashbsa.kernels.primitives import dropout_keep, log2_factor, partial_position, place_of, visible, within
+from hf_flashbsa.kernels.primitives import (
+    asks_ids,
+    dropout_keep,
+    hide_segments,
+    log2_factor,
+    partial_position,
+    place_of,
+    visible,
+    within,
+)
 from hf_flashbsa.kernels.records import Rules, Tiles
 from hf_flashbsa.kernels.rows import begin_rows, finish_rows
 
@@ -152,13 +161,13 @@ def _weights(i, step, s, rows, share, ring, call, MASKED: gl.constexpr, tiles: g
         if (tiles.listed > 0) and (rules.blocks.masks is not None):  # all at once takes fewer registers here
             inside = within(rules.mask, queries, keys, item.end, item.lo, item.hi, item.diagonal, False)
             ok = visible(
-                rules, item.row, item.other_row, head, queries[:, None], keys[None, :], inside, item.query_origin,
-                item.key_origin, share.begin, first, tiles,
+                rules, item.row, head, queries[:, None], keys[None, :], inside, item.query_origin, item.key_origin,
+                share.begin, first, tiles,
             )  # fmt: skip
             s = gl.where(ok, s, float("-inf"))
         else:
             s = hide_outside(s, rules, share.begin, first, item.lo, item.hi, item.diagonal, tiles, False)
-            s = hide_segments(s, rules, item.row, item.other_row, item, queries[:, None], keys[None, :])
+        s = hide_segments(s, rules.mask, item.row, item.other_row, asks_ids(item), queries[:, None], keys[None, :])
     return gl.exp2(s * log2_factor(rules) - rows.lse[:, None])
 
 

@@ -13,11 +13,10 @@ from hf_flashbsa.kernels.hopper.common import (
     by_thread,
     for_all_pairs,
     hide_outside,
-    hide_segments,
     quad_of,
     store_shared,
 )
-from hf_flashbsa.kernels.primitives import LN2, LOG2E, dropout_keep, log2_factor, shown
+from hf_flashbsa.kernels.primitives import LN2, LOG2E, asks_ids, dropout_keep, hide_segments, log2_factor, shown
 
 
 class State(NamedTuple):
@@ -45,7 +44,7 @@ def hide(s, rules, head, item, first, kind, tiles: gl.constexpr):
     keys = first + gl.arange(0, tiles.n, layout=gl.SliceLayout(0, s.type.layout))
     hi = gl.where(kind > 0, item.hi, item.lo)
     s = hide_outside(s, rules, item.begin, first, item.lo, hi, item.diagonal, tiles, False)
-    s = hide_segments(s, rules, item.row, item.other_row, item, rows[:, None], keys[None, :])
+    s = hide_segments(s, rules.mask, item.row, item.other_row, asks_ids(item), rows[:, None], keys[None, :])
     if tiles.listed > 0:
         if rules.blocks.masks is not None:
             if kind > 1:
