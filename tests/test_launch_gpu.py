@@ -6,10 +6,12 @@ from unittest import mock
 
 import pytest
 import torch
+from transformers_models import host_never_waits
 from triton.runtime import JITFunction
 
-from hf_flashbsa import BlockLayout, attention
+from hf_flashbsa import AttentionSpec, BlockLayout, attention
 from hf_flashbsa.kernels import launch
+from hf_flashbsa.spec import Shape
 
 pytestmark = [
     pytest.mark.gpu,
@@ -95,3 +97,16 @@ def test_tensors_need_not_be_on_the_current_device():
     got = results(*(x.to("cuda:1") for x in tensors), causal=True)
     assert torch.cuda.current_device() == 0
     assert equal([x.to("cuda:0") for x in got], want)
+
+
+def test_the_host_never_waits_for_tables():
+    """Nor do they depend on the device that makes them."""
+    shape = Shape(2, 2, 700, 700)
+    ids = torch.arange(700).expand(2, -1) // torch.tensor([[90], [3]])
+    live = torch.where(torch.arange(700) < 650, ids, -1)
+    for options in ({"segment_ids_q": ids, "segment_ids_k": live}, {"segment_ids_k": live.clamp(max=0)}):
+        moved = AttentionSpec(**{name: x.cuda() for name, x in options.items()})
+        with host_never_waits():
+            tables = [moved.work(side, shape, torch.device("cuda")) for side in "qk"]
+        want = [AttentionSpec(**options).work(side, shape, torch.device("cpu")) for side in "qk"]
+        assert equal([x.cpu() for x in tables], want)
