@@ -2,8 +2,8 @@
 
 One warp finds out which tiles there are, one loads them by TMA, and two warpgroups compute. They take the calls that
 `configs/hopper.json` lists and leave the rest to the portable kernels: `refusal` says why. The list is of calls that
-they were faster on, timed beside the portable ones on an H200; layouts of packed documents or with dropout are taken
-because others are, untimed.
+they were faster on, timed beside the portable ones on an H200, or on an H100 for documents that segment ids tell
+apart; layouts of packed documents or with dropout are taken because others are, untimed.
 """
 
 from __future__ import annotations
