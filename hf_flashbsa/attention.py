@@ -116,7 +116,8 @@ def attention(
         or (bias is not None and bias.requires_grad)
         or (sinks is not None and sinks.requires_grad)
     )
-    options = (softmax_scale, softcap, dropout_p, _is_deterministic(deterministic), backend, needs_grad)
+    has_bias, repeats = bias is not None, _is_deterministic(deterministic)
+    options = (softmax_scale, softcap, dropout_p, repeats, backend, has_bias, needs_grad)
     # All that `_resolve` depends on: the calls of a model's layers are alike and are validated once.
     arguments = (
         q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
@@ -215,7 +216,7 @@ def _shape(q: torch.Tensor, k: torch.Tensor) -> Shape:
 
 
 def _resolve(
-    q, k, v, spec, softmax_scale, softcap, dropout_p, deterministic: bool, backend, needs_grad: bool
+    q, k, v, spec, softmax_scale, softcap, dropout_p, deterministic: bool, backend, has_bias: bool, needs_grad: bool
 ) -> tuple[Extras, Params]:
     """Validates all arguments of `attention` but `bias` and `sinks`, and gives them the back ends' form."""
     backend = _resolve_backend(backend, q)
@@ -228,8 +229,9 @@ def _resolve(
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: {dropout_p} is not in [0, 1).")
     return resolve(
-        spec, _shape(q, k), q.shape[1], q.device, scale, softcap, dropout_p, deterministic, backend, needs_grad
-    )
+        spec, _shape(q, k), q.shape[1], q.device, scale, softcap, dropout_p, deterministic, backend, has_bias,
+        needs_grad,
+    )  # fmt: skip
 
 
 def _validate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec) -> None:

@@ -259,13 +259,17 @@ class AttentionSpec:
             "sequences", (shape, device), lambda: torch.stack(self.sequences(shape, device), dim=1).contiguous()
         )
 
-    def work(self, side: str, shape: Shape, device: torch.device, tile: int = TILE) -> torch.Tensor | None:
+    def work(
+        self, side: str, shape: Shape, device: torch.device, tile: int = TILE, divided: bool = True
+    ) -> torch.Tensor | None:
         """The work table of one side, or None where plain arithmetic says the same.
 
         Args:
             side: "q" for tiles of queries that walk over keys, "k" for tiles of keys that walk over queries.
             shape: sizes of the tensors.
             tile: rows per entry. One entry never spans two sequences.
+            divided: whether entries may begin where segment ids change; otherwise they do so at multiples of `tile`,
+                counted from the first row of a sequence.
 
         Returns:
             int32 `(tiles, 12)`: `own_row, own_begin, own_end, other_row, lo, full_lo, full_hi, hi, diagonal,
@@ -280,7 +284,10 @@ class AttentionSpec:
             return None
         if side == "k" and self._is_symmetric(shape):
             side = "q"
-        return self.kept(side, (shape, device, tile), lambda: self._build_work(side, shape, device, tile))
+        # Block layouts count their blocks from the first row of a sequence too.
+        divided = divided and self.segment_ids_k is not None and self.layout is None
+        name = f"{side}, divided" if divided else side
+        return self.kept(name, (shape, device, tile), lambda: self._build_work(side, shape, device, tile, divided))
 
     def _is_symmetric(self, shape: Shape) -> bool:
         """Whether queries and keys divide into the same tiles, which meet the same."""
@@ -289,12 +296,14 @@ class AttentionSpec:
         same_sizes = shape.batch_q == shape.batch_k and shape.len_q == shape.len_k
         return alike and segments and same_sizes and self.layout is None
 
-    def _build_work(self, side: str, shape: Shape, device: torch.device, tile: int) -> torch.Tensor:
+    def _build_work(self, side: str, shape: Shape, device: torch.device, tile: int, divided: bool) -> torch.Tensor:
         sequences = self.sequences(shape, device)
         if side == "q":
             self._assert_covered(sequences)
-        tiles = self._tiles_of_segments if self.segment_ids_k is not None else self._tiles_of_lengths
-        used, columns = tiles(side, shape, sequences, tile)
+        if self.segment_ids_k is None:
+            used, columns = self._tiles_of_lengths(side, shape, sequences, tile)
+        else:
+            used, columns = self._tiles_of_segments(side, shape, sequences, tile, divided)
         table = torch.stack([c.to(torch.int32) for c in columns], dim=1) * used[:, None]
         amount = table[:, 7] - table[:, 4]
         if self.layout is not None:
@@ -346,7 +355,7 @@ class AttentionSpec:
         return used, [row, own_begin, own_end, other_row, lo, lo, hi, hi, *of_sequence]
 
     def _tiles_of_segments(
-        self, side: str, shape: Shape, s: Sequences, tile: int
+        self, side: str, shape: Shape, s: Sequences, tile: int, divided: bool
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The same where segment ids say what meets. Every sequence has a batch row here."""
         ids_q, ids_k = self.segment_ids(shape)
@@ -356,8 +365,7 @@ class AttentionSpec:
             own, other, begin, lo, hi = ids_q, ids_k, s.q_begin, s.k_begin, s.k_end
         else:
             own, other, begin, lo, hi = ids_k, ids_q, s.k_begin, s.q_begin, s.q_end
-        # Block layouts count their blocks from the first row of a sequence.
-        t = segment_tiles(own, other, begin, tile, divided=self.layout is None)
+        t = segment_tiles(own, other, begin, tile, divided)
         used = torch.arange(len(t.row), device=own.device) < t.used
         row = t.row
         # What meets nothing stays empty; rows before the sequence meet nothing.

@@ -207,6 +207,7 @@ def resolve(
     dropout_p: float,
     deterministic: bool,
     backend: str,
+    has_bias: bool,
     needs_grad: bool,
 ) -> tuple[Extras, Params]:
     """What the ops take of a valid spec and of numbers. `Extras` without the caller's own tensors."""
@@ -222,8 +223,9 @@ def resolve(
         mask=mask,
         segment_ids_q=segment_ids_q,
         segment_ids_k=segment_ids_k,
-        work_q=spec.work("q", shape, device, tile),
-        work_k=spec.work("k", shape, device, tile) if needs_grad else None,
+        # A bias is read, and keys are dropped, by places that count from the first row of a sequence in steps.
+        work_q=spec.work("q", shape, device, tile, divided=not has_bias),
+        work_k=spec.work("k", shape, device, tile, divided=not (has_bias or dropout_p > 0.0)) if needs_grad else None,
         grid=None if layout is None else layout.grid,
         mask_words=None if layout is None else layout.mask_words(),
         blocks_q=None if layout is None else layout.table("q"),
