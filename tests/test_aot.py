@@ -19,6 +19,7 @@ from aot import SHARED_LIMIT, compile_only
 
 from hf_flashbsa import attention
 from hf_flashbsa.kernels import tuning
+from hf_flashbsa.kernels.arguments import is_aligned, loads_are_wide, operand_of
 from hf_flashbsa.kernels.tuning import Config
 
 KERNELS = ("forward", "dkdv", "dq", "dbias")
@@ -88,6 +89,24 @@ def _fills_wgmma(kernel: str, entry: dict) -> bool:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_entry_is_in_use(arch, kernel):
     assert [entry for entry in _table(arch)[kernel] if problem_of(arch, kernel, entry) is None] == []
+
+
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_narrow_loads_feed_no_wgmma(kernel, head_dim, plain):
+    """`loads_are_wide` says why."""
+    config = tuning.select(kernel, "sm_90", head_dim, 2, plain, aligned=False)
+    assert not _fills_wgmma(kernel, config._asdict())
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "room", "wide"), [(64, 64, True), (80, 80, True), (40, 40, False), (64, 72, False)]
+)
+def test_which_loads_are_wide(head_dim, room, wide):
+    """Rows of 40 and of 72 elements begin at multiples of 16 bytes, but Triton does not see that."""
+    x = torch.zeros(1, 2, 8, room, dtype=torch.float16)[..., :head_dim]
+    assert is_aligned(operand_of(x)) and loads_are_wide(operand_of(x)) == wide
 
 
 @pytest.mark.minutes

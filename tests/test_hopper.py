@@ -73,7 +73,7 @@ def call(kind: str, head_dim: int) -> None:
     if kind == "padded":
         options["segment_ids_k"] = torch.zeros(1, length, dtype=torch.int32)
     if kind == "documents":
-        options |= {f"segment_ids_{side}": torch.arange(length)[None] // 400 for side in "qk"}
+        options |= {f"segment_ids_{side}": torch.arange(length, dtype=torch.int32)[None] // 400 for side in "qk"}
     if "layout" in kind:
         masks = None if kind == "layout" else torch.ones(1, 128, 128, dtype=torch.bool)
         grid = torch.ones(1, 1, length // 128, length // 128, dtype=torch.int32)

@@ -112,6 +112,16 @@ def is_aligned(*operands: Operand) -> bool:
     return True
 
 
+def loads_are_wide(*operands: Operand) -> bool:
+    """Whether Triton loads rows of the operands by 16 bytes. It must see that each begins at a multiple of them, and
+    of a stride it sees only whether it is one of 16 elements.
+
+    With wgmma, which reads shared memory on its own, Triton 3.6 computes wrong outputs where keys and values are both
+    loaded otherwise: measured on Hopper with head dims 40 and 8.
+    """
+    return is_aligned(*operands) and all(s % 16 == 0 for operand in operands for s in operand[1:])
+
+
 def tiles_of(work: torch.Tensor | None, length: int, batch: int, block: int) -> tuple[int, int]:
     """Tiles per head, and the batch factor of the grid (a work table spans the batch)."""
     if work is None:

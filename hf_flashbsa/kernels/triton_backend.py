@@ -7,7 +7,7 @@ import torch
 from hf_flashbsa.kernels import hopper, tuning
 from hf_flashbsa.kernels.arguments import (
     cdiv,
-    is_aligned,
+    loads_are_wide,
     matrix_of,
     operand_of,
     padded,
@@ -53,7 +53,7 @@ def _meta(
 def _launch_forward(launch, q, k, v, out, lse, extras: Extras, params: Params) -> None:
     (batch, heads, len_q, _), (_, heads_k, len_k, _) = q.shape, k.shape
     operands = (operand_of(q), operand_of(k), operand_of(v))
-    config = _config("forward", q, v, is_aligned(*operands), extras, params)
+    config = _config("forward", q, v, loads_are_wide(*operands), extras, params)
     tiles, batch = tiles_of(extras.work_q, len_q, batch, config.block_m)
     launch(
         forward_kernel, (tiles * heads * batch,),
@@ -66,7 +66,7 @@ def _launch_forward(launch, q, k, v, out, lse, extras: Extras, params: Params) -
 def _launch_dq(launch, dout, dq, q, k, v, out, lse, dlse, rowwise, plane: int, extras: Extras, params: Params) -> None:
     (batch, heads, len_q, _), (_, heads_k, len_k, _) = q.shape, k.shape
     operands = (operand_of(q), operand_of(k), operand_of(v))
-    config = _config("dq", q, v, is_aligned(*operands, operand_of(dout)), extras, params)
+    config = _config("dq", q, v, loads_are_wide(*operands, operand_of(dout)), extras, params)
     tiles, batch = tiles_of(extras.work_q, len_q, batch, config.block_m)
     launch(
         dq_kernel, (tiles * heads * batch,),
@@ -79,7 +79,7 @@ def _launch_dq(launch, dout, dq, q, k, v, out, lse, dlse, rowwise, plane: int, e
 def _launch_dkdv(launch, dout, dk, dv, q, k, v, rowwise, plane: int, extras: Extras, params: Params) -> None:
     (_, heads, len_q, _), (batch, heads_k, len_k, _) = q.shape, k.shape
     operands = (operand_of(q), operand_of(k), operand_of(v))
-    config = _config("dkdv", q, v, is_aligned(*operands, operand_of(dout)), extras, params)
+    config = _config("dkdv", q, v, loads_are_wide(*operands, operand_of(dout)), extras, params)
     tiles, batch = tiles_of(extras.work_k, len_k, batch, config.block_n)
     launch(
         dkdv_kernel, (tiles * heads_k * batch,),
@@ -92,7 +92,7 @@ def _launch_dkdv(launch, dout, dk, dv, q, k, v, rowwise, plane: int, extras: Ext
 def _launch_dbias(launch, dout, dbias, q, k, v, rowwise, plane: int, extras: Extras, params: Params) -> None:
     (batch, heads, len_q, _), (_, heads_k, len_k, _) = q.shape, k.shape
     operands = (operand_of(q), operand_of(k), operand_of(v))
-    config = _config("dbias", q, v, is_aligned(*operands, operand_of(dout)), extras, params)
+    config = _config("dbias", q, v, loads_are_wide(*operands, operand_of(dout)), extras, params)
     tiles_m, tiles_n = cdiv(dbias.shape[2], config.block_m), cdiv(dbias.shape[3], config.block_n)
     sequences = extras.sequences
     launch(
