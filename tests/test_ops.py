@@ -10,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_flashbsa import AttentionSpec, attention
 from hf_flashbsa.kernels import triton_backend
+from hf_flashbsa.kernels.autograd import resolve
+from hf_flashbsa.spec import TILE, Shape
 
 BIAS = torch.randn(1, 4, 5, 7, requires_grad=True)
 SINKS = torch.randn(4, requires_grad=True)
@@ -188,3 +190,16 @@ def test_outputs_may_be_changed_in_place(mode):
         out = attention(q, k, v)
         want = out.detach() * 2
         assert torch.equal(out.mul_(2), want)
+
+
+@pytest.mark.parametrize(
+    ("dropout_p", "has_bias", "divided"), [(0.0, False, "qk"), (0.1, False, "q"), (0.0, True, "")]
+)
+def test_tiles_begin_in_steps_where_kernels_count_places(dropout_p, has_bias, divided):
+    """Keys are dropped, and a bias is read, in groups that begin at multiples of a tile: not where a document does."""
+    ids = torch.arange(300)[None] // 70
+    spec = AttentionSpec(segment_ids_q=ids, segment_ids_k=ids)
+    shape, device = Shape(1, 1, 300, 300), torch.device("cpu")
+    extras, _ = resolve(spec, shape, 2, device, 1.0, None, dropout_p, True, "triton", has_bias, needs_grad=True)
+    begins = {"q": extras.work_q[:, 1], "k": extras.work_k[:, 1]}
+    assert {side for side, begin in begins.items() if (begin % TILE).any()} == set(divided)

@@ -206,6 +206,7 @@ def test_no_keys_and_no_queries():
 @cases(
     {"causal": True, "dropout_p": 0.17, "len_q": 50, "len_k": 70},
     {"masking": "segments", "batch": 2, "window_size": (20, 9), "bias": (1, 0)},
+    {"masking": "segments", "batch": 2, "dropout_p": 0.17},
     {"masking": "seqlens", "batch": 2, "dropout_p": 0.17},
 )
 def test_results_do_not_depend_on_tiles(case, block):
