@@ -31,8 +31,8 @@ class Case:
     """One problem. `mask` is one of `MASKS`; `length` is that of a batch row, or the longest document's.
 
     "window" is causal and sees `window` earlier keys; "padded" rows hold documents of different lengths; "packed" is
-    one row of `batch * length` tokens in documents of such lengths, "packed-ids" is "packed-causal" with segment ids in
-    place of cumulative lengths, and "packed-cross" has `CROSS_QUERIES` queries for each document. `pattern` names a
+    one row of `batch * length` tokens in documents of such lengths, "packed-ids" is "packed-causal" with segment ids
+    for cumulative lengths, and "packed-cross" has `CROSS_QUERIES` queries for each document. `pattern` names a
     block layout of `layouts.PATTERNS`, and `chance` is a block's to be visited under "random".
 
     Raises:
