@@ -21,7 +21,7 @@ SHARED_LIMIT = {80: 166_912, 90: 232_448}
 
 class Compiled(NamedTuple):
     """One compiled kernel, or what is known of one that was not to be compiled. `spills` are bytes stored; `wgmma` and
-    `mma` count matrix instructions.
+    `mma` count matrix instructions, `narrow` loads of 16 bits.
 
     `serialized` tells whether ptxas waits for each wgmma, `overwritten` counts `sass.overwritten_operands` and `lost`
     `sass.lost_operands`.
@@ -35,6 +35,7 @@ class Compiled(NamedTuple):
     warps: int | None = None
     wgmma: int | None = None
     mma: int | None = None
+    narrow: int | None = None
     serialized: bool | None = None
     overwritten: int | None = None
     lost: int | None = None
@@ -102,6 +103,7 @@ def read(kernel, module: str, log: str) -> Compiled:
         kernel.metadata.num_warps,
         wgmma,
         len(re.findall(r"\bmma\.sync", ptx)),
+        len(re.findall(r"\bld\.global[.\w]*\.b16", ptx)),
         "wgmma.mma_async instructions are serialized" in log,
         len(overwritten_operands(sass)),
         len(lost_operands(sass)),

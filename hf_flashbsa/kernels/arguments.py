@@ -16,7 +16,10 @@ TINY_SCALE = 1e-30
 
 
 def operand_of(x: torch.Tensor) -> Operand:
-    return Operand(x, *x.stride()[:3])
+    strides = x.stride()[:3]
+    # Of a number, Triton sees whether it is a multiple of 16.
+    seen = all(stride % 16 == 0 for stride in strides)
+    return Operand(x, *strides, 1 if is_aligned(x) and not seen else None)
 
 
 def matrix_of(x: torch.Tensor | None) -> Matrix:
@@ -104,22 +107,10 @@ def padded(dim: int) -> int:
     return max(32, 1 << (dim - 1).bit_length())
 
 
-def is_aligned(*operands: Operand) -> bool:
-    """Whether every row begins at a multiple of 16 bytes."""
-    for x, stride_b, stride_h, stride_s in operands:
-        if (stride_b | stride_h | stride_s) * x.element_size() % 16 or x.data_ptr() % 16:
-            return False
-    return True
-
-
-def loads_are_wide(*operands: Operand) -> bool:
-    """Whether Triton loads rows of the operands by 16 bytes. It must see that each begins at a multiple of them, and
-    of a stride it sees only whether it is one of 16 elements.
-
-    With wgmma, which reads shared memory on its own, Triton 3.6 computes wrong outputs where keys and values are both
-    loaded otherwise: measured on Hopper with head dims 40 and 8.
-    """
-    return is_aligned(*operands) and all(s % 16 == 0 for operand in operands for s in operand[1:])
+def is_aligned(x: torch.Tensor) -> bool:
+    """Whether every row of a `(batch, heads, length, dim)` tensor begins at a multiple of 16 bytes."""
+    stride_b, stride_h, stride_s, _ = x.stride()
+    return (stride_b | stride_h | stride_s) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
 
 
 def tiles_of(work: torch.Tensor | None, length: int, batch: int, block: int) -> tuple[int, int]:

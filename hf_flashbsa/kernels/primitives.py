@@ -180,9 +180,21 @@ def partial_position(span, index, BLOCK: tl.constexpr, tiles: tl.constexpr):
 
 
 @triton.jit
+def _stride(x, stride):
+    """A stride of an Operand. Without the step, Triton would load rows of 40 or 72 elements one by one."""
+    if x.wide is None:
+        return stride
+    else:
+        step: tl.constexpr = 128 // x.ptr.dtype.element_ty.primitive_bitwidth
+        return stride // step * step
+
+
+@triton.jit
 def head_of(x, batch, head):
-    """One head of an Operand."""
-    return Head(x.ptr + tl.cast(batch, tl.int64) * x.stride_b + tl.cast(head, tl.int64) * x.stride_h, x.stride_s)
+    """One head of an Operand. Where rows do not begin at multiples of 16 bytes, tiles must be too small for wgmma,
+    with which Triton 3.6 computes wrong outputs of keys and values that both load one by one (head dims 40 and 8)."""
+    base = x.ptr + tl.cast(batch, tl.int64) * _stride(x, x.stride_b) + tl.cast(head, tl.int64) * _stride(x, x.stride_h)
+    return Head(base, _stride(x, x.stride_s))
 
 
 @triton.jit

@@ -9,12 +9,14 @@ from typing import NamedTuple
 
 
 class Operand(NamedTuple):
-    """A `(batch, heads, length, dim)` tensor whose last dimension is contiguous."""
+    """A `(batch, heads, length, dim)` tensor whose last dimension is contiguous. `wide` is 1 where rows begin at
+    multiples of 16 bytes and Triton does not see it, else None."""
 
     ptr: object
     stride_b: object
     stride_h: object
     stride_s: object
+    wide: object
 
 
 class Head(NamedTuple):

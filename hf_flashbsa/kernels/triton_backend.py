@@ -7,7 +7,7 @@ import torch
 from hf_flashbsa.kernels import hopper, tuning
 from hf_flashbsa.kernels.arguments import (
     cdiv,
-    loads_are_wide,
+    is_aligned,
     matrix_of,
     operand_of,
     padded,
@@ -21,9 +21,10 @@ from hf_flashbsa.kernels.launch import replay
 from hf_flashbsa.kernels.state import Extras, Params, carried, sinks_gradient
 
 
-def _config(
-    kernel: str, q: torch.Tensor, v: torch.Tensor, aligned: bool, extras: Extras, params: Params
-) -> tuning.Config:
+def _config(kernel: str, loaded: tuple[torch.Tensor, ...], extras: Extras, params: Params) -> tuning.Config:
+    """The configuration for tensors `q, k, v` and whatever else of their kind the kernel loads."""
+    q, _, v, *_ = loaded
+    aligned = all(map(is_aligned, loaded))
     plain = extras.bias is None and extras.mask is None and extras.segment_ids_q is None and params.softcap == 0.0
     block_dim = max(padded(q.shape[-1]), padded(v.shape[-1]))
     config = tuning.select(kernel, tuning.architecture(q.device), block_dim, q.element_size(), plain, aligned)
@@ -52,12 +53,11 @@ def _meta(
 
 def _launch_forward(launch, q, k, v, out, lse, extras: Extras, params: Params) -> None:
     (batch, heads, len_q, _), (_, heads_k, len_k, _) = q.shape, k.shape
-    operands = (operand_of(q), operand_of(k), operand_of(v))
-    config = _config("forward", q, v, loads_are_wide(*operands), extras, params)
+    config = _config("forward", (q, k, v), extras, params)
     tiles, batch = tiles_of(extras.work_q, len_q, batch, config.block_m)
     launch(
         forward_kernel, (tiles * heads * batch,),
-        *operands, operand_of(out), lse, extras.sinks, extras.work_q,
+        operand_of(q), operand_of(k), operand_of(v), operand_of(out), lse, extras.sinks, extras.work_q,
         *rules_of(extras.blocks_q, extras, params), params.diagonal, heads, heads // heads_k, len_q, len_k, tiles,
         **_meta(config, q, v, params, extras.blocks_q),
     )  # fmt: skip
@@ -65,12 +65,12 @@ def _launch_forward(launch, q, k, v, out, lse, extras: Extras, params: Params) -
 
 def _launch_dq(launch, dout, dq, q, k, v, out, lse, dlse, rowwise, plane: int, extras: Extras, params: Params) -> None:
     (batch, heads, len_q, _), (_, heads_k, len_k, _) = q.shape, k.shape
-    operands = (operand_of(q), operand_of(k), operand_of(v))
-    config = _config("dq", q, v, loads_are_wide(*operands, operand_of(dout)), extras, params)
+    config = _config("dq", (q, k, v, dout), extras, params)
     tiles, batch = tiles_of(extras.work_q, len_q, batch, config.block_m)
     launch(
         dq_kernel, (tiles * heads * batch,),
-        operand_of(dout), operand_of(dq), *operands, operand_of(out), lse, dlse, rowwise, plane, extras.work_q,
+        operand_of(dout), operand_of(dq), operand_of(q), operand_of(k), operand_of(v), operand_of(out), lse, dlse,
+        rowwise, plane, extras.work_q,
         *rules_of(extras.blocks_q, extras, params), params.diagonal, heads, heads // heads_k, len_q, len_k, tiles,
         **_meta(config, q, v, params, extras.blocks_q),
     )  # fmt: skip
@@ -78,12 +78,12 @@ def _launch_dq(launch, dout, dq, q, k, v, out, lse, dlse, rowwise, plane: int, e
 
 def _launch_dkdv(launch, dout, dk, dv, q, k, v, rowwise, plane: int, extras: Extras, params: Params) -> None:
     (_, heads, len_q, _), (batch, heads_k, len_k, _) = q.shape, k.shape
-    operands = (operand_of(q), operand_of(k), operand_of(v))
-    config = _config("dkdv", q, v, loads_are_wide(*operands, operand_of(dout)), extras, params)
+    config = _config("dkdv", (q, k, v, dout), extras, params)
     tiles, batch = tiles_of(extras.work_k, len_k, batch, config.block_n)
     launch(
         dkdv_kernel, (tiles * heads_k * batch,),
-        operand_of(dout), operand_of(dk), operand_of(dv), *operands, rowwise, plane, extras.work_k,
+        operand_of(dout), operand_of(dk), operand_of(dv), operand_of(q), operand_of(k), operand_of(v), rowwise, plane,
+        extras.work_k,
         *rules_of(extras.blocks_k, extras, params), params.diagonal, heads, heads // heads_k, len_q, len_k, tiles,
         **_meta(config, q, v, params, extras.blocks_k),
     )  # fmt: skip
@@ -91,13 +91,12 @@ def _launch_dkdv(launch, dout, dk, dv, q, k, v, rowwise, plane: int, extras: Ext
 
 def _launch_dbias(launch, dout, dbias, q, k, v, rowwise, plane: int, extras: Extras, params: Params) -> None:
     (batch, heads, len_q, _), (_, heads_k, len_k, _) = q.shape, k.shape
-    operands = (operand_of(q), operand_of(k), operand_of(v))
-    config = _config("dbias", q, v, loads_are_wide(*operands, operand_of(dout)), extras, params)
+    config = _config("dbias", (q, k, v, dout), extras, params)
     tiles_m, tiles_n = cdiv(dbias.shape[2], config.block_m), cdiv(dbias.shape[3], config.block_n)
     sequences = extras.sequences
     launch(
         dbias_kernel, (tiles_n, tiles_m, dbias.shape[0] * dbias.shape[1]),
-        operand_of(dout), matrix_of(dbias), *operands, rowwise, plane, sequences,
+        operand_of(dout), matrix_of(dbias), operand_of(q), operand_of(k), operand_of(v), rowwise, plane, sequences,
         *rules_of(extras.blocks_q, extras, params), params.diagonal,
         batch if sequences is None else sequences.shape[0], heads, heads // heads_k, dbias.shape[0],
         dbias.shape[1], len_q, len_k,

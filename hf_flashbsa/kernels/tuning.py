@@ -67,8 +67,8 @@ def select(kernel: str, arch: str, block_dim: int, itemsize: int, plain: bool, a
         itemsize: bytes of an element.
         plain: whether the scores are only scaled and masked by bounds: no bias, softcap, dense mask or documents
             by segment ids, which need registers. Dropout does not count.
-        aligned: whether Triton loads 16 bytes at once (`loads_are_wide`). Otherwise loads need registers for their
-            many addresses, and products must not be wgmma's.
+        aligned: whether every row begins at a multiple of 16 bytes. Otherwise loads are narrow and need registers for
+            their many addresses, and products must not be wgmma's (`primitives.head_of`).
 
     Entries are tried in the order of the file. `plain_only` and `aligned_only` ones are for such calls alone.
     """

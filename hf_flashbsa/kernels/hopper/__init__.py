@@ -17,7 +17,7 @@ from importlib import resources
 import torch
 
 from hf_flashbsa.kernels import launch, tuning
-from hf_flashbsa.kernels.arguments import is_aligned, operand_of
+from hf_flashbsa.kernels.arguments import is_aligned
 from hf_flashbsa.kernels.state import Extras, Params
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def refusal(
         return "what configs/hopper.json does not list"
     for x in (q, k, v, *others):
         # What TMA can address.
-        if not is_aligned(operand_of(x)) or any(n > 1 and s <= 0 for n, s in zip(x.shape, x.stride(), strict=True)):
+        if not is_aligned(x) or any(n > 1 and s <= 0 for n, s in zip(x.shape, x.stride(), strict=True)):
             return "rows that do not begin at multiples of 16 bytes, or expanded tensors"
     return unavailable()
 
