@@ -8,6 +8,7 @@ from transformers.integrations.flash_attention import get_target_dtype
 from transformers.utils import logging
 
 from hf_flashbsa.attention import attention, choose_backend
+from hf_flashbsa.integration.bias import in_wide_rows
 from hf_flashbsa.integration.mask import MaskSpec
 from hf_flashbsa.integration.packing import PackedMask
 from hf_flashbsa.integration.sparse import Call, SparseLayer
@@ -130,6 +131,8 @@ def _attend(
 
     if _is_additive(attention_mask):
         position_bias = attention_mask if position_bias is None else _masked_bias(position_bias, attention_mask)
+    if position_bias is not None:
+        position_bias = in_wide_rows(position_bias)
     mask = _as_mask_spec(attention_mask, query, key, causal, sliding_window)
     if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
         _check_packing(module, causal, query, key, cu_seq_lens_q, cu_seq_lens_k)

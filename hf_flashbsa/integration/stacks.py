@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from hf_flashbsa.integration.bias import in_wide_rows
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerStack:
@@ -96,7 +98,7 @@ def _t5_bias(block: nn.Module, call: Call, packing) -> None:
     if call.get("position_bias") is None:
         learned = attention.has_relative_attention_bias
         bias = attention.compute_bias(packing.length, packing.length, device=device) if learned else none
-        call.set("position_bias", bias)
+        call.set("position_bias", in_wide_rows(bias))
     if call.get("encoder_hidden_states") is not None and call.get("encoder_decoder_position_bias") is None:
         call.set("encoder_decoder_position_bias", none)
 

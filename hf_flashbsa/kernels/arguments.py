@@ -17,17 +17,30 @@ TINY_SCALE = 1e-30
 
 def operand_of(x: torch.Tensor) -> Operand:
     strides = x.stride()[:3]
-    # Of a number, Triton sees whether it is a multiple of 16.
-    seen = all(stride % 16 == 0 for stride in strides)
-    return Operand(x, *strides, 1 if is_aligned(x) and not seen else None)
+    return Operand(x, *strides, _unseen(x, strides))
 
 
 def matrix_of(x: torch.Tensor | None) -> Matrix:
     if x is None:
-        return Matrix(None, None, None, None, None)
+        return Matrix(None, None, None, None, None, None)
     stride_b = 0 if x.shape[0] == 1 else x.stride(0)
     stride_h = 0 if x.shape[1] == 1 else x.stride(1)
-    return Matrix(x, stride_b, stride_h, x.stride(2), x.stride(3))
+    wide = _unseen(x, (stride_b, stride_h, x.stride(2))) if x.stride(3) == 1 else None
+    return Matrix(x, stride_b, stride_h, x.stride(2), x.stride(3), wide)
+
+
+def is_aligned(x: torch.Tensor) -> bool:
+    """Whether every row of a `(batch, heads, length, dim)` tensor begins at a multiple of 16 bytes."""
+    return _is_aligned(x, x.stride()[:3])
+
+
+def _is_aligned(x: torch.Tensor, strides: tuple[int, ...]) -> bool:
+    return x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in strides)
+
+
+def _unseen(x: torch.Tensor, strides: tuple[int, ...]) -> int | None:
+    """`wide` of an Operand or a Matrix. Of a number, Triton sees only whether it is a multiple of 16."""
+    return 1 if _is_aligned(x, strides) and any(stride % 16 for stride in strides) else None
 
 
 def mask_of(extras: Extras, params: Params) -> Mask:
@@ -105,12 +118,6 @@ def cdiv(a: int, b: int) -> int:
 def padded(dim: int) -> int:
     # ptxas 12.8, in Triton 3.6, compiles some kernels whose products are 16 columns wide to wrong code for Hopper.
     return max(32, 1 << (dim - 1).bit_length())
-
-
-def is_aligned(x: torch.Tensor) -> bool:
-    """Whether every row of a `(batch, heads, length, dim)` tensor begins at a multiple of 16 bytes."""
-    stride_b, stride_h, stride_s, _ = x.stride()
-    return (stride_b | stride_h | stride_s) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
 
 
 def tiles_of(work: torch.Tensor | None, length: int, batch: int, block: int) -> tuple[int, int]:

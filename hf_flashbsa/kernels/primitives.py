@@ -181,7 +181,7 @@ def partial_position(span, index, BLOCK: tl.constexpr, tiles: tl.constexpr):
 
 @triton.jit
 def _stride(x, stride):
-    """A stride of an Operand. Without the step, Triton would load rows of 40 or 72 elements one by one."""
+    """A stride of an Operand or a Matrix. Without the step, Triton would load rows of 40 or 72 elements one by one."""
     if x.wide is None:
         return stride
     else:
@@ -234,8 +234,8 @@ def store_tile(x, begin, end, tile, DIM: tl.constexpr, BLOCK: tl.constexpr, BLOC
 @triton.jit
 def matrix_pointers(x, batch, head, queries, keys):
     """Pointers of a Matrix at broadcastable `queries` and `keys`."""
-    base = x.ptr + tl.cast(batch, tl.int64) * x.stride_b + tl.cast(head, tl.int64) * x.stride_h
-    return base + queries * tl.cast(x.stride_q, tl.int64) + keys * tl.cast(x.stride_k, tl.int64)
+    base = x.ptr + tl.cast(batch, tl.int64) * _stride(x, x.stride_b) + tl.cast(head, tl.int64) * _stride(x, x.stride_h)
+    return base + queries * tl.cast(_stride(x, x.stride_q), tl.int64) + keys * tl.cast(x.stride_k, tl.int64)
 
 
 @triton.jit
@@ -345,8 +345,10 @@ def tanh(x):
 
 
 @triton.jit
-def _begins_at_multiple(places):
-    """Promises that `[M, 1]` or `[1, N]` places follow each other from a multiple of their number on."""
+def _places(rows, origin):
+    """Where `[M, 1]` or `[1, N]` rows lie, counted from `origin`, with the promise that they follow each other from a
+    multiple of their number on. Triton keeps promises of what is computed here, not of arguments."""
+    places = rows - origin
     places = tl.max_contiguous(places, [places.shape[0], places.shape[1]])
     return tl.multiple_of(places, [places.shape[0], places.shape[1]])
 
@@ -363,8 +365,8 @@ def bias_tile(rules, row_q, head, queries, keys, inside, query_origin, key_origi
         return 0.0
     else:
         # Tiles begin at multiples of their sizes, counted in their sequence (`span_of`), which lets loads be wide.
-        place_q = _begins_at_multiple(queries - query_origin)
-        place_k = _begins_at_multiple(keys - key_origin)
+        place_q = _places(queries, query_origin)
+        place_k = _places(keys, key_origin)
         pointers = matrix_pointers(bias, row_q, head, place_q, place_k)
         if inside is None:
             added = tl.load(pointers)

@@ -43,6 +43,7 @@ class Tiles(NamedTuple):
 
 class Matrix(NamedTuple):
     """A `(batch, heads, queries, keys)` tensor with any strides, 0 where it is broadcast. None stands for no tensor.
+    `wide` is that of an Operand.
 
     Kernels take it as an argument of its own: within another tuple, Triton 3.6 loses strides of 1.
     """
@@ -52,6 +53,7 @@ class Matrix(NamedTuple):
     stride_h: object
     stride_q: object
     stride_k: object
+    wide: object
 
 
 class Blocks(NamedTuple):

@@ -1,0 +1,94 @@
+"""Loads of 16 bytes at once where rows begin at multiples of that, whether Triton sees it by itself or not.
+
+`python tests/test_wide_loads.py ARCH` does the compiling, in a process of its own: here Triton may be the interpreter.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from aot import compile_only
+
+from hf_flashbsa import AttentionSpec, attention
+from hf_flashbsa.kernels import tuning
+from hf_flashbsa.kernels.arguments import matrix_of, operand_of
+
+LENGTH = 250
+
+
+def zeros(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.bfloat16)
+
+
+def call(head_dim: int = 64, room: int = 0, packed: bool = False) -> None:
+    """Calls `attention` and its backward pass, with a bias if its rows are to have `room`."""
+    q, k, v, dout = (zeros(1, LENGTH, 4, head_dim).transpose(1, 2) for _ in range(4))
+    ends = torch.tensor([0, 100, LENGTH], dtype=torch.int32) if packed else None
+    bias = zeros(1, 4, LENGTH, room)[..., :LENGTH].requires_grad_() if room else None
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    spec = AttentionSpec(cu_seqlens_q=ends, cu_seqlens_k=ends)
+    attention(*leaves, spec, bias=bias, backend="triton").backward(dout)
+
+
+CALLS = {
+    "rows of 64": call,
+    "rows of 40": functools.partial(call, 40),
+    "bias in rows of 256": functools.partial(call, room=256),
+    "bias in rows of 264": functools.partial(call, room=264),
+    "bias in rows of 251": functools.partial(call, room=251),
+    "bias of packed documents": functools.partial(call, room=256, packed=True),
+}
+
+
+def main(arch: int) -> None:
+    """Prints, as JSON, how many narrow loads each kernel of each call has."""
+    tuning.architecture = lambda device: f"sm_{arch}"
+    counts = {}
+    for name, run in CALLS.items():
+        with compile_only(arch) as compiled:
+            run()
+        counts[name] = {kernel.name: kernel.narrow for kernel in compiled}
+    print(json.dumps(counts))
+
+
+@pytest.mark.minutes
+@pytest.mark.parametrize("arch", [80, 90])
+def test_all_that_can_be_wide_is(arch):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, __file__, str(arch)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout)
+    kernels = ("forward_kernel", "dq_kernel", "dkdv_kernel")
+    assert [counts[name][kernel] for name in ("rows of 64", "rows of 40") for kernel in kernels] == [0] * 6
+    for kernel in kernels:
+        # Blocks at the edges load a bias element by element, under masks that know no step.
+        edges = counts["bias in rows of 256"][kernel]
+        assert counts["bias in rows of 264"][kernel] == counts["bias of packed documents"][kernel] == edges
+        assert counts["bias in rows of 251"][kernel] > edges
+
+
+@pytest.mark.parametrize(
+    ("room", "wide"), [(64, None), (80, None), (72, 1), (65, None)], ids=["seen", "16s", "8s", "nothing to see"]
+)
+def test_what_triton_is_told(room, wide):
+    """Of what begins at multiples of 16 bytes, only what is no multiple of 16 elements."""
+    assert operand_of(zeros(1, 2, 8, room)[..., :40]).wide == wide
+    assert matrix_of(zeros(1, 2, 8, room)[..., :40]).wide == wide
+
+
+def test_nothing_is_promised_of_addresses_and_columns_that_do_not_allow_it():
+    room = zeros(1, 2, 8, 72)
+    assert operand_of(room[..., 1:41]).wide is None and matrix_of(room[..., 1:41]).wide is None
+    assert matrix_of(room[..., ::2]).wide is None
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
