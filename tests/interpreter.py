@@ -4,7 +4,9 @@ The interpreter holds bfloat16 as uint16 and neither multiplies nor rounds those
 get float32 operands here, which hold every bfloat16 exactly, and conversions go through torch, which rounds to
 nearest even. Arithmetic on bfloat16 elements stays wrong: kernels convert to float32 first, as they must anyway.
 
-It also spares the interpreter more than a quarter of its time, which went into looking for the same things again.
+It also holds kernels to what they promise of their numbers (`tl.multiple_of`, `tl.max_contiguous`), which the compiler
+would believe, and spares the interpreter more than a quarter of its time, which went into looking for the same things
+again.
 """
 
 from __future__ import annotations
@@ -29,6 +31,20 @@ def _narrowed(values: np.ndarray) -> np.ndarray:
 
 def _as_float32(x: TensorHandle) -> TensorHandle:
     return TensorHandle(_widened(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x
+
+
+def _check_promise(x: TensorHandle, name: str, steps: list[int]) -> None:
+    """Raises AssertionError unless runs of so many numbers along each dimension, from its first on, follow each other
+    ("tt.contiguity"), or begin at multiples of `steps` ("tt.divisibility")."""
+    values = x.data.astype(np.int64)
+    for dim, step in enumerate(steps):
+        if name == "tt.contiguity":
+            runs = np.diff(values, axis=dim) == 1
+            ends = np.arange(1, values.shape[dim]) % step == 0
+            kept = (runs | np.expand_dims(ends, tuple(i for i in range(values.ndim) if i != dim))).all()
+        else:
+            kept = (values.take(range(0, values.shape[dim], step), axis=dim) % step == 0).all()
+        assert kept, f"{name} {steps} of {values} was promised"
 
 
 @functools.cache
@@ -58,6 +74,11 @@ def repair() -> None:
             return TensorHandle(_narrowed(cast(self, _as_float32(x), tl.float32).data), tl.bfloat16)
         return cast(self, _as_float32(x), dtype)
 
+    def set_attr(self, key, value):
+        _check_promise(self, key, value)
+        self.attr[key] = value
+
+    TensorHandle.set_attr = set_attr
     InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder.cast_impl = cast_impl
     interpreter._patch_builtin = _patch_builtin

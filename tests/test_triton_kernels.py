@@ -81,6 +81,18 @@ def test_interpreter_computes_in_bfloat16():
     torch.testing.assert_close(out, (a.float() @ b.float()).bfloat16(), atol=0, rtol=0, equal_nan=True)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="GPUs believe what they are promised")
+@pytest.mark.parametrize(("first", "run", "kept"), [(16, 16, True), (8, 16, False), (16, 32, False)])
+def test_interpreter_holds_kernels_to_their_promises(first, run, kept):
+    @triton.jit
+    def kernel(FIRST: tl.constexpr, RUN: tl.constexpr):
+        places = FIRST + tl.arange(0, 16) + tl.arange(0, 32)[:, None] // 16 * 32
+        tl.multiple_of(tl.max_contiguous(places, [1, RUN]), [1, RUN])
+
+    with contextlib.nullcontext() if kept else pytest.raises(Exception, match="was promised"):
+        kernel[(1,)](first, run)
+
+
 @pytest.mark.parametrize("case", RANDOM, ids=lambda c: f"{c.seed}-{_label(c)}")
 def test_random(case):
     assert_like_oracle(case)
@@ -121,6 +133,8 @@ def test_shapes_and_options(case):
     {"batch": 2, "bias": (1, 1), "softcap": 5.0, "window_size": (9, 4)},
     {"batch": 2, "bias": (0, 1), "masking": "offset_tensor", "causal": True},
     {"batch": 2, "bias": (0, 0), "masking": "mixed", "dropout_p": 0.17},
+    # With rows that no sequence has, whose tiles begin anywhere.
+    {"seed": 2, "batch": 3, "bias": (0, 1), "masking": "seqlens", "causal": True, "blocks": 64},
 )
 def test_bias_and_its_gradient(case):
     assert_like_oracle(case)

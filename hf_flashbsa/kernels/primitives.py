@@ -118,6 +118,9 @@ def span_of(item, rules, head, entries, tiles: tl.constexpr, TRANSPOSED: tl.cons
             own_reach, reach = rules.score.bias_len_q, rules.score.bias_len_k
         has_full = has_full & (item.end - item.begin == OWN) & (item.end - own_origin <= own_reach)
         full_hi = tl.minimum(full_hi, other_origin + reach)
+        # A tile that meets nothing may lie anywhere, where what `_places` promises does not hold: it visits nothing.
+        meets = lo < hi
+        lo, hi = tl.where(meets, lo, other_origin), tl.where(meets, hi, other_origin)
     if (rules.bias.ptr is not None) or (rules.score.seed is not None):
         # Where `bias_tile` and `dropout_keep` expect blocks to begin.
         first_block = tl.where(lo < hi, other_origin + (lo - other_origin) // BLOCK * BLOCK, lo)
