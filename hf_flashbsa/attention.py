@@ -77,7 +77,8 @@ def attention(
             summed over broadcast dimensions. Values at or below the lowest finite number of its dtype hide the
             key, as Transformers' additive masks mean it. With `cu_seqlens_*` it is `(1, Hq or 1, Lq, Lk)`, addressed
             by place in the sequence, the same for all sequences; places that it does not reach are hidden. With
-            `starts_*` it is addressed by place in the sequence too.
+            `starts_*` it is addressed by place in the sequence too. Kernels read it fast where keys lie side by side
+            in memory and rows begin at multiples of 16 bytes.
         sinks: `(Hq,)` one extra logit for each query head that takes part in the softmax and has no value
             (gpt-oss). Part of `lse`.
         softmax_scale: factor >= 0; default `1 / sqrt(D)`.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
+import logging
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ import triton.language as tl
 from cases import Case, Problem, expected, make_problem, random_case, run, worst_ratio
 
 from hf_flashbsa import AttentionSpec, attention
-from hf_flashbsa.kernels import tuning
+from hf_flashbsa.kernels import triton_backend, tuning
 from hf_flashbsa.kernels.dropout import drop_threshold, keep_mask
 from hf_flashbsa.kernels.tuning import Config
 
@@ -297,3 +299,20 @@ def test_offsets_beyond_32_bits(shape, stride):
 
     for got, want in zip(results(*distant), results(*dense), strict=True):
         assert torch.equal(got, want)
+
+
+def test_narrow_loads_are_told_of_once(caplog, monkeypatch):
+    monkeypatch.setattr(triton_backend, "_log_once", functools.cache(triton_backend._log_once.__wrapped__))
+
+    def messages(dim: int, room: int) -> list[str]:
+        caplog.clear()
+        q, k, v = (torch.randn(1, 1, 9, dim, device=DEVICE).half() for _ in range(3))
+        bias = torch.randn(1, 1, 9, room, device=DEVICE)[..., :9]
+        with caplog.at_level(logging.INFO, triton_backend.__name__):
+            attention(q, k, v, bias=bias, backend="triton")
+        return [r.getMessage().partition(":")[0] for r in caplog.records if r.name == triton_backend.__name__]
+
+    assert messages(16, 12) == messages(24, 12) == []
+    assert messages(20, 12) == ["rows of queries, keys or values do not begin at multiples of 16 bytes"]
+    assert messages(16, 9) == ["rows of a bias are not contiguous or do not begin at multiples of 16 bytes"]
+    assert messages(20, 9) == []

@@ -8,7 +8,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 #: What rows begin at multiples of, bytes: the most that a thread loads at once.
 _STEP = 16
-#: Biases that all layers of a forward share: their `_state`, and what was made of them then. Entries go with the bias.
+#: Biases that all layers of a forward share: the state they were in, and what was made of them then. Entries go with
+#: the bias.
 _MADE = WeakTensorKeyDictionary()
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+
 import torch
 
 from hf_flashbsa.kernels import hopper, tuning
@@ -19,6 +22,22 @@ from hf_flashbsa.kernels.backward import dbias_kernel, dkdv_kernel, dq_kernel
 from hf_flashbsa.kernels.forward import forward_kernel
 from hf_flashbsa.kernels.launch import replay
 from hf_flashbsa.kernels.state import Extras, Params, carried, sinks_gradient
+
+_log_once = functools.cache(logging.getLogger(__name__).info)
+
+
+def _tell_of_narrow_loads(loaded: tuple[torch.Tensor, ...], bias: torch.Tensor | None) -> None:
+    cost = "kernels load them element by element, which takes several times as long"
+    if not all(map(is_aligned, loaded)):
+        _log_once(
+            f"rows of queries, keys or values do not begin at multiples of 16 bytes: {cost}; "
+            "16-bit head dims that are multiples of 8 avoid that"
+        )
+    if bias is not None and not (is_aligned(bias) and bias.stride(3) == 1):
+        _log_once(
+            f"rows of a bias are not contiguous or do not begin at multiples of 16 bytes: {cost}; "
+            "a slice of a contiguous tensor with longer rows avoids that"
+        )
 
 
 def _config(kernel: str, loaded: tuple[torch.Tensor, ...], extras: Extras, params: Params) -> tuning.Config:
@@ -53,6 +72,7 @@ def _meta(
 
 def _launch_forward(launch, q, k, v, out, lse, extras: Extras, params: Params) -> None:
     (batch, heads, len_q, _), (_, heads_k, len_k, _) = q.shape, k.shape
+    _tell_of_narrow_loads((q, k, v), extras.bias)
     config = _config("forward", (q, k, v), extras, params)
     tiles, batch = tiles_of(extras.work_q, len_q, batch, config.block_m)
     launch(
