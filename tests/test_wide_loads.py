@@ -31,14 +31,13 @@ def call(head_dim: int = 64, room: int = 0, packed: bool = False) -> None:
     """Calls `attention` and its backward pass, with a bias if its rows are to have `room`."""
     q, k, v, dout = (zeros(1, LENGTH, 4, head_dim).transpose(1, 2) for _ in range(4))
     ends = torch.tensor([0, 100, LENGTH], dtype=torch.int32) if packed else None
-    bias = zeros(1, 4, LENGTH, room)[..., :LENGTH].requires_grad_() if room else None
+    bias = zeros(1, 4, LENGTH, room)[..., :LENGTH] if room else None
     leaves = [x.requires_grad_() for x in (q, k, v)]
     spec = AttentionSpec(cu_seqlens_q=ends, cu_seqlens_k=ends)
     attention(*leaves, spec, bias=bias, backend="triton").backward(dout)
 
 
 CALLS = {
-    "rows of 64": call,
     "rows of 40": functools.partial(call, 40),
     "bias in rows of 256": functools.partial(call, room=256),
     "bias in rows of 264": functools.partial(call, room=264),
@@ -67,8 +66,8 @@ def test_all_that_can_be_wide_is(arch):
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout)
     kernels = ("forward_kernel", "dq_kernel", "dkdv_kernel")
-    assert [counts[name][kernel] for name in ("rows of 64", "rows of 40") for kernel in kernels] == [0] * 6
     for kernel in kernels:
+        assert counts["rows of 40"][kernel] == 0
         # Blocks at the edges load a bias element by element, under masks that know no step.
         edges = counts["bias in rows of 256"][kernel]
         assert counts["bias in rows of 264"][kernel] == counts["bias of packed documents"][kernel] == edges
