@@ -17,8 +17,8 @@ def in_wide_rows(bias: torch.Tensor) -> torch.Tensor:
     """The same `(B, H, Q, K)` values where keys lie side by side and every row begins at a multiple of 16 bytes, with
     gradient.
 
-    T5's bias comes with the heads of a place side by side, from an embedding, and in rows of any length; kernels read
-    that 3 to 5 times as slowly. A copy is made once for each bias, whatever the number of layers that are given it.
+    T5's bias comes with the heads of a place side by side, from an embedding, and in rows of any length, which makes
+    kernels 2.5 to 4 times as slow. A copy is made once for each bias, whatever the number of layers that are given it.
     Dimensions that it is expanded along stay so.
     """
     # A single query reads each place once.

@@ -27,7 +27,7 @@ _log_once = functools.cache(logging.getLogger(__name__).info)
 
 
 def _tell_of_narrow_loads(loaded: tuple[torch.Tensor, ...], bias: torch.Tensor | None) -> None:
-    cost = "kernels load them element by element, which takes several times as long"
+    cost = "kernels load them element by element, which can take several times as long"
     if not all(map(is_aligned, loaded)):
         _log_once(
             f"rows of queries, keys or values do not begin at multiples of 16 bytes: {cost}; "
