@@ -304,15 +304,15 @@ def test_offsets_beyond_32_bits(shape, stride):
 def test_narrow_loads_are_told_of_once(caplog, monkeypatch):
     monkeypatch.setattr(triton_backend, "_log_once", functools.cache(triton_backend._log_once.__wrapped__))
 
-    def messages(dim: int, room: int) -> list[str]:
+    def messages(dim: int, room: int, queries: int = 9) -> list[str]:
         caplog.clear()
-        q, k, v = (torch.randn(1, 1, 9, dim, device=DEVICE).half() for _ in range(3))
-        bias = torch.randn(1, 1, 9, room, device=DEVICE)[..., :9]
+        q, k, v = (torch.randn(1, 1, length, dim, device=DEVICE).half() for length in (queries, 9, 9))
+        bias = torch.randn(1, 1, queries, room, device=DEVICE)[..., :9]
         with caplog.at_level(logging.INFO, triton_backend.__name__):
             attention(q, k, v, bias=bias, backend="triton")
         return [r.getMessage().partition(":")[0] for r in caplog.records if r.name == triton_backend.__name__]
 
-    assert messages(16, 12) == messages(24, 12) == []
+    assert messages(16, 12) == messages(24, 12) == messages(16, 9, queries=1) == messages(16, 1) == []
     assert messages(20, 12) == ["rows of queries, keys or values do not begin at multiples of 16 bytes"]
     assert messages(16, 9) == ["rows of a bias are not contiguous or do not begin at multiples of 16 bytes"]
     assert messages(20, 9) == []

@@ -18,13 +18,14 @@ def in_wide_rows(bias: torch.Tensor) -> torch.Tensor:
     gradient.
 
     T5's bias comes with the heads of a place side by side, from an embedding, and in rows of any length, which makes
-    kernels 2.5 to 4 times as slow. A copy is made once for each bias, whatever the number of layers that are given it.
-    Dimensions that it is expanded along stay so.
+    kernels 2.5 to 4 times as slow. A copy is made once for each bias, whatever the number of layers that are given it,
+    but anew for each of them in inference mode. Dimensions that it is expanded along stay so.
     """
     # A single query reads each place once.
     if bias.shape[2] == 1 or bias.stride(3) == 0 or _has_wide_rows(bias):
         return bias
-    # Leaves outlive a forward, and with it the copy's part of the graph.
+    # Leaves outlive a forward, and with it the copy's part of the graph; of tensors of inference mode, nothing tells
+    # whether they have changed.
     if torch.compiler.is_compiling() or bias.is_inference() or (bias.is_leaf and bias.requires_grad):
         return _copied(bias)
     state = bias._version, torch.is_grad_enabled()

@@ -98,7 +98,7 @@ def _t5_bias(block: nn.Module, call: Call, packing) -> None:
     if call.get("position_bias") is None:
         learned = attention.has_relative_attention_bias
         bias = attention.compute_bias(packing.length, packing.length, device=device) if learned else none
-        call.set("position_bias", in_wide_rows(bias))
+        call.set("position_bias", in_wide_rows(bias))  # here already, so that the one it is made of is freed
     if call.get("encoder_hidden_states") is not None and call.get("encoder_decoder_position_bias") is None:
         call.set("encoder_decoder_position_bias", none)
 

@@ -195,7 +195,8 @@ def _stride(x, stride):
 @triton.jit
 def head_of(x, batch, head):
     """One head of an Operand. Where rows do not begin at multiples of 16 bytes, tiles must be too small for wgmma,
-    with which Triton 3.6 computes wrong outputs of keys and values that both load one by one (head dims 40 and 8)."""
+    with which Triton 3.6 has computed wrong outputs where keys and values both load one by one: seen with head dims of
+    40 and 8, though not with equal ones."""
     base = x.ptr + tl.cast(batch, tl.int64) * _stride(x, x.stride_b) + tl.cast(head, tl.int64) * _stride(x, x.stride_h)
     return Head(base, _stride(x, x.stride_s))
 

@@ -33,7 +33,9 @@ def _tell_of_narrow_loads(loaded: tuple[torch.Tensor, ...], bias: torch.Tensor |
             f"rows of queries, keys or values do not begin at multiples of 16 bytes: {cost}; "
             "16-bit head dims that are multiples of 8 avoid that"
         )
-    if bias is not None and not (is_aligned(bias) and bias.stride(3) == 1):
+    # A single query reads each place once; a bias that is the same for all keys has no rows.
+    reread = bias is not None and bias.shape[2] > 1 and bias.stride(3) > 0
+    if reread and not (is_aligned(bias) and bias.stride(3) == 1):
         _log_once(
             f"rows of a bias are not contiguous or do not begin at multiples of 16 bytes: {cost}; "
             "a slice of a contiguous tensor with longer rows avoids that"
