@@ -4,6 +4,7 @@ import functools
 import json
 
 import cases
+import pytest
 import run_cases
 import torch
 
@@ -31,6 +32,31 @@ def test_repeats_notice_a_changing_result(monkeypatch, tmp_path):
     options = run_cases.parse(f"--out {tmp_path / 'rows'} --device cpu --max-len 64 --repeats 3".split())
     monkeypatch.setattr(cases, "run", lambda *_: {"out": torch.zeros(2), "dq": torch.rand(2)})
     assert run_cases.repeat(run_cases.case_of(0, options), options) == ["dq"]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_yardstick_allows_for_sums_in_float32(seed, monkeypatch):
+    """Hundreds of queries see one key alone: its `dv` is the sum of their output gradients. A kernel that is exact but
+    for adding them up one by one passes beside an eager attention that has no error at all; one wrong query fails."""
+    case = cases.Case(
+        seed=seed, dtype=torch.float32, batch=1, heads=4, heads_k=1, len_q=777, len_k=1, dim=16, dim_v=96,
+        masking="none", causal=False, window_size=(None, None), bias=None, sinks=False, softcap=None,
+        dropout_p=0.0, scale=None, strides="bhsd", gain=3.0, blocks=None,
+    )  # fmt: skip
+    exact_of = cases.expected
+    exact = exact_of(cases.make_problem(case, "cpu"), case, torch.float64)
+    terms = cases.make_problem(case, "cpu").dout.flatten(0, 2)
+
+    def judged(terms: torch.Tensor) -> float:
+        summed = torch.zeros(case.dim_v)
+        for term in terms:
+            summed += term
+        monkeypatch.setattr(cases, "run", lambda *_: {**exact, "dv": summed.expand_as(exact["dv"])})
+        return cases.worst_ratio(case, "cpu", "torch")["dv"]
+
+    monkeypatch.setattr(cases, "expected", lambda problem, case, dtype: exact_of(problem, case, torch.float64))
+    assert 0.1 < judged(terms) <= 1.0
+    assert judged(terms[1:]) > 1.0
 
 
 def test_integer_inputs_are_integers():
