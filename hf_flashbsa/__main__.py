@@ -1,4 +1,4 @@
-"""`python -m hf_flashbsa COMMAND`: doctor, bench, tune."""
+"""The command `hf-flashbsa`, also `python -m hf_flashbsa`: doctor, bench, tune."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="python -m hf_flashbsa", description="Triton attention for Transformers.")
+    parser = argparse.ArgumentParser(prog="hf-flashbsa", description="Triton attention for Transformers.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, (module, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
             try:
                 module = importlib.import_module(module)
             except ModuleNotFoundError as error:
-                print(f"{name} needs {error.name}; run: pip install 'hf_flashbsa[recipes]'", file=sys.stderr)
+                print(f"{name} needs {error.name}; run: pip install 'hf_flashbsa[bench]'", file=sys.stderr)
                 return 1
             command.description = module.__doc__
             module.add_arguments(command)

@@ -1,0 +1,46 @@
+# Every target makes the virtual environment that it needs. The variables can be set on the command line:
+#     make test PYTHON=python3.12 VENV=/tmp/venv WORKERS=8
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+BIN := $(VENV)/bin
+
+.PHONY: help demo test lint docs clean
+
+help:
+	@echo "make demo   train, evaluate and report a small BART on generated documents: CPU, a few minutes"
+	@echo "make test   run the tests: CPU, Triton kernels in Triton's interpreter"
+	@echo "make lint   check style and formatting"
+	@echo "make docs   build the documentation into site/"
+	@echo "make clean  remove $(VENV) and site/"
+
+demo: $(VENV)/.recipes
+	$(BIN)/python recipes/xsum/train.py --config recipes/xsum/configs/smoke.yaml --overwrite
+	$(BIN)/python recipes/xsum/report.py runs/smoke --out runs/smoke/report
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) site
+
+# Linting needs ruff alone; each other extra is installed once, and again when its requirements change.
+$(VENV)/.lint: constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -q -c constraints.txt ruff
+	touch $@
+
+$(VENV)/.recipes $(VENV)/.test $(VENV)/.docs: $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[$*]"
+	touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "constraints.txt needs Python 3.11 or newer; \
+	run make with PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
