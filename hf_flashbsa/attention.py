@@ -64,8 +64,8 @@ def attention(
     gradient 0 and `lse` -inf.
 
     Args:
-        q: queries `(B, Hq, Sq, D)`, float32, float16 or bfloat16 (float64 on the torch back end); any strides
-            with a contiguous last dimension. `1 <= D <= 256`.
+        q: queries `(B, Hq, Sq, D)`, float32, float16 or bfloat16 (float64 on the torch back end); any strides;
+            tensors whose last dimension is not contiguous are copied. `1 <= D <= 256`.
         k, v: `(B, Hkv, Sk, D)` and `(B, Hkv, Sk, Dv)`, dtype and device of `q`. `Hq` is a multiple of `Hkv`;
             query head `h` reads key head `h // (Hq // Hkv)`.
         spec: which scores exist; instead of the thirteen keywords from `causal` to `layout`, which build one. A spec
@@ -110,6 +110,7 @@ def attention(
         raise ValueError(
             "spec and masking keywords (causal, window_size, ..., layout) exclude each other; put all in spec."
         )
+    q, k, v = _with_unit_stride("q", q), _with_unit_stride("k", k), _with_unit_stride("v", v)
     needs_grad = torch.is_grad_enabled() and (
         q.requires_grad
         or k.requires_grad
@@ -212,6 +213,20 @@ def _log_choice(backend: Backend) -> None:
     logger.info("attention runs on the %s back end: %s", backend.name, backend.reason)
 
 
+def _with_unit_stride(name: str, x: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy in which elements of the last dimension lie side by side, as kernels load them."""
+    if x.ndim == 0 or x.stride(-1) == 1 or x.shape[-1] == 1:
+        return x
+    if not torch.compiler.is_compiling():
+        _log_copy(name)
+    return x.contiguous()
+
+
+@functools.cache
+def _log_copy(name: str) -> None:
+    logger.info("attention copies %s, whose last dimension is not contiguous: kernels load it with stride 1", name)
+
+
 def _shape(q: torch.Tensor, k: torch.Tensor) -> Shape:
     return Shape(q.shape[0], k.shape[0], q.shape[2], k.shape[2])
 
@@ -257,9 +272,6 @@ def _validate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Attention
             )
     if heads_k == 0 or heads % heads_k:
         raise ValueError(f"q has {heads} heads and k has {heads_k}; q's must be a multiple of k's.")
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-            raise ValueError(f"{name}: its last dimension has stride {tensor.stride(-1)}; call .contiguous() on it.")
     spec.validate(_shape(q, k), heads, q.device)
 
 

@@ -11,7 +11,7 @@ import torch
 from cases import random_case, worst_ratio
 
 from hf_flashbsa import AttentionSpec, attention, choose_backend
-from hf_flashbsa.attention import _bounds_spec
+from hf_flashbsa.attention import _bounds_spec, _log_copy
 from hf_flashbsa.kernels import torch_backend
 from hf_flashbsa.reference import reference_attention
 
@@ -115,8 +115,8 @@ def test_calls_that_share_a_spec():
     attention(q, k, v, shared)
     with pytest.raises(ValueError, match="seqlens_k: shape"):
         attention(q[:1], k[:1], v[:1], shared)
-    with pytest.raises(ValueError, match="stride"):
-        attention(q, k, v.mT.contiguous().mT, shared)
+    with pytest.raises(ValueError, match="v: .*differs from k's"):
+        attention(q, k, v[:, :, 1:], shared)
 
 
 @pytest.mark.parametrize("masking", [{"spec": AttentionSpec(causal=True)}, {"causal": True}], ids=" ".join)
@@ -249,7 +249,6 @@ REFUSED = {
     "v's head dim": ({"v": lambda x: x.repeat(1, 1, 1, 86)}, "v: head dim 258 .*1..256; use"),
     "heads": ({"q": lambda x: x[:, :3]}, "q has 3 heads and k has 2; .*multiple"),
     "no heads": ({n: lambda x: x[:, :0] for n in "kv"}, "q has 4 heads and k has 0"),
-    "strided": ({"q": lambda x: x.mT.contiguous().mT}, "q: its last dimension has stride 5; call .contiguous"),
     "batch sizes": ({n: lambda x: x[:1] for n in "kv"}, "k has 1 batch rows for 2 sequences; give cu_seqlens_k"),
     "dropout 1": ({"dropout_p": 1.0}, "dropout_p: 1.0 is not in"),
     "dropout < 0": ({"dropout_p": -0.1}, "dropout_p: -0.1 is not in"),
@@ -307,3 +306,37 @@ def test_refused(name):
     changes, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
         _call(**changes)
+
+
+STRIDES = {
+    "last dimension strided": lambda x: x.mT.contiguous().mT,
+    "every other element": lambda x: torch.stack([x, x + 1.0], dim=-1)[..., 0],
+    "one element for all": lambda x: x[..., :1].expand_as(x),
+    "one head for all": lambda x: x[:, :1].expand_as(x),
+    "one row for all": lambda x: x[:1, :, :1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("strides", STRIDES)
+def test_any_strides(strides, backend):
+    """Those of the last dimension cost a copy, others none; gradients go to what was expanded."""
+    g = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(2, h, n, 16, generator=g).requires_grad_() for h, n in ((4, 5), (2, 7), (2, 7))]
+    weights = torch.randn(2, 4, 5, 16, generator=g)
+    out = attention(*map(STRIDES[strides], leaves), causal=True, backend=backend)
+    expected, _ = reference_attention(*map(STRIDES[strides], leaves), AttentionSpec(causal=True))
+    torch.testing.assert_close(out.double(), expected.double(), rtol=0, atol=1e-5)
+    results = [torch.autograd.grad((x * weights.to(x.dtype)).sum(), leaves) for x in (out, expected)]
+    for ours, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-4)
+
+
+def test_a_copy_for_its_strides_is_logged_once(caplog):
+    _log_copy.cache_clear()
+    q = torch.randn(1, 2, 4, 3).mT
+    with caplog.at_level(logging.INFO, logger="hf_flashbsa.attention"):
+        attention(q, q, q)
+        attention(q, q, q)
+    lines = [line for line in caplog.messages if "not contiguous" in line]
+    assert [line.split(",")[0] for line in lines] == [f"attention copies {name}" for name in "qkv"]
