@@ -50,32 +50,6 @@ def test_gradients_pass():
     assert torch.equal(weight.grad, out[0].permute(1, 2, 0))
 
 
-def test_one_copy_for_all_that_ask():
-    given = heads_last().requires_grad_() * 1.0
-    made = in_wide_rows(given)
-    assert in_wide_rows(given) is made and made.requires_grad
-    with torch.no_grad():
-        assert not in_wide_rows(given).requires_grad
-    assert in_wide_rows(given).requires_grad
-    held = len(module._MADE)
-    del given
-    assert len(module._MADE) == held - 1
-
-
-def test_no_copy_outlives_its_values():
-    given = heads_last().clone(memory_format=torch.preserve_format)
-    in_wide_rows(given)
-    given += 1.0
-    assert torch.equal(in_wide_rows(given), given)
-    leaf = heads_last().requires_grad_()  # may be trained, and used in many forwards
-    assert in_wide_rows(leaf) is not in_wide_rows(leaf)
-    with torch.inference_mode():  # nothing tells whether such a tensor has changed
-        given = heads_last().clone()
-        in_wide_rows(given)
-        given += 1.0
-        assert torch.equal(in_wide_rows(given), given)
-
-
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_layers_of_t5_share_a_copy_of_each_stack(packed):
     model, batch = tiny("t5", "bsa_dense"), batch_for("t5", "right")

@@ -14,7 +14,7 @@ from transformers_models import DECODER, PADDINGS, mask_of
 
 from hf_flashbsa import AttentionSpec
 from hf_flashbsa.integration.guard import computes_own_attention
-from hf_flashbsa.integration.mask import MaskSpec, bsa_mask, recognise
+from hf_flashbsa.integration.mask import MaskSpec, Structure, bsa_mask, recognise
 from hf_flashbsa.reference import reference_attention
 
 BATCH, LENGTH = 4, 11
@@ -191,26 +191,47 @@ def test_arithmetic_on_it_names_the_remedy():
         mask.masked_fill(mask, 0.0)
 
 
-def test_documents_begin_where_positions_restart():
-    mask = create("bsa_dense", "causal", "holes")
-    positions = PACKED.clone()
-    ids = mask.by_document(positions).segment_ids_q
-    assert ids[0].tolist() == [1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2]
-    assert mask.by_document(positions) is mask.by_document(positions), "layers share one spec"
-    assert mask.by_document(positions.clone()) is not mask.by_document(positions)
+#: Positions that are not those of one document, read as documents or not: what eager attention makes of them counts.
+POSITIONS = {
+    "documents": PACKED,
+    "zeros": torch.zeros(BATCH, LENGTH, dtype=torch.int64),
+    "pairs": (torch.arange(LENGTH) // 2).expand(BATCH, -1),
+    "descending": torch.arange(LENGTH).flip(0).expand(BATCH, -1),
+    "one row for all": PACKED[:1],
+    "with a gap": torch.arange(LENGTH)[None] + 3 * (torch.arange(LENGTH)[None] > 4),
+}
 
 
-def test_positions_of_padding_begin_no_document():
-    mask = create("bsa_dense", "causal", "left")
-    positions = (mask_of(BATCH, LENGTH, "left").cumsum(-1) - 1).clamp(min=0)  # as generate() makes them
-    divided = MaskSpec(mask.by_document(positions), mask.shape, mask.device)
-    assert torch.equal(visible(divided), visible(mask))
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize(
+    ("padding", "cache"),
+    [("none", "none"), ("none", "empty"), ("left", "none"), ("right", "none"), ("left", "static")],
+)
+@pytest.mark.parametrize("kind", ["causal", "window"])
+def test_positions_divide_where_there_is_neither_a_mask_nor_a_cache(kind, padding, cache, positions):
+    ours, eager = (
+        create(how, kind, padding, cache, position_ids=POSITIONS[positions]) for how in ("bsa_dense", "eager")
+    )
+    assert torch.equal(visible(ours), visible(eager))
+    undivided = visible(create("eager", kind, padding, cache))
+    assert torch.equal(visible(ours), undivided) == ((padding, cache) != ("none", "none"))
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_positions_do_not_divide_what_they_do_not_cover(cache):
-    mask = create("bsa_dense", "causal", cache=cache)
-    assert mask.by_document(torch.arange(6, 6 + LENGTH)[None]) is mask.spec
+@pytest.mark.parametrize("kind", ["bidirectional", "bidirectional window"])
+def test_positions_never_divide_bidirectional_masks(kind):
+    given = {"position_ids": PACKED} if kind == "bidirectional" else {}
+    assert torch.equal(visible(create("bsa_dense", kind, **given)), visible(create("eager", kind)))
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_windows_and_chunks_of_no_size_are_none(size):
+    window, chunked = masking_utils.sliding_window_overlay, masking_utils.chunked_overlay
+    both = masking_utils.sliding_window_bidirectional_overlay
+    assert recognise(window(size)) == recognise(chunked(0, torch.zeros(1))) == recognise(both(-1)) == Structure()
+    causal = bsa_mask(BATCH, LENGTH, LENGTH, mask_function=masking_utils.sliding_window_causal_mask_function(size))
+    assert torch.equal(visible(causal), visible(create("eager", "causal")))
+    alone = visible(bsa_mask(BATCH, LENGTH, LENGTH, mask_function=both(0)))  # 0 on each side: the own token
+    assert torch.equal(alone, torch.eye(LENGTH, dtype=torch.bool).expand_as(alone))
 
 
 @pytest.mark.parametrize("kind", CREATORS)
@@ -268,6 +289,6 @@ def test_models_with_their_own_attention_get_the_eager_mask(caplog):
 def test_a_spec_is_not_changed_by_what_is_derived_from_it():
     mask = create("bsa_dense", "causal", "right")
     before = mask.spec.segment_ids_k.clone()
-    mask.by_document(PACKED)
+    mask.packed_by(torch.tensor([0, 4, LENGTH]), torch.tensor([0, 4, LENGTH]), dense=True)
     assert isinstance(mask.spec, AttentionSpec) and mask.spec.segment_ids_q is None
     assert torch.equal(mask.spec.segment_ids_k, before)

@@ -10,8 +10,8 @@ from packed_models import labelled, losses, packed, widths
 from transformers_models import assert_same, batch_for, tiny
 
 from hf_flashbsa import LayerStack, disable_padding_free, enable_padding_free, padding_free, register_stack
-from hf_flashbsa.integration import padding_free as implementation
 from hf_flashbsa.integration import stacks
+from hf_flashbsa.integration.forward_pass import current_pass
 
 
 def test_padding_free_is_for_the_length_of_the_block():
@@ -64,7 +64,7 @@ def test_errors_leave_no_trace():
     with pytest.raises(ZeroDivisionError):
         model(**inputs)
     handle.remove()
-    assert implementation._PLAN.get() is None
+    assert current_pass() is None
     assert_same(losses(model, inputs), losses(tiny("bart", "eager"), inputs))
 
 

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch.nn.functional import pad
-from torch.utils.weak import WeakTensorKeyDictionary
 
 #: What rows begin at multiples of, bytes: the most that a thread loads at once.
 _STEP = 16
-#: Biases that all layers of a forward share: the state they were in, and what was made of them then. Entries go with
-#: the bias.
-_MADE = WeakTensorKeyDictionary()
 
 
 def in_wide_rows(bias: torch.Tensor) -> torch.Tensor:
@@ -18,22 +14,12 @@ def in_wide_rows(bias: torch.Tensor) -> torch.Tensor:
     gradient.
 
     T5's bias comes with the heads of a place side by side, from an embedding, and in rows of any length, which makes
-    kernels 2.5 to 4 times as slow. A copy is made once for each bias, whatever the number of layers that are given it,
-    but anew for each of them in inference mode. Dimensions that it is expanded along stay so.
+    kernels 2.5 to 4 times as slow. Dimensions that it is expanded along stay so.
     """
     # A single query reads each place once.
     if bias.shape[2] == 1 or bias.stride(3) == 0 or _has_wide_rows(bias):
         return bias
-    # Leaves outlive a forward, and with it the copy's part of the graph; of tensors of inference mode, nothing tells
-    # whether they have changed.
-    if torch.compiler.is_compiling() or bias.is_inference() or (bias.is_leaf and bias.requires_grad):
-        return _copied(bias)
-    state = bias._version, torch.is_grad_enabled()
-    kept, made = _MADE.get(bias, (None, None))
-    if kept != state:
-        made = _copied(bias)
-        _MADE[bias] = state, made
-    return made
+    return _copied(bias)
 
 
 def _has_wide_rows(bias: torch.Tensor) -> bool:

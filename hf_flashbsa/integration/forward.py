@@ -75,7 +75,6 @@ def _attend(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     position_bias: torch.Tensor | None = None,
-    position_ids: torch.Tensor | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     cu_seq_lens_k: torch.Tensor | None = None,
     max_length_q: int | None = None,
@@ -89,19 +88,20 @@ def _attend(
         module: the attention layer; its `is_causal`, `is_decoder` and config say which role it has.
         query, key, value: `(B, Hq, Q, D)`, `(B, Hkv, K, D)` and `(B, Hkv, K, Dv)`.
         attention_mask: what `bsa_mask` returned; a bool `(B or 1, H or 1, Q, K)`, True where visible; a float mask of
-            that shape, added to the scores; a bool or integer `(B, K)`, 0 at padding; or None. A mask that says
-            which keys are visible overrides `is_causal` and `sliding_window`.
+            that shape, added to the scores; a bool or integer `(B, K)`, 0 at padding (flash attention's form); or
+            None: all keys are visible. Any form but the last two overrides `is_causal` and `sliding_window`.
         dropout, scaling, softcap, s_aux: `dropout_p`, `softmax_scale`, `softcap` and `sinks` of `attention`.
-        is_causal: without a mask or with a 2-D one, whether queries see no later keys; default `module.is_causal`.
-            The last query then stands at the last key, whatever the lengths.
-        sliding_window: without a mask or with a 2-D one, most keys seen on each side, the current token included.
+        is_causal: without a mask or with a 2-D one, whether queries see no later keys. Default: see `_is_causal`. The
+            last query then stands at the last key, whatever the lengths.
+        sliding_window: without a mask or with a 2-D one, most keys seen on each side, the current token included;
+            None, 0 and negative numbers for no window.
         position_bias: `(B or 1, H, Q, K)` added to the scores (T5). T5's cross-attention passes zeros; they are
             skipped.
-        position_ids: `(B or 1, Q)`. Documents whose positions restart are kept apart, see `MaskSpec.by_document`.
-        cu_seq_lens_q, cu_seq_lens_k: `(n + 1,)` cumulative lengths of `n` documents in one row. They overrule
-            `position_ids`.
+        cu_seq_lens_q, cu_seq_lens_k: `(n + 1,)` cumulative lengths of `n` documents in one row. They overrule the
+            documents that Transformers' mask found in `position_ids`.
         max_length_q, max_length_k: lengths that none of those documents exceeds, which size its layout.
-        kwargs: names that change no result are ignored, others raise.
+        kwargs: names that change no result are ignored, others raise. `position_ids` are ignored as eager and sdpa
+            ignore them: positions divide documents in the mask alone (see `bsa_mask`).
 
     Returns:
         `(B, Q, Hq, Dv)` without a copy, and None for the weights.
@@ -114,8 +114,7 @@ def _attend(
             raise ValueError(f"{name}: hf_flashbsa does not support {meaning}; use attn_implementation='eager'.")
     if kwargs.get("output_attentions") and not torch.compiler.is_compiling():
         logger.warning_once("hf_flashbsa keeps no attention weights; use attn_implementation='eager' to see them.")
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if position_bias is not None and _is_cross(module, causal) and not _learns_bias(module):
+    if position_bias is not None and _is_cross(module, is_causal) and not _learns_bias(module):
         position_bias = None
     query, key, value = _one_dtype(module, query, key, value)
     rows = None
@@ -127,23 +126,22 @@ def _attend(
         rows = attention_mask.rows_q
         query, key, value = attention_mask.unpack(query, key, value)
         attention_mask = attention_mask.padded
-        position_ids = None  # those of the packed row, in which documents were divided already
 
     if _is_additive(attention_mask):
         position_bias = attention_mask if position_bias is None else _masked_bias(position_bias, attention_mask)
     if position_bias is not None:
-        position_bias = in_wide_rows(position_bias)
-    mask = _as_mask_spec(attention_mask, query, key, causal, sliding_window)
-    if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
-        _check_packing(module, causal, query, key, cu_seq_lens_q, cu_seq_lens_k)
+        position_bias = _aligned_bias(position_bias, attention_mask)
+    packed = cu_seq_lens_q is not None or cu_seq_lens_k is not None
+    if attention_mask is None or attention_mask.ndim == 2:
+        is_causal = _is_causal(module, is_causal, attention_mask is not None or packed)
+    mask = _as_mask_spec(attention_mask, query, key, is_causal, sliding_window)
+    if packed:
+        _check_packing(module, is_causal, query, key, cu_seq_lens_q, cu_seq_lens_k)
         spec = mask.packed_by(cu_seq_lens_q, cu_seq_lens_k, dense=position_bias is not None)
-    elif position_ids is not None and not _is_4d(attention_mask):
-        spec = mask.by_document(position_ids)
     else:
         spec = mask.spec
     if sparse is not None and not sparse.rule.is_dense:
-        packed, biased = cu_seq_lens_q is not None, position_bias is not None
-        call = Call(mask, spec, position_ids, packed, biased, max_length_q, max_length_k)
+        call = Call(mask, spec, packed, position_bias is not None, max_length_q, max_length_k)
         spec = sparse.spec(module, call, query, key)
 
     out = attention(
@@ -163,7 +161,40 @@ def _attend(
     return (out if rows is None else rows.pack(out)), None
 
 
-def _is_cross(module: torch.nn.Module, causal: bool) -> bool:
+def _is_causal(module: torch.nn.Module, is_causal: bool | None, padded_or_packed: bool) -> bool:
+    """Whether queries see no later keys, in a call without a 4-D mask.
+
+    What the call says counts. Else a call without any mask sees all keys, as in eager attention: a causal model gets
+    its causality from the mask function, which never returns None here, so that no mask means that the model made none
+    (the cross-attention of Mllama and LightGlue, which sdpa takes for causal). 2-D masks and `cu_seq_lens_*` are flash
+    attention's contract, where the module's own `is_causal` counts.
+
+    Args:
+        padded_or_packed: whether the call has a 2-D mask or `cu_seq_lens_*`.
+
+    Raises:
+        ValueError: neither the call nor the module says it, in flash attention's contract.
+    """
+    if is_causal is not None:
+        return is_causal
+    own = getattr(module, "is_causal", None)
+    if not padded_or_packed:
+        if own and not torch.compiler.is_compiling():
+            logger.warning_once(
+                f"hf_flashbsa: {type(module).__name__} has is_causal = True but was given no attention_mask; it sees "
+                "all keys, as with attn_implementation='eager'. If it should not, pass is_causal=True in the call."
+            )
+        return False
+    if own is None:
+        raise ValueError(
+            f"is_causal: with a 2-D attention_mask or cu_seq_lens_* {type(module).__name__} must say whether it is "
+            "causal; set `is_causal` on the module, or pass it in the call."
+        )
+    return own
+
+
+def _is_cross(module: torch.nn.Module, is_causal: bool | None) -> bool:
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     return getattr(module, "is_decoder", False) and not causal
 
 
@@ -196,16 +227,34 @@ def _masked_bias(bias: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return total.masked_fill(mask <= torch.finfo(mask.dtype).min, torch.finfo(total.dtype).min)
 
 
-#: `MaskSpec`s of the bool masks that callers pass themselves. They hold an alias of the mask, so that an entry goes
-#: when the caller drops the tensor.
-_MASKS = WeakTensorKeyDictionary()
+def _aligned_bias(bias: torch.Tensor, mask: MaskSpec | torch.Tensor | None) -> torch.Tensor:
+    """The bias in rows that kernels read fast, copied once for all layers of a forward pass that share a mask."""
+    if not isinstance(mask, MaskSpec) or torch.compiler.is_compiling():
+        return in_wide_rows(bias)
+    return mask.derived("bias in wide rows", (bias, torch.is_grad_enabled()), lambda: in_wide_rows(bias))
+
+
+#: Specs of the bool masks that callers pass themselves. A spec holds an alias of its mask and nothing made of the
+#: mask's values, so that it is right whatever is written there, by whom and when; it goes with the caller's tensor.
+_SPECS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _spec_of(mask: torch.Tensor) -> AttentionSpec:
+    """The spec of a bool mask of four dimensions, one for all layers that get it."""
+    is_padding = mask.shape[1] == mask.shape[2] == 1  # becomes segment ids, which are a copy
+    if is_padding or torch.compiler.is_compiling():
+        return AttentionSpec(mask=mask)
+    known = _SPECS.get(mask)
+    if known is None or not known.mask.is_set_to(mask):  # `mask.data = other` moves a tensor to other memory
+        known = _SPECS[mask] = AttentionSpec(mask=mask.detach())
+    return known
 
 
 def _as_mask_spec(
     mask: MaskSpec | torch.Tensor | None,
     query: torch.Tensor,
     key: torch.Tensor,
-    causal: bool,
+    is_causal: bool | None,
     sliding_window: int | None,
 ) -> MaskSpec:
     shape = (query.shape[0], 1, query.shape[2], key.shape[2])
@@ -216,7 +265,7 @@ def _as_mask_spec(
     if _is_additive(mask):
         return MaskSpec(AttentionSpec(), shape, query.device)
     if mask is None or mask.ndim == 2:
-        reach = None if sliding_window is None else sliding_window - 1
+        reach = None if sliding_window is None or sliding_window <= 0 else sliding_window - 1
         ids = None
         if mask is not None:
             if mask.is_floating_point() or tuple(mask.shape) != (shape[0], shape[3]):
@@ -225,22 +274,16 @@ def _as_mask_spec(
                     f"(batch, keys) = {(shape[0], shape[3])}."
                 )
             ids = mask.to(torch.bool).to(torch.int32) - 1
-        spec = AttentionSpec(causal=causal, window_size=(reach, None if causal else reach), segment_ids_k=ids)
+        spec = AttentionSpec(causal=is_causal, window_size=(reach, None if is_causal else reach), segment_ids_k=ids)
         return MaskSpec(spec, shape, query.device)
     if mask.ndim != 4 or mask.dtype != torch.bool:
         raise ValueError(f"attention_mask: {tuple(mask.shape)} {mask.dtype}; give 4-D bool or float, or 2-D padding.")
-    if torch.compiler.is_compiling() or mask.is_inference():
-        return MaskSpec(AttentionSpec(mask=mask), shape, query.device)
-    version, known = _MASKS.get(mask, (None, None))
-    if version != mask._version:
-        known = MaskSpec(AttentionSpec(mask=mask.detach()), shape, query.device)
-        _MASKS[mask] = (mask._version, known)
-    return known
+    return MaskSpec(_spec_of(mask), shape, query.device)
 
 
 def _check_packing(
     module: torch.nn.Module,
-    causal: bool,
+    is_causal: bool | None,
     query: torch.Tensor,
     key: torch.Tensor,
     cu_seq_lens_q: torch.Tensor | None,
@@ -251,7 +294,7 @@ def _check_packing(
     if query.shape[0] != 1:
         raise ValueError(f"cu_seq_lens_*: packed documents lie in one row, but the batch has {query.shape[0]}.")
     seq2seq = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
-    if _is_cross(module, causal) or (seq2seq and getattr(module, "is_decoder", False)):
+    if _is_cross(module, is_causal) or (seq2seq and getattr(module, "is_decoder", False)):
         raise ValueError(
             "cu_seq_lens_*: Transformers hands the same lengths to the encoder, the decoder and the cross-attention, "
             "whose documents differ in length; pad encoder-decoder batches instead."

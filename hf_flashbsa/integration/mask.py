@@ -50,7 +50,11 @@ class MaskSpec:
         self._derived: dict = {}
 
     def derived(self, purpose: object, sources: tuple, make: Callable[[], object]):
-        """`make()`, kept for the next layer of this forward pass as long as `sources` are the same objects."""
+        """`make()`, memoized for the layers of this forward pass as long as `sources` are the same objects.
+
+        This is where a forward pass keeps what depends on the values of tensors, since the mask lives no longer than
+        the pass. Version counters of tensors would not do: collectives, numpy and `.data` write without counting.
+        """
         known = self._derived.get(purpose)
         if known is None or any(a is not b for a, b in zip(known[0], sources, strict=True)):
             known = self._derived[purpose] = (sources, make())
@@ -92,33 +96,8 @@ class MaskSpec:
             spec = replace_fields(spec, query_offset=spec.query_offset + q0 - k0)
         return MaskSpec(spec, (self.shape[0], 1, q1 - q0, k1 - k0), self.device, self.packed)
 
-    def by_document(self, position_ids: torch.Tensor) -> AttentionSpec:
-        """The spec with documents kept apart whose positions restart within a row.
-
-        A live token at the lowest position of its row begins a document, as `flash_attention_2` reads
-        `position_ids`. Transformers itself looks at them only where there is neither a 2-D mask nor a cache.
-
-        Args:
-            position_ids: `(B or 1, Q)`. Ignored where they cannot describe the keys as well (cached keys), and
-                where the mask was not plain padding.
-        """
-        spec, (batch, _, len_q, len_k) = self.spec, self.shape
-        cached = isinstance(spec.query_offset, torch.Tensor) or spec.query_offset not in (None, 0) or len_q != len_k
-        structured = spec.mask is not None or spec.segment_ids_q is not None
-        if cached or structured or position_ids.ndim != 2 or position_ids.shape[1] != len_q:
-            return spec
-
-        def divided() -> AttentionSpec:
-            position = position_ids.to(self.device).expand(batch, -1)
-            live = None if spec.segment_ids_k is None else spec.segment_ids_k >= 0
-            ids = documents_of(position, live)
-            ids_k = ids if live is None else torch.where(live, ids, -1)
-            return replace_fields(spec, segment_ids_q=ids, segment_ids_k=ids_k)
-
-        return self.derived("documents", (position_ids,), divided)
-
     def packed_by(self, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, dense: bool) -> AttentionSpec:
-        """The spec with the documents of `cu_seqlens_*` `(n + 1,)` in place of those that positions told.
+        """The spec with the documents of `cu_seqlens_*` `(n + 1,)` in place of those found in `position_ids`.
 
         Args:
             dense: whether a bias rules out `cu_seqlens_*` in `attention`, so that they become segment ids.
@@ -158,16 +137,6 @@ class MaskSpec:
 
     def __repr__(self) -> str:
         return f"MaskSpec({self.spec}, shape={self.shape}, device={self.device})"
-
-
-def documents_of(position: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:
-    """int32 `(B, S)`: number of documents begun so far, counting live tokens only."""
-    if live is not None:
-        position = position.masked_fill(~live, torch.iinfo(position.dtype).max)
-    begins = position == position.amin(-1, keepdim=True)
-    if live is not None:
-        begins = begins & live
-    return begins.cumsum(-1, dtype=torch.int32)
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(AttentionSpec) if field.init)
@@ -216,11 +185,13 @@ def recognise(mask_function: Callable) -> Structure | None:
     )
     maker = mask_function.__qualname__.partition(".")[0]
     if maker == "sliding_window_overlay":
-        return Structure(left=held["sliding_window"] - 1)
+        # Configs write 0 or -1 for "no window".
+        return Structure(left=held["sliding_window"] - 1) if held["sliding_window"] > 0 else Structure()
     if maker == "sliding_window_bidirectional_overlay":
-        return Structure(left=held["sliding_window"], right=held["sliding_window"])
+        reach = held["sliding_window"]  # tokens on each side, besides the own one
+        return Structure(left=reach, right=reach) if reach >= 0 else Structure()
     if maker == "chunked_overlay":
-        return Structure(chunks=(held["chunk_size"], held["left_padding"]))
+        return Structure(chunks=(held["chunk_size"], held["left_padding"])) if held["chunk_size"] else Structure()
     if maker == "packed_sequence_mask_function":
         return Structure(documents=held["packed_sequence_mask"])
     if maker == "remap_positions_for_packed_sequence":
@@ -303,7 +274,11 @@ def bsa_mask(
     config=None,
     **kwargs,
 ) -> MaskSpec | torch.Tensor | None:
-    """The mask function of Transformers' `AttentionMaskInterface`.
+    """The mask function of Transformers' `AttentionMaskInterface`. It never returns None.
+
+    Transformers looks for packed documents in `position_ids` where it is given no `attention_mask` and no cache: a
+    document begins wherever a position is not its predecessor plus one. They arrive here as a part of `mask_function`.
+    Where there is a mask or a cache, positions have no say in which keys are visible, whatever they are.
 
     Args:
         batch_size, q_length, kv_length: sizes of the attention call.

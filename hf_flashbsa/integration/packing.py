@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from hf_flashbsa.integration.mask import MaskSpec
+from hf_flashbsa.integration.forward_pass import ForwardPass
+from hf_flashbsa.integration.mask import MaskSpec, replace_fields
 from hf_flashbsa.spec import AttentionSpec
 
 
@@ -95,17 +95,14 @@ class _Gather(torch.autograd.Function):
 #: Keyword by which the caller of a model tells the numbers of live tokens.
 HINT = "num_live_tokens"
 
-#: What padding masks looked like when they were measured: mask -> (version, Packing, or None without padding).
-_PACKINGS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
 
 def is_padding(mask: object) -> bool:
     """Whether this is a padding mask `(B, S)`."""
     return isinstance(mask, torch.Tensor) and mask.ndim == 2
 
 
-def measure(masks: list[torch.Tensor], totals: int | Sequence[int] | None) -> None:
-    """Prepares `packing_of` for padding masks that it does not know yet.
+def measure(forward: ForwardPass, masks: list[torch.Tensor], totals: int | Sequence[int] | None) -> None:
+    """Prepares `packing_of` for padding masks that the forward pass has not met yet.
 
     The host waits once for the device, for the numbers of live tokens. Where `totals` gives them it does not wait:
     the device checks them, and that no dead token lies between live ones.
@@ -117,7 +114,7 @@ def measure(masks: list[torch.Tensor], totals: int | Sequence[int] | None) -> No
         totals = tuple(totals) if isinstance(totals, (tuple, list)) else (totals,)
         if len(totals) != len(masks) or not all(isinstance(total, int) for total in totals):
             raise ValueError(f"{HINT}: {totals} for {len(masks)} padding masks; give a Python number for each.")
-    new = [i for i, x in enumerate(masks) if x.is_inference() or _PACKINGS.get(x, (None,))[0] != x._version]
+    new = [i for i, x in enumerate(masks) if id(x) not in forward.packings]
     if not new:
         return
     live = [masks[i].to(torch.bool) for i in new]
@@ -130,13 +127,13 @@ def measure(masks: list[torch.Tensor], totals: int | Sequence[int] | None) -> No
             torch._assert_async(count[0] == total, f"{HINT} is not the sum of the attention mask")
             torch._assert_async(count[1] == 0, f"{HINT}: the attention mask has dead tokens between live ones")
     for i, x, (total, holes) in zip(new, live, known, strict=True):
-        version = None if masks[i].is_inference() else masks[i]._version
-        _PACKINGS[masks[i]] = (version, None if total == x.numel() else Packing.of_mask(x, total, holes > 0))
+        packing = None if total == x.numel() else Packing.of_mask(x, total, holes > 0)
+        forward.packings[id(masks[i])] = (masks[i], packing)
 
 
-def packing_of(mask: object, device: torch.device) -> Packing | None:
+def packing_of(forward: ForwardPass, mask: object, device: torch.device) -> Packing | None:
     """The `Packing` of a measured padding mask; None where nothing is padded or it is no padding mask."""
-    rows = _PACKINGS[mask][1] if is_padding(mask) else None
+    rows = forward.packings[id(mask)][1] if is_padding(mask) else None
     return rows if rows is None or rows.cu_seqlens.device == device else rows.to(device)
 
 
@@ -173,43 +170,26 @@ class PackedMask(MaskSpec):
         self.takes_bias = takes_bias
 
     @classmethod
-    def of_self_attention(
-        cls, mask: MaskSpec, rows: Packing, position_ids: torch.Tensor | None, bias_by_distance: bool
-    ) -> PackedMask:
+    def of_self_attention(cls, mask: MaskSpec, rows: Packing, bias_by_distance: bool) -> PackedMask:
         """The packed form of a self-attention mask.
 
         Args:
             bias_by_distance: whether a bias depends on the distance of query and key alone.
-            position_ids: `(B or 1, S)`, or None where they only count the tokens of each row. Documents whose
-                positions restart within a row are kept apart, as in a padded batch.
         """
         spec = mask.spec
         moved = isinstance(spec.query_offset, torch.Tensor) or spec.query_offset not in (None, 0)
         plain = spec.mask is None and spec.segment_ids_q is None and not moved
         windowed = spec.window_size != (None, None)
-        divided = spec if position_ids is None else mask.by_document(position_ids)
         window = dict(causal=spec.causal, window_size=spec.window_size)
         if not plain or (windowed and rows.has_holes):
             packed = None
-        elif divided is spec:
+        else:
             packed = AttentionSpec(**window, cu_seqlens_q=rows.cu_seqlens, cu_seqlens_k=rows.cu_seqlens)
-        else:
-            first = torch.arange(rows.batch, dtype=torch.int32, device=mask.device)[:, None] * (rows.length + 1)
-            ids = rows.pack(divided.segment_ids_q + first)
-            packed = AttentionSpec(**window, segment_ids_q=ids, segment_ids_k=ids)
-        if divided.segment_ids_q is None and divided.segment_ids_k is not None:
-            ids_q = divided.segment_ids_k  # queries at padding need no computation
-        else:
-            ids_q = divided.segment_ids_q
-        padded = AttentionSpec(
-            **window,
-            query_offset=spec.query_offset,
-            segment_ids_q=ids_q,
-            segment_ids_k=divided.segment_ids_k,
-            mask=spec.mask,
-        )
-        takes_bias = bias_by_distance and not rows.has_holes and packed is not None and packed.segment_ids_k is None
-        padded = MaskSpec(padded, mask.shape, mask.device, packed=divided is not spec)
+        # Queries at padding need no computation.
+        ids_q = spec.segment_ids_k if spec.segment_ids_q is None else spec.segment_ids_q
+        padded = replace_fields(spec, segment_ids_q=ids_q)
+        takes_bias = bias_by_distance and not rows.has_holes and packed is not None
+        padded = MaskSpec(padded, mask.shape, mask.device)
         return cls(packed, padded, rows, rows, takes_bias)
 
     @classmethod
@@ -229,9 +209,6 @@ class PackedMask(MaskSpec):
         """`(1, H, T, D)` each as `(B, H, S, D)`, zero at padding."""
         sides = ((query, self.rows_q), (key, self.rows_k), (value, self.rows_k))
         return tuple(rows.unpack(x.transpose(1, 2)).transpose(1, 2) for x, rows in sides)
-
-    def by_document(self, position_ids: torch.Tensor) -> AttentionSpec:
-        return self.spec  # documents were divided before packing
 
     def packed_by(self, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, dense: bool) -> AttentionSpec:
         raise ValueError(

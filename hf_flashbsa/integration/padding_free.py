@@ -15,13 +15,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from hf_flashbsa.integration.forward_pass import ForwardPass, current_pass, current_plan, enter, leave
 from hf_flashbsa.integration.mask import MaskSpec
 from hf_flashbsa.integration.packing import HINT, PackedMask, Packing, is_padding, measure, packing_of
 from hf_flashbsa.integration.register import DENSE, SPARSE
@@ -37,10 +36,9 @@ def enable_padding_free(model: nn.Module) -> None:
     logits at padding have no meaning: hidden states are zero there.
 
     A forward is packed where its 2-D `attention_mask` (or `decoder_attention_mask`) has padding, on any side or
-    between tokens, and where no key-value cache is in play: neither `past_key_values` nor `use_cache=True`. Where
+    between tokens, and where no key-value cache is in play: neither a cache that is given nor `use_cache=True`. Where
     `use_cache` is left to the config, models in training mode make no cache, and models in evaluation mode follow the
-    config and stay padded where it asks for a cache. Generation with a cache is not affected; without one, a
-    decoder-only model with "bsa_sparse" refuses the `position_ids` that `generate` makes.
+    config and stay padded where it asks for a cache. Generation with a cache is not affected.
 
     Encoder-decoder models that get `labels` and no `decoder_attention_mask` treat what lies behind a row's last
     label as padding of the targets.
@@ -99,7 +97,8 @@ def _install(model: nn.Module) -> list[nn.Module]:
             added[module] = [_before(module, _enter_stack), module.register_forward_hook(_leave, always_call=True)]
         elif takes(module, "attention_mask") and any(_is_inside(stack, name) for stack in stacks):
             # Before the hooks of others: a fused loss takes away the labels.
-            added = {module: [_before(module, _enter_model, prepend=True)]}
+            ends = module.register_forward_hook(_leave, always_call=True)
+            added = {module: [_before(module, _enter_model, prepend=True), ends]}
         else:
             continue
         for hooked, handles in added.items():
@@ -156,11 +155,16 @@ def _unknown(model: nn.Module) -> str:
 def _enter_model(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Forward pre-hook of the modules around stacks: measures their padding masks together."""
     call = Call(module, args, kwargs)
-    _measure(module, call, cached=call.get("past_key_values") is not None or bool(call.get("use_cache")))
+    _measure(enter(module), module, call, cached=_has_cache(call) or bool(call.get("use_cache")))
     return call.result()
 
 
-def _measure(module: nn.Module, call: Call, cached: bool) -> None:
+def _has_cache(call: Call) -> bool:
+    """Whether a key-value cache is given, by any of the names that Transformers has had for it."""
+    return any(call.get(name) is not None for name in ("cache", "past_key_values", "cache_params"))
+
+
+def _measure(forward: ForwardPass, module: nn.Module, call: Call, cached: bool) -> None:
     """Measures the padding masks of a call, unless a cache rules out packing."""
     totals = call.kwargs.pop(HINT, None)
     if cached:
@@ -171,7 +175,7 @@ def _measure(module: nn.Module, call: Call, cached: bool) -> None:
         if labels is not None and labels.ndim == 2 and (targets is None or targets.shape == labels.shape):
             call.set("decoder_attention_mask", _live_targets(labels))
     names = ("attention_mask", "decoder_attention_mask", "encoder_attention_mask")
-    measure([mask for name in names if is_padding(mask := call.get(name))], totals)
+    measure(forward, [mask for name in names if is_padding(mask := call.get(name))], totals)
 
 
 def _live_targets(labels: torch.Tensor) -> torch.Tensor:
@@ -188,15 +192,11 @@ class _Plan:
 
     Args:
         stack: the module.
-        outer: the plan in force around it.
         rows: how its own tokens are packed; None where it runs padded.
-        told_positions: whether the caller gave `position_ids`.
     """
 
     stack: nn.Module
-    outer: _Plan | None
     rows: Packing | None = None
-    told_positions: bool = False
     _companions: dict[int, tuple[torch.Tensor, torch.Tensor]] = dataclasses.field(default_factory=dict)
 
     def companion(self, x: torch.Tensor) -> torch.Tensor:
@@ -208,21 +208,15 @@ class _Plan:
         return self._companions[id(x)][1]
 
 
-_PLAN: ContextVar[_Plan | None] = ContextVar("padding_free_plan", default=None)
-
-#: Hidden states that a stack's end made padded -> the packed ones, for the decoder that would pack them again.
-_PACKED_STATES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
 @torch.compiler.disable
 def _enter_stack(stack: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Forward pre-hook of a stack: decides how it is packed, and packs the other stack's states for all layers."""
     call = Call(stack, args, kwargs)
     _check_implementation(stack)
-    plan = _Plan(stack, outer=_PLAN.get())
-    _PLAN.set(plan)
+    plan = _Plan(stack)
+    forward = enter(stack, plan)
     cached = _uses_cache(stack, call)
-    _measure(stack, call, cached)
+    _measure(forward, stack, call, cached)
     tokens = call.get("inputs_embeds") if call.get("input_ids") is None else call.get("input_ids")
     if cached or tokens is None:
         return call.result()
@@ -231,8 +225,8 @@ def _enter_stack(stack: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
     )
     if any(m is not None and not is_padding(m) for m in (mask, memory_mask)):  # it belongs to the padded batch
         return call.result()
-    rows = packing_of(mask, tokens.device)
-    memory_rows = None if memory is None else packing_of(memory_mask, tokens.device)
+    rows = packing_of(forward, mask, tokens.device)
+    memory_rows = None if memory is None else packing_of(forward, memory_mask, tokens.device)
     packings = [r for r in (rows, memory_rows) if r is not None]
     if not packings or any(r.total == 0 for r in packings):  # nothing to skip, or nothing left
         return call.result()
@@ -245,17 +239,16 @@ def _enter_stack(stack: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
         )
     if memory is not None:
         memory_rows = memory_rows or Packing.full(*memory.shape[:2], tokens.device)
-        call.set("encoder_hidden_states", _pack_states(memory, memory_rows))
+        call.set("encoder_hidden_states", _pack_states(forward, memory, memory_rows))
         call.set("encoder_attention_mask", PackedMask.of_cross_attention(rows, memory_rows, tokens.device))
     if takes(stack, "use_cache"):
         call.set("use_cache", False)
     plan.rows = rows
-    plan.told_positions = call.get("position_ids") is not None
     return call.result()
 
 
 def _uses_cache(stack: nn.Module, call: Call) -> bool:
-    if call.get("past_key_values") is not None:
+    if _has_cache(call):
         return True
     if not takes(stack, "use_cache"):
         return False
@@ -263,8 +256,8 @@ def _uses_cache(stack: nn.Module, call: Call) -> bool:
     return not stack.training and declared_stack(stack).makes_cache(stack) if asked is None else bool(asked)
 
 
-def _pack_states(states: torch.Tensor, rows: Packing) -> torch.Tensor:
-    made_of, version, packed = _PACKED_STATES.get(states, (None, None, None))
+def _pack_states(forward: ForwardPass, states: torch.Tensor, rows: Packing) -> torch.Tensor:
+    made_of, version, packed = forward.packed_states.get(states, (None, None, None))
     return packed if made_of is rows and version == states._version else rows.pack(states)
 
 
@@ -274,7 +267,7 @@ def _enter_layer(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
     call = Call(layer, args, kwargs)
     mask = call.get("attention_mask")
     # The mask remembers the plan for the second forward of gradient checkpointing, when the stack has been left.
-    plan = mask.derived("plan", (), _PLAN.get) if isinstance(mask, MaskSpec) else _PLAN.get()
+    plan = mask.derived("plan", (), current_plan) if isinstance(mask, MaskSpec) else current_plan()
     if plan is None or plan.rows is None:
         return None
     if not isinstance(mask, MaskSpec):
@@ -289,12 +282,7 @@ def _enter_layer(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
                 f"padding_free: {type(layer).__name__} got {tuple(hidden.shape)}, neither padded nor packed."
             )
         call.set(states, rows.pack(hidden))
-    positions = call.get("position_ids") if plan.told_positions else None
-    packed = mask.derived(
-        "packed",
-        (positions,),
-        lambda: PackedMask.of_self_attention(mask, rows, positions, declared.bias_by_distance),
-    )
+    packed = mask.derived("packed", (), lambda: PackedMask.of_self_attention(mask, rows, declared.bias_by_distance))
     call.set("attention_mask", packed)
     for name in declared.per_token:
         value = call.get(name)
@@ -326,36 +314,48 @@ def _check_companions(layer: nn.Module, call: Call, rows: Packing, declared: Lay
                 )
 
 
-def _restored(value, rows: Packing, done: dict[int, torch.Tensor]):
-    """The output of a stack with packed hidden states padded again. `done` keeps equal tensors one tensor."""
+def _restored(value, rows: Packing, done: dict[int, tuple]):
+    """The output of a stack with all that has an entry for each token padded again.
+
+    That is `(1, T, ...)`, hidden states, and `(T, ...)`, the flattened tokens of a router, wherever they lie in tuples
+    and dicts. `done` keeps equal tensors one tensor, and holds what it saw, so that ids stay their own.
+    """
     if isinstance(value, torch.Tensor):
-        if value.ndim != 3 or not rows.is_packed(value) or rows.is_padded(value):
-            return value
         if id(value) not in done:
-            padded = done[id(value)] = rows.unpack(value)
-            if padded.requires_grad:
-                _PACKED_STATES[padded] = (rows, padded._version, value)
-        return done[id(value)]
+            done[id(value)] = (value, _restored_tensor(value, rows))
+        return done[id(value)][1]
     if isinstance(value, dict):
         for key in list(value):
             value[key] = _restored(value[key], rows, done)
         return value
-    if type(value) in (tuple, list):
-        return type(value)(_restored(x, rows, done) for x in value)
+    if isinstance(value, (tuple, list)):
+        restored = [_restored(x, rows, done) for x in value]
+        return type(value)(*restored) if hasattr(value, "_fields") else type(value)(restored)
     return value
+
+
+def _restored_tensor(x: torch.Tensor, rows: Packing) -> torch.Tensor:
+    if x.ndim < 2 or rows.is_padded(x):
+        return x
+    if not rows.is_packed(x):
+        return rows.unpack(x[None]).flatten(0, 1) if x.shape[0] == rows.total else x
+    padded = rows.unpack(x)
+    forward = current_pass()
+    if padded.requires_grad and forward is not None:
+        forward.packed_states[padded] = (rows, padded._version, x)
+    return padded
 
 
 @torch.compiler.disable
 def _restore(module: nn.Module, args: tuple, output):
-    plan = _PLAN.get()
+    plan = current_plan()
     return output if plan is None or plan.rows is None else _restored(output, plan.rows, {})
 
 
 @torch.compiler.disable
-def _leave(stack: nn.Module, args: tuple, output):
-    """Forward hook of a stack, also called where its forward raised."""
-    plan = _PLAN.get()
-    if plan is None or plan.stack is not stack:  # its pre-hook raised
+def _leave(module: nn.Module, args: tuple, output):
+    """Forward hook of stacks and of the modules around them, also called where their forward raised."""
+    plan = leave(module)
+    if plan is None or plan.rows is None:
         return None
-    _PLAN.set(plan.outer)
-    return None if plan.rows is None else _restored(output, plan.rows, {})
+    return _restored(output, plan.rows, {})

@@ -23,12 +23,11 @@ from torch import nn
 
 from hf_flashbsa.config import BlockSparseConfig, Rule
 from hf_flashbsa.integration.guard import computes_own_attention
-from hf_flashbsa.integration.mask import MaskSpec, bsa_mask, documents_of, replace_fields
+from hf_flashbsa.integration.mask import MaskSpec, bsa_mask, replace_fields
 from hf_flashbsa.integration.packing import PackedMask
 from hf_flashbsa.layout import BlockLayout
 from hf_flashbsa.spec import AttentionSpec
 
-#: Short enough for an assertion on a GPU, whose message has 254 bytes at most.
 _SEVERAL_DOCUMENTS = (
     "position_ids divide rows into documents, but a layout must know where each begins: pass cu_seq_lens_q and "
     "cu_seq_lens_k instead of padding (without padding_free), or a document per row without position_ids."
@@ -43,7 +42,6 @@ class Call(NamedTuple):
 
     mask: MaskSpec
     spec: AttentionSpec
-    position_ids: torch.Tensor | None
     has_cu_seqlens: bool
     has_bias: bool
     max_length_q: int | None
@@ -136,9 +134,9 @@ def _lengths(call: Call, query: torch.Tensor, key: torch.Tensor) -> tuple[int, i
 def _by_row(call: Call) -> AttentionSpec:
     """The spec of a call whose documents each have a row, or have their beginnings known.
 
-    Raises where the host knows that a row holds several documents; else the device checks that it does not.
+    Raises where a row holds several documents.
     """
-    mask, spec, position = call.mask, call.spec, call.position_ids
+    mask, spec = call.mask, call.spec
     if spec.cu_seqlens_q is not None or spec.cu_seqlens_k is not None:
         return spec
     if call.has_cu_seqlens:
@@ -148,16 +146,7 @@ def _by_row(call: Call) -> AttentionSpec:
         )
     if mask.packed:
         raise ValueError(f"bsa_sparse: {_SEVERAL_DOCUMENTS}")
-    if position is not None and position.ndim == 2 and position.shape[1] == mask.shape[2]:
-        mask.derived("one document", (position,), lambda: _assert_one_document(mask, position))
     return mask.spec
-
-
-def _assert_one_document(mask: MaskSpec, position_ids: torch.Tensor) -> None:
-    ids = mask.spec.segment_ids_k
-    live = None if ids is None else ids >= 0
-    documents = documents_of(position_ids.to(mask.device).expand(mask.shape[0], -1), live)
-    torch._assert_async((documents <= 1).all(), f"bsa_sparse: {_SEVERAL_DOCUMENTS}")
 
 
 def _starts(mask: MaskSpec, spec: AttentionSpec, batch: int) -> torch.Tensor | None:
