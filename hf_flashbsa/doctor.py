@@ -1,4 +1,4 @@
-"""Tells what this machine can run, and why not: `python -m hf_flashbsa doctor`.
+"""Tells what this machine can run, and why not: `hf-flashbsa doctor`.
 
 Exit code 1 where the attention that this machine would use does not run, else 0.
 """

@@ -13,6 +13,7 @@ from pathlib import Path
 import doc_models
 import pytest
 
+import hf_flashbsa
 from hf_flashbsa.__main__ import COMMANDS as SUBCOMMANDS
 from hf_flashbsa.__main__ import main
 from recipes.xsum.config import load_config
@@ -166,6 +167,13 @@ def test_ci_runs_the_test_command():
 def test_hooks_run_the_ruff_that_ci_runs():
     version = re.search(r"^ruff==(.*)$", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE)[1]
     assert f"ruff-pre-commit\n    rev: v{version} " in (ROOT / ".pre-commit-config.yaml").read_text()
+
+
+def test_api_reference_has_every_public_name():
+    named = re.findall(
+        r"^::: hf_flashbsa\.(?:\w+\.)*(\w+)$", (ROOT / "docs" / "api.md").read_text(), flags=re.MULTILINE
+    )
+    assert set(hf_flashbsa.__all__) - set(named) == set()
 
 
 # Words and numbers

@@ -1,1 +1,1 @@
-"""Measures attention beside other implementations, and tunes the kernels: `python -m hf_flashbsa bench`, `tune`."""
+"""Measures attention beside other implementations, and tunes the kernels: `hf-flashbsa bench`, `tune`."""

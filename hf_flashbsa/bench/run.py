@@ -1,4 +1,4 @@
-"""Times attention beside other implementations: `python -m hf_flashbsa bench`.
+"""Times attention beside other implementations: `hf-flashbsa bench`.
 
 Each measurement runs in a worker process, so that an implementation that crashes or hangs costs one row. Device times
 are medians over repeats with a cold L2 cache and count every launch of a pass. TFLOP/s count live scores only.

@@ -1,4 +1,4 @@
-"""Searches launch configurations for this GPU: `python -m hf_flashbsa tune`.
+"""Searches launch configurations for this GPU: `hf-flashbsa tune`.
 
 Candidates compile in parallel processes first. Those that spill no registers (or, where all do, all) and compute what
 the configuration in use computes are timed; the lowest geometric mean over lengths and masks wins. Backward kernels
@@ -301,7 +301,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        print("tune needs a CUDA device; torch sees none. `python -m hf_flashbsa doctor` tells more.", file=sys.stderr)
+        print("tune needs a CUDA device; torch sees none. `hf-flashbsa doctor` tells more.", file=sys.stderr)
         return 1
     arch, shared_bytes = tuning.architecture(device), _shared_bytes(device)
     dtype = getattr(torch, options.dtype)
