@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 BIN := $(VENV)/bin
+# No notice of mkdocs-material about its successor.
+export NO_MKDOCS_2_WARNING := 1
 
 .PHONY: help demo test lint docs clean
 
