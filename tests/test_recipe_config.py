@@ -80,6 +80,14 @@ def test_yaml_exponent_without_point_is_a_number(tmp_path):
         ({"learning_rate": "fast"}, "learning_rate must be a number, got 'fast'"),
         ({"learning_rate": float("nan")}, "learning_rate must be finite"),
         ({"learning_rate": 0}, "learning_rate must be above 0"),
+        ({"learning_rate": 10**400}, "learning_rate must be finite, got a number of 401 digits"),
+        ({"seed": 99999999999}, "seed must be below 4294967296, got 99999999999"),
+        ({"seed": 10**400}, "seed must be below 4294967296"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"max_steps": 0}, "max_steps must be at least 1, got 0"),
+        ({"max_source_length": -5}, "max_source_length must be at least 2, got -5"),
+        ({"prompt_template": "Sum up:"}, "prompt_template 'Sum up:' has no {document}, the place of the text; add it"),
+        ({"text_column": "summary"}, "text_column and summary_column are both 'summary'; name two columns"),
         ({"group_by_length": "maybe"}, "group_by_length must be true or false, got 'maybe'"),
         ({"output_dir": 5}, "output_dir must be text, got 5"),
         ({"report_to": 5}, "report_to must be a list, got 5"),
@@ -133,9 +141,52 @@ def test_file_problems_are_named(tmp_path):
     broken.write_text("model: [")
     with pytest.raises(ConfigError, match=r"broken\.yaml is not valid YAML"):
         load_config(broken)
-    broken.write_text("just words")
-    with pytest.raises(ConfigError, match="must hold `name: value` lines"):
+    for text in ("just words", ""):
+        broken.write_text(text)
+        with pytest.raises(ConfigError, match="must hold `name: value` lines"):
+            load_config(broken)
+    broken.write_text("5: 1")
+    with pytest.raises(ConfigError, match="unknown option 5"):
         load_config(broken)
+    broken.write_bytes(b"output_dir: \xff")
+    with pytest.raises(ConfigError, match=r"broken\.yaml is not UTF-8 \(byte 12\); save it as UTF-8"):
+        load_config(broken)
+    broken.write_text(f"seed: {'1' * 5000}")
+    with pytest.raises(ConfigError, match=r"broken\.yaml holds a value that cannot be read: Exceeds the limit"):
+        load_config(broken)
+    with pytest.raises(ConfigError, match="cannot read config .*: Is a directory"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\nmax_steps: 4\nseed: 2\n", "'seed' is given twice, in lines 1 and 3; keep one of them"),
+        ("seed: 1\nmodel_config:\n  d_model: 8\n  model_type: t5\n  d_model: 9\n", "'d_model' .* lines 3 and 5"),
+    ],
+)
+def test_options_given_twice_are_named(tmp_path, text, message):
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=rf"config\.yaml: {message}"):
+        load_config(file)
+
+
+def test_a_file_may_merge_mappings_and_begin_with_a_byte_order_mark(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "\ufeffmodel_config: &bart {model_type: bart, d_model: 32}\nblock_sparse: {<<: *bart, d_model: 8}\n"
+        "attn_implementation: bsa_sparse\n",
+        encoding="utf-8",
+    )
+    assert load_config(file).block_sparse == {"model_type": "bart", "d_model": 8}
+
+
+def test_command_line_reaches_inside_of_its_own_mapping(path):
+    config = load_config(path(), parse("--model_config", "{model_type: t5}", "--model_config.d_model", "8"))
+    assert config.model_config == {"model_type": "t5", "d_model": 8}
+    with pytest.raises(ConfigError, match="model_config must be a mapping, got 5"):
+        load_config(path(model_config=5), parse("--model_config.d_model", "8"))
 
 
 def test_resolved_config_reads_back_equal(path, tmp_path):

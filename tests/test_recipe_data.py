@@ -1,49 +1,33 @@
-"""The XSum recipe's data: generated corpus, files, tokenizers, token ids, collators, order of an epoch."""
+"""The XSum recipe's data: generated corpus, token ids, collators, order of an epoch."""
 
-import gzip
 import hashlib
 import json
 import statistics
 
 import pytest
 import torch
-from datasets import Dataset
-from transformers import AutoTokenizer, BartConfig, BartForConditionalGeneration, GPT2Config, GPT2LMHeadModel
+from recipe_inputs import (
+    BART,
+    edit_vocabulary,
+    generated_records,  # noqa: F401 - a fixture
+    make_config,
+    trained_tokenizer,  # noqa: F401 - a fixture
+)
+from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, GPT2LMHeadModel
 
-from recipes.xsum import corpus, data
-from recipes.xsum.config import Config
+from recipes.xsum import corpus
 from recipes.xsum.corpus import generate_corpus
 from recipes.xsum.data import (
     CausalCollator,
-    DataError,
     Seq2SeqCollator,
     epoch_batches,
-    load_records,
-    load_tokenizer,
     tokenize_records,
-    train_tokenizer,
 )
 from recipes.xsum.model import summed_loss
-
-BART = {"model_type": "bart", "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
-        "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}  # fmt: skip
-
+from recipes.xsum.records import DataError, load_records
+from recipes.xsum.tokenizer import load_tokenizer
 
 DIGEST = "90906c5a12d55d561881a38ac5d2c5e083d3c19ae5604b3884173281334bbbf5"
-
-
-def make_config(**options):
-    return Config(**{"model_config": BART, "attn_implementation": "eager", "vocab_size": 600, **options})
-
-
-@pytest.fixture(scope="module")
-def records():
-    return load_records(make_config(generated_examples=40), "train")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(records):
-    return load_tokenizer(make_config(), records)
 
 
 class TestCorpus:
@@ -139,184 +123,6 @@ class TestGeneratedRecords:
         assert records["id"][0] == "train-000000"
 
 
-def write(path, text):
-    if path.suffix == ".gz":
-        with gzip.open(path, "wt", encoding="utf-8") as file:
-            file.write(text)
-    else:
-        path.write_text(text, encoding="utf-8")
-    return path
-
-
-ROWS = [{"id": 3, "document": "Ein Wörterbuch.", "summary": "Buch."}, {"document": "", "summary": "Two."}]
-
-
-def file_config(path, **options):
-    return make_config(
-        dataset="files", train_file=str(path), validation_file=str(path), test_file=str(path), **options
-    )
-
-
-class TestFiles:
-    @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz"])
-    def test_reads_lines(self, tmp_path, name):
-        path = write(tmp_path / name, "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS) + "\n\n")
-        rows = load_records(file_config(path), "validation")
-        assert rows["id"][0] == "3" and rows["id"][1].endswith("-2")
-        assert rows["document"][:] == ["Ein Wörterbuch.", ""]
-        assert rows["summary"][:] == ["Buch.", "Two."]
-
-    def test_columns_and_limits(self, tmp_path):
-        text = "".join(json.dumps({"body": str(i), "lead": "x"}) + "\n" for i in range(5))
-        config = file_config(
-            write(tmp_path / "a.jsonl", text), text_column="body", summary_column="lead", max_train_examples=2
-        )
-        assert load_records(config, "train")["document"][:] == ["0", "1"]
-        assert len(load_records(config, "test")) == 5
-
-    @pytest.mark.parametrize(
-        "name, text, message",
-        [
-            ("a.csv", "x", r"a\.csv: the name must end in one of \.jsonl"),
-            ("a.jsonl", "", "holds no record"),
-            ("a.jsonl", '{"document": "a", "summary": "b"}\n{"document": ', r"a\.jsonl, line 2: not valid JSON"),
-            ("a.json", '["a"]', "line 1: a JSON list, not an object"),
-            (
-                "a.jsonl",
-                '\n{"id": "q7", "document": "a", "title": "b"}',
-                r"line 2 \(id q7\): no 'summary', only id, document, title; set text_column",
-            ),
-            ("a.jsonl", '{"document": null, "summary": "b"}', "'document' must be text, not NoneType"),
-        ],
-    )
-    def test_errors_name_place_and_remedy(self, tmp_path, name, text, message):
-        config = file_config(write(tmp_path / name, text))
-        with pytest.raises(DataError, match=message):
-            load_records(config, "train")
-
-    def test_missing_file(self, tmp_path):
-        with pytest.raises(DataError, match="no such file.*dataset: generated"):
-            load_records(file_config(tmp_path / "none.jsonl"), "train")
-
-    @pytest.mark.parametrize("name, content", [("a.jsonl.gz", b"no gzip"), ("a.jsonl", b'{"document": "\xff"}')])
-    def test_wrong_bytes(self, tmp_path, name, content):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(DataError, match="cannot be read.*must be UTF-8"):
-            load_records(file_config(tmp_path / name), "train")
-
-    def test_truncated_gzip(self, tmp_path):
-        path = write(tmp_path / "a.jsonl.gz", "\n".join(json.dumps(ROWS[0]) for _ in range(200)))
-        path.write_bytes(path.read_bytes()[:-30])
-        with pytest.raises(DataError, match="cannot be read"):
-            load_records(file_config(path), "train")
-
-    def test_split_without_file(self, tmp_path):
-        path = write(tmp_path / "a.jsonl", json.dumps(ROWS[0]))
-        config = make_config(
-            dataset="files", train_file=str(path), validation_file=str(path), final_split="validation"
-        )
-        with pytest.raises(DataError, match="set test_file"):
-            load_records(config, "test")
-
-
-class TestHub:
-    def test_reads_the_parquet_branch(self, monkeypatch):
-        seen = {}
-
-        def fake(name, **options):
-            seen.update(name=name, **options)
-            return Dataset.from_dict({"summary": ["a", "b"], "document": ["c", "d"], "id": [1, 2], "x": [0, 0]})
-
-        monkeypatch.setattr(data, "load_dataset", fake)
-        rows = load_records(make_config(dataset="hub", max_eval_examples=1), "test")
-        assert rows.to_list() == [{"id": "1", "document": "c", "summary": "a"}]
-        assert seen == {"name": "EdinburghNLP/xsum", "revision": "refs/convert/parquet", "split": "test"}
-
-    def test_unreachable(self, monkeypatch):
-        def fake(name, **options):
-            raise ConnectionError(f"Couldn't reach {name!r} on the Hub")
-
-        monkeypatch.setattr(data, "load_dataset", fake)
-        with pytest.raises(DataError, match="Couldn't reach.*dataset: files.*dataset: generated"):
-            load_records(make_config(dataset="hub"), "train")
-
-    def test_missing_column(self, monkeypatch):
-        monkeypatch.setattr(data, "load_dataset", lambda *_, **__: Dataset.from_dict({"article": ["a"]}))
-        with pytest.raises(DataError, match="no 'document', only article"):
-            load_records(make_config(dataset="hub", dataset_name="a/b"), "train")
-
-
-class TestTokenizer:
-    def test_trained_like_barts(self, tokenizer, records):
-        assert [tokenizer.convert_tokens_to_ids(t) for t in ("<s>", "<pad>", "</s>", "<unk>")] == [0, 1, 2, 3]
-        assert (tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1, 2)
-        assert len(tokenizer) == 600
-        for text in (records["document"][0], "Grüße, £5 – ok"):
-            ids = tokenizer(text)["input_ids"]
-            assert ids[0] == 0 and ids[-1] == 2
-            assert tokenizer.decode(ids, skip_special_tokens=True) == text
-
-    def test_training_repeats(self, tokenizer, records):
-        assert train_tokenizer(records, 600).get_vocab() == tokenizer.get_vocab()
-
-    def test_survives_saving(self, tokenizer, records, tmp_path):
-        tokenizer.save_pretrained(tmp_path)
-        text = records["document"][1]
-        for loaded in (AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(file_less(tmp_path), records)):
-            assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
-            assert loaded.pad_token_id == 1
-
-    @pytest.mark.parametrize("model_end, pad_id", [("bart", 1), ("gpt2", 0)])
-    def test_bare_vocabulary(self, tokenizer, records, tmp_path, model_end, pad_id):
-        tokenizer.backend_tokenizer.model.save(str(tmp_path))
-        if model_end == "gpt2":
-            edit_vocabulary(tmp_path, {"<s>": "<|endoftext|>", "<pad>": "<a>", "</s>": "<b>", "<unk>": "<c>"})
-        loaded = load_tokenizer(file_less(tmp_path), records)
-        assert loaded.pad_token_id == pad_id
-        assert loaded.eos_token_id == (2 if model_end == "bart" else 0)
-        assert loaded.padding_side == "right"
-        text = records["summary"][0]
-        inner = tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert loaded(text, add_special_tokens=False)["input_ids"] == inner
-        assert loaded(text)["input_ids"] == ([0, *inner, 2] if model_end == "bart" else inner)
-
-    def test_bare_vocabulary_of_another_kind(self, tokenizer, records, tmp_path):
-        tokenizer.backend_tokenizer.model.save(str(tmp_path))
-        edit_vocabulary(tmp_path, {"<s>": "[CLS]"})
-        with pytest.raises(DataError, match="neither BART's special tokens"):
-            load_tokenizer(file_less(tmp_path), records)
-
-    def test_stored_truncation_is_not_applied(self, tokenizer, records, tmp_path):
-        # Pegasus' tokenizer.json holds a truncation at 192 tokens, left over from its training.
-        tokenizer.save_pretrained(tmp_path)
-        stored = json.loads((tmp_path / "tokenizer.json").read_text())
-        stored["truncation"] = {"max_length": 8, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
-        (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
-        config = make_config(tokenizer=str(tmp_path), max_source_length=50)
-        tokens = tokenize_records(records.select([0]), load_tokenizer(config, records), config, "seq2seq")
-        assert len(tokens["input_ids"][0]) == 50
-
-    def test_no_end_token(self, tokenizer, records, tmp_path):
-        tokenizer.save_pretrained(tmp_path)
-        path = tmp_path / "tokenizer_config.json"
-        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "eos_token"}))
-        with pytest.raises(DataError, match="no end token"):
-            load_tokenizer(file_less(tmp_path), records)
-
-    def test_nothing_there(self, records, tmp_path):
-        with pytest.raises(DataError, match="cannot load tokenizer.*vocab.json and merges.txt"):
-            load_tokenizer(file_less(tmp_path), records)
-
-
-def file_less(folder):
-    return make_config(tokenizer=str(folder))
-
-
-def edit_vocabulary(folder, renamed):
-    vocabulary = json.loads((folder / "vocab.json").read_text())
-    (folder / "vocab.json").write_text(json.dumps({renamed.get(token, token): i for token, i in vocabulary.items()}))
-
-
 class TestTokenIds:
     def test_seq2seq(self, records, tokenizer):
         config = make_config(max_source_length=100, max_target_length=12)
@@ -344,14 +150,15 @@ class TestTokenIds:
             assert (" " + record["summary"]).startswith(tokenizer.decode(target[:-1]))
             assert row["length"] == len(row["input_ids"])
 
-    @pytest.mark.parametrize(
-        "template, message",
-        [("TL;DR:", r"has no \{document\}"), ("{document}" + " summary" * 40, "leaves no room")],
-    )
-    def test_prompt_errors(self, records, tokenizer, template, message):
-        config = make_config(prompt_template=template, max_source_length=30)
-        with pytest.raises(DataError, match=message):
+    def test_prompt_that_leaves_no_room(self, records, tokenizer):
+        config = make_config(prompt_template="{document}" + " summary" * 40, max_source_length=30)
+        with pytest.raises(DataError, match="leaves no room"):
             tokenize_records(records, tokenizer, config, "causal")
+
+    @pytest.mark.parametrize("name", ["max_source_length", "max_target_length"])
+    def test_lengths_that_leave_no_room(self, records, tokenizer, name):
+        with pytest.raises(DataError, match=f"{name} 2 leaves no room for text.*adds 2 special tokens.*raise {name}"):
+            tokenize_records(records, tokenizer, make_config(**{name: 2}), "seq2seq")
 
 
 def alone(rows, collator, model):

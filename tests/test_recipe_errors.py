@@ -1,8 +1,10 @@
 """Errors of the training script: one line that names cause and remedy, nothing written, nothing lost."""
 
 import json
+import shutil
 
 import pytest
+from datasets import Dataset
 from recipe_runs import (
     BART,
     command,
@@ -15,6 +17,11 @@ from recipe_runs import (
 )
 
 from recipes.xsum import train as script
+from recipes.xsum.config import load_config
+from recipes.xsum.corpus import generate_corpus
+from recipes.xsum.tokenizer import load_tokenizer
+
+BERT = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 def error_of(capsys, config, out, *argv):
@@ -43,7 +50,21 @@ def test_errors_come_without_traceback_from_the_real_script(tmp_path):
         ({"require_cuda": True}, "require_cuda: true needs a CUDA device, but this run would be on cpu"),
         ({"report_to": ["tensorbord"]}, "report_to: 'tensorbord' is not installed or unknown; installed: "),
         ({"per_device_batch_size": 64}, "40 training documents do not fill one batch of 64"),
-        ({"max_source_length": 256}, "need 256 positions, but the model has 128"),
+        ({"max_source_length": 256}, "max_source_length 256: 256 positions needed, but the model has 128 (max_pos"),
+        ({"max_new_tokens": 129, "rouge": "end"}, "max_new_tokens 129: 129 positions needed, but the model has 128"),
+        ({"prompt_template": "Sum up: {document}"}, "prompt_template 'Sum up: {document}' is for decoder-only models"),
+        ({"max_source_length": 2}, "max_source_length 2 leaves no room for text: the tokenizer adds 2 special tokens"),
+        ({"seed": 2**32}, "seed must be below 4294967296, got 4294967296"),
+        ({"model_config": BART | {"d_model": -32}}, "model_config: d_model must not be negative, got -32"),
+        ({"model_config": BART | {"d_model": 0}}, "cannot build bart with attn_implementation sdpa: "),
+        ({"model_config": {"model_type": "encoder-decoder"}}, "encoder-decoder is made of several models"),
+        ({"model_config": BERT}, "bert is an encoder, whose tokens see the ones that they are to predict; use an enc"),
+        ({"model_config": {"model_type": "xlnet"}}, "xlnet is an encoder, whose tokens see"),
+        (
+            {"model_config": {"model_type": "vit"}},
+            "vit writes no text from text, so it cannot be trained here; use an",
+        ),
+        ({"model_config": {"model_type": "whisper"}}, "whisper writes no text from text, so it cannot be trained"),
         ({"model_config": {"model_type": "bartt"}}, "unknown model_type 'bartt'; did you mean bart?"),
         ({"model_config": BART | {"d_modle": 8}}, "bart has no model_config field 'd_modle'; did you mean d_model?"),
         ({"model_config": BART | {"d_model": "wide"}}, "model_config does not make a bart config"),
@@ -112,3 +133,39 @@ def test_loss_that_is_no_number_ends_the_run(capsys, tmp_path):
     assert script.main([*command(config, tmp_path / "run")[2:]]) == 2
     assert "error: the loss is nan at step 2" in capsys.readouterr().err
     assert steps_logged(tmp_path / "run") == 1
+
+
+def test_older_run_without_a_tokenizer_in_model(capsys, tmp_path):
+    run = run_main(tmp_path)
+    for path in (run / "model").glob("tokenizer*"):
+        path.unlink()
+    capsys.readouterr()
+    config = write_config(tmp_path / "next", model_config=None, model=str(run / "model"))
+    error = error_of(capsys, config, tmp_path / "out")
+    assert f"tokenizer '{run / 'model'}' has an empty vocabulary: its files are missing there; set tokenizer" in error
+    config = write_config(tmp_path / "next", model_config=None, model=str(run))
+    assert error_of(capsys, config, tmp_path / "out").endswith(f"; did you mean {run / 'model'}?")
+    (run / "model" / "model.safetensors").write_bytes(b"0123456789abcdef")
+    options = {"model": str(run / "model"), "tokenizer": str(run / "tokenizer"), "model_config": None}
+    error = error_of(capsys, write_config(tmp_path / "next", **options), tmp_path / "out")
+    assert error.startswith(f"error: cannot build {run / 'model'} with attn_implementation sdpa: ")
+
+
+def test_tokenizers_of_other_models(capsys, tmp_path):
+    run = run_main(tmp_path)
+    capsys.readouterr()
+    settings = json.loads((run / "tokenizer" / "tokenizer_config.json").read_text())
+    other = tmp_path / "other"
+    shutil.copytree(run / "tokenizer", other)
+    (other / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<unk>"}))
+    options = {"model": str(run / "model"), "model_config": None, "tokenizer": str(other)}
+    error = error_of(capsys, write_config(tmp_path / "next", **options), tmp_path / "out")
+    assert f"tokenizer '{other}' ends a text with id 3, but model '{run / 'model'}' with 2: it looks like an" in error
+    larger = load_tokenizer(load_config(write_config(tmp_path / "a", vocab_size=420)), load_corpus())
+    larger.save_pretrained(other)
+    error = error_of(capsys, write_config(tmp_path / "next", **options), tmp_path / "out")
+    assert "the tokenizer has 420 entries, but the model's vocab_size is 400; use the model's own tokenizer" in error
+
+
+def load_corpus():
+    return Dataset.from_list(generate_corpus(40, 0, "train"))

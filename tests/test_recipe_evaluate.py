@@ -18,10 +18,12 @@ from rouge_score.scoring import BootstrapAggregator
 from recipes.xsum import evaluate
 from recipes.xsum.config import Config
 from recipes.xsum.corpus import generate_corpus
-from recipes.xsum.data import CausalCollator, Seq2SeqCollator, load_records, load_tokenizer, tokenize_records
+from recipes.xsum.data import CausalCollator, Seq2SeqCollator, tokenize_records
 from recipes.xsum.evaluate import evaluate_loss, generate_summaries, loss_batches
 from recipes.xsum.model import build_model, summed_loss
+from recipes.xsum.records import load_records
 from recipes.xsum.rouge import KINDS, rouge_scores
+from recipes.xsum.tokenizer import load_tokenizer, pretrained_tokenizer
 
 ROOT = Path(__file__).parents[1]
 MODELS = {
@@ -235,6 +237,18 @@ def read(run_dir):
     return rows, json.loads((run_dir / "rouge.json").read_text())
 
 
+def empty(folder, besides=""):
+    for path in folder.iterdir():
+        if path.name != besides:
+            path.unlink()
+
+
+def larger_tokenizer(folder):
+    tokenizer = pretrained_tokenizer(folder)
+    tokenizer.add_tokens(["<another>"])
+    tokenizer.save_pretrained(folder)
+
+
 class TestScript:
     def test_writes_scores_and_predictions(self, setup, accelerator, run_dir, capsys):
         assert evaluate.main([str(run_dir)]) == 0
@@ -289,11 +303,21 @@ class TestScript:
         [
             (lambda run: (run / "config.yaml").unlink(), [], "cannot read config"),
             (lambda run: (run / "model").rename(run / "gone"), [], "has no model/: finish the run with train.py"),
+            (lambda run: empty(run / "tokenizer"), [], "cannot load tokenizer"),
+            (lambda run: empty(run / "tokenizer", besides="tokenizer_config.json"), [], "cannot load tokenizer"),
+            (lambda run: empty(run / "tokenizer"), ["--checkpoint", "untrained"], "cannot load tokenizer"),
+            (
+                lambda run: (run / "model/model.safetensors").write_bytes(b"0" * 9),
+                [],
+                "/model with attn_implementation",
+            ),
+            (lambda run: larger_tokenizer(run / "tokenizer"), [], "entries, but the model's vocab_size is"),
             (lambda run: None, ["--max_eval_examples", "0"], "max_eval_examples must be at least 1"),
         ],
     )
     def test_errors(self, run_dir, capsys, spoil, arguments, message):
         spoil(run_dir)
         assert evaluate.main([str(run_dir), *arguments]) == 2
-        assert message in capsys.readouterr().err
+        error = capsys.readouterr().err.strip()
+        assert error.startswith("error: ") and message in error and "\n" not in error
         assert not (run_dir / "rouge.json").exists()

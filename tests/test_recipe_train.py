@@ -23,8 +23,9 @@ from safetensors.torch import load_file
 
 from recipes.xsum import train as script
 from recipes.xsum.config import load_config
-from recipes.xsum.data import load_records, load_tokenizer
 from recipes.xsum.loop import Interrupted, StopSignal
+from recipes.xsum.records import load_records
+from recipes.xsum.tokenizer import load_tokenizer
 
 # 10 steps an epoch; step 12 is in the middle of the second one. Both kinds of dropout draw random numbers.
 FULL = {

@@ -17,15 +17,16 @@ from recipe_runs import (
 )
 from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING as MODEL_TYPES
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BertModel, get_scheduler
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, BertModel, get_scheduler
 from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.trainer_pt_utils import LabelSmoother
 
 import hf_flashbsa
 from recipes.xsum.config import load_config
-from recipes.xsum.data import load_records, load_tokenizer
 from recipes.xsum.loop import learning_rate_at
 from recipes.xsum.model import attention_layers, attention_record, build_model, summed_loss
+from recipes.xsum.records import load_records
+from recipes.xsum.tokenizer import load_tokenizer
 
 
 def close(one, other, rel=1e-5):
@@ -76,9 +77,13 @@ def test_attention_implementations_start_alike_and_see_the_same_data(tmp_path):
 
 def test_training_starts_from_saved_weights(tmp_path):
     first = run_main(tmp_path, name="first")
-    start = {"model": str(first / "model"), "model_config": None, "tokenizer": str(first / "tokenizer")}
-    second = run_main(tmp_path, name="second", **start, learning_rate=1e-12, max_steps=1)
-    assert lines(second)[-1]["eval_loss"] == pytest.approx(lines(first)[-1]["eval_loss"], rel=1e-6)
+    start = {"model": str(first / "model"), "model_config": None}
+    for name, tokenizer in (("saved with it", {}), ("named", {"tokenizer": str(first / "tokenizer")})):
+        second = run_main(tmp_path, name=name, **start, **tokenizer, learning_rate=1e-12, max_steps=1)
+        assert lines(second)[-1]["eval_loss"] == pytest.approx(lines(first)[-1]["eval_loss"], rel=1e-6)
+        assert lines(second)[0]["source_tokens"] == lines(first)[0]["source_tokens"]
+    saved, own = (AutoTokenizer.from_pretrained(first / folder) for folder in ("model", "tokenizer"))
+    assert saved.get_vocab() == own.get_vocab() and saved("A storm.")["input_ids"] == own("A storm.")["input_ids"]
 
 
 def test_evaluation_leaves_training_untouched(tmp_path):

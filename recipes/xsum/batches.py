@@ -20,11 +20,11 @@ from recipes.xsum.data import (
     Seq2SeqCollator,
     budget_batches,
     epoch_batches,
-    load_records,
-    load_tokenizer,
     tokenize_records,
 )
 from recipes.xsum.model import IGNORED_LABEL
+from recipes.xsum.records import load_records
+from recipes.xsum.tokenizer import load_tokenizer
 
 Collator = Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
 
@@ -42,6 +42,9 @@ class RunData:
     def __init__(self, config: Config, accelerator: Accelerator, tokenizer_folder: Path | None) -> None:
         self.config, self.accelerator = config, accelerator
         architecture = config.architecture  # a model that does not exist is known before documents are read
+        config.check_prompt()
+        if config.seed + accelerator.num_processes > 2**32:
+            raise ConfigError(f"seed {config.seed}: each process adds its rank, beyond 2**32 - 1; lower it")
         with accelerator.main_process_first():
             self.records = {split: load_records(config, split) for split in config.splits}
             name = config.tokenizer if tokenizer_folder is None else str(tokenizer_folder)

@@ -79,7 +79,7 @@ class Config:
     group_by_length: bool = option(True, "batch documents of similar length: less padding")
 
     # Optimisation
-    seed: int = option(0, "initial weights, data order and dropout", low=0)
+    seed: int = option(0, "initial weights, data order and dropout", low=0, below=2**32)
     max_steps: int | None = option(None, "number of optimiser steps; wins over num_epochs", low=1)
     num_epochs: int = option(1, "passes over the training documents", low=1)
     per_device_batch_size: int = option(8, "documents of a forward pass on one device", low=1)
@@ -147,6 +147,12 @@ class Config:
                 )
         elif given := [name for name in files if getattr(self, name) is not None]:
             raise ConfigError(f"{given[0]} is read only with dataset: files, not with dataset: {self.dataset}")
+        if self.text_column == self.summary_column:
+            raise ConfigError(f"text_column and summary_column are both {self.text_column!r}; name two columns")
+        if "{document}" not in self.prompt_template:
+            raise ConfigError(
+                f"prompt_template {self.prompt_template!r} has no {{document}}, the place of the text; add it"
+            )
         if len(self.adam_betas) != 2:
             raise ConfigError(f"adam_betas needs two numbers, got {self.adam_betas}")
         if self.min_new_tokens > self.max_new_tokens:
@@ -168,10 +174,22 @@ class Config:
 
     @functools.cached_property
     def architecture(self) -> str:
-        """Either "seq2seq" or "causal" (decoder-only), read from the model's Transformers config."""
-        from recipes.xsum.model import transformers_config
+        """Either "seq2seq" or "causal" (decoder-only), read from the model's Transformers config.
 
-        return "seq2seq" if transformers_config(self).is_encoder_decoder else "causal"
+        Raises `ConfigError` for a model that cannot be found, and for any other architecture.
+        """
+        from recipes.xsum.model import architecture_of, transformers_config
+
+        return architecture_of(transformers_config(self))
+
+    def check_prompt(self) -> None:
+        """Raise `ConfigError` where `prompt_template` is given and an encoder-decoder would not read it."""
+        default = type(self).prompt_template
+        if self.architecture == "seq2seq" and self.prompt_template != default:
+            raise ConfigError(
+                f"prompt_template {self.prompt_template!r} is for decoder-only models, and this one is an "
+                "encoder-decoder, which reads the bare document; leave prompt_template out"
+            )
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
@@ -187,26 +205,56 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     """Read `path` (YAML), apply `overrides` (name -> value or text; `model_config.x` reaches inside), check all.
 
     Raises:
-        ConfigError: unreadable file, unknown name (with the nearest valid one), wrong type, value out of range.
+        ConfigError: unreadable file, unknown name (with the nearest valid one), a name given twice, wrong type, value
+            out of range.
     """
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read config {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    values = _read_yaml(path)
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold `name: value` lines")
     for name, value in (overrides or {}).items():
         outer, _, inner = name.partition(".")
         if inner and outer in MAPPINGS:
-            values[outer] = {**(values.get(outer) or {}), inner: _from_text(value)}
+            values[outer] = {**(_coerce(outer, values.get(outer), _TYPES[outer]) or {}), inner: _from_text(value)}
         else:
             values[name] = value
     for name in values:
         if name not in NAMES:
-            raise ConfigError(f"unknown option {name!r}{suggest(name, NAMES)}")
+            raise ConfigError(f"unknown option {name!r}{suggest(str(name), NAMES)}")
     return Config(**{name: _coerce(name, value, _TYPES[name]) for name, value in values.items()})
+
+
+def _read_yaml(path: str | Path) -> Any:
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        _check_unique(yaml.compose(text, Loader=yaml.SafeLoader), path, set())
+        return yaml.safe_load(text)
+    except OSError as error:
+        raise ConfigError(f"cannot read config {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path} holds a value that cannot be read: {first_line(error)}") from None
+
+
+def _check_unique(node: yaml.Node | None, path: str | Path, seen: set[int]) -> None:
+    """Raise `ConfigError` where a mapping of the document names a key twice: YAML would take the last."""
+    if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _check_unique(item, path, seen)
+        return
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if isinstance(key, yaml.ScalarNode) and (first := lines.setdefault(key.value, line)) != line:
+            raise ConfigError(f"{path}: {key.value!r} is given twice, in lines {first} and {line}; keep one of them")
+        _check_unique(value, path, seen)
 
 
 def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict]:
@@ -230,6 +278,11 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
             raise ConfigError(f"unknown argument {name!r}{suggest(key, own, '--')}")
         overrides[key] = value if separator else unknown.pop(0)
     return namespace, overrides
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" :")
 
 
 def suggest(name: str, valid: Iterable[str], prefix: str = "") -> str:
@@ -263,7 +316,10 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
         return [_coerce(name, item, typing.get_args(hint)[0]) for item in value]
     parsed = value if hint is str else _from_text(value)
     if hint is float and isinstance(parsed, int) and not isinstance(parsed, bool):
-        parsed = float(parsed)
+        try:
+            parsed = float(parsed)
+        except OverflowError:
+            raise ConfigError(f"{name} must be finite, got a number of {len(str(parsed))} digits") from None
     if not isinstance(parsed, hint) or (hint is int and isinstance(parsed, bool)):
         kind = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a mapping"}[hint]
         raise ConfigError(f"{name} must be {kind}, got {value!r}")
@@ -276,7 +332,7 @@ def _check_limits(name: str, value: Any, limits: Mapping[str, Any]) -> None:
             raise ConfigError(f"{name} must be one of {', '.join(limits['choices'])}; got {item!r}")
         if not isinstance(item, (int, float)) or isinstance(item, bool):
             continue
-        if not math.isfinite(item):
+        if isinstance(item, float) and not math.isfinite(item):
             raise ConfigError(f"{name} must be finite, got {item}")
         for limit, wrong, words in (
             (limits["low"], lambda x, bound: x < bound, "at least"),

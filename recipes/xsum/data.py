@@ -1,200 +1,16 @@
-"""From documents and summaries to batches: records, tokenizer, token ids, collators, order of an epoch."""
+"""From documents and summaries to batches: token ids, collators, order of an epoch."""
 
-import gzip
-import json
 import random
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-from datasets import Dataset, Value, load_dataset
-from datasets.exceptions import DatasetsError
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    AutoTokenizer,
-    DataCollatorForSeq2Seq,
-    GPT2TokenizerFast,
-    PreTrainedTokenizerFast,
-    RobertaTokenizerFast,
-)
+from datasets import Dataset
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 
 from recipes.xsum.config import Config
-from recipes.xsum.corpus import generate_corpus
 from recipes.xsum.model import IGNORED_LABEL
-
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
-
-
-class DataError(ValueError):
-    """Data or a tokenizer that cannot be used; the message names the place and the remedy."""
-
-
-# Records
-
-
-def load_records(config: Config, split: str) -> Dataset:
-    """The documents of `split` ("train", "validation" or "test") with columns `id`, `document` and `summary`.
-
-    Raises:
-        DataError: missing, empty or unreadable file; broken line; missing column; Hub out of reach.
-    """
-    limit = config.max_train_examples if split == "train" else config.max_eval_examples
-    if config.dataset == "generated":
-        # A held-out split has no size of its own: a tenth of the training split unless limited.
-        available = config.generated_examples if split == "train" else limit or -(-config.generated_examples // 10)
-        rows = generate_corpus(min(limit or available, available), config.corpus_seed, split)
-        return Dataset.from_list(rows)
-    if config.dataset == "hub":
-        return _load_hub(config, split, limit)
-    path = getattr(config, f"{split}_file")
-    if path is None:
-        raise DataError(f"no {split} documents: set {split}_file")
-    return Dataset.from_list(_read_rows(Path(path), config, limit))
-
-
-def _load_hub(config: Config, split: str, limit: int | None) -> Dataset:
-    try:
-        # XSum's main branch holds a loading script, which datasets no longer runs; the Hub keeps every data set as
-        # Parquet on this branch too.
-        rows = load_dataset(config.dataset_name, revision="refs/convert/parquet", split=split)
-    except (DatasetsError, OSError, ValueError) as error:
-        raise DataError(
-            f"cannot load {split} of {config.dataset_name!r} from the Hub: {_first_line(error)}; check the name and "
-            "the connection, or use dataset: files with your own JSON lines, or dataset: generated"
-        ) from error
-    for column in (config.text_column, config.summary_column):
-        if column not in rows.column_names:
-            raise DataError(_missing_column(config.dataset_name, column, rows.column_names))
-    if limit is not None:
-        rows = rows.select(range(min(limit, len(rows))))
-    if "id" not in rows.column_names:
-        rows = rows.add_column("id", [f"{split}-{i}" for i in range(len(rows))])
-    names = {"id": "id", config.text_column: "document", config.summary_column: "summary"}
-    rows = rows.select_columns(list(names)).rename_columns({old: new for old, new in names.items() if old != new})
-    return rows.cast_column("id", Value("string"))
-
-
-def _read_rows(path: Path, config: Config, limit: int | None) -> list[dict[str, str]]:
-    if not path.name.endswith(SUFFIXES):
-        raise DataError(f"{path}: the name must end in one of {', '.join(SUFFIXES)}")
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; give a path that exists, or use dataset: generated")
-    rows = []
-    for number, line in _read_lines(path):
-        if limit is not None and len(rows) == limit:
-            break
-        rows.append(_parse_row(line, f"{path}, line {number}", f"{path.stem}-{number}", config))
-    if not rows:
-        raise DataError(f"{path}: the file holds no record; it needs one JSON object a line")
-    return rows
-
-
-def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, with their numbers."""
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, line
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}; it must be UTF-8, compressed if it ends in .gz") from error
-
-
-def _parse_row(line: str, place: str, default_id: str, config: Config) -> dict[str, str]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{place}: not valid JSON: {error}; each line must be one JSON object") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{place}: a JSON {type(row).__name__}, not an object; each line must be one record")
-    for column in (config.text_column, config.summary_column):
-        if column not in row:
-            raise DataError(_missing_column(f"{place} (id {row.get('id', default_id)})", column, row))
-        if not isinstance(row[column], str):
-            kind = type(row[column]).__name__
-            raise DataError(f"{place} (id {row.get('id', default_id)}): {column!r} must be text, not {kind}")
-    return {
-        "id": str(row.get("id", default_id)),
-        "document": row[config.text_column],
-        "summary": row[config.summary_column],
-    }
-
-
-def _missing_column(place: str, column: str, present: Any) -> str:
-    return f"{place}: no {column!r}, only {', '.join(present)}; set text_column and summary_column to fit"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-# Tokenizer
-
-
-def load_tokenizer(config: Config, records: Dataset) -> PreTrainedTokenizerFast:
-    """`config.tokenizer`, else the model's own, else (a model from scratch) a byte-level BPE trained on `records`.
-
-    A name is one on the Hub or a local folder; a folder may hold no more than `vocab.json` and `merges.txt`. The
-    tokenizer pads on the right, and with its end token where it has no padding token of its own (GPT-2).
-
-    Raises:
-        DataError: nothing that can be loaded, or no end token.
-    """
-    name = config.tokenizer or config.model
-    if name is None:
-        return train_tokenizer(records, config.vocab_size)
-    try:
-        tokenizer = _load_bare_vocabulary(Path(name)) or AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"cannot load tokenizer {name!r}: {_first_line(error)}; give a name on the Hub or a folder that holds "
-            "tokenizer.json, or vocab.json and merges.txt"
-        ) from error
-    if tokenizer.eos_token is None:
-        raise DataError(f"tokenizer {name!r} has no end token, without which no summary would end; use another one")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"
-    return tokenizer
-
-
-def _load_bare_vocabulary(folder: Path) -> PreTrainedTokenizerFast | None:
-    """The tokenizer of a folder with a byte-level vocabulary and nothing that names its class, else None."""
-    present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if not {"vocab.json", "merges.txt"} <= present or present & {"tokenizer.json", "tokenizer_config.json"}:
-        return None
-    vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-    if {"<s>", "</s>", "<pad>"} <= vocabulary.keys():
-        return RobertaTokenizerFast.from_pretrained(folder)  # BART's differs in the name only
-    if "<|endoftext|>" in vocabulary:
-        return GPT2TokenizerFast.from_pretrained(folder)
-    raise ValueError("vocab.json has neither BART's special tokens (<s>) nor GPT-2's (<|endoftext|>)")
-
-
-def train_tokenizer(records: Dataset, vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of the documents and summaries, with BART's special tokens at BART's ids.
-
-    The same records give the same tokenizer.
-    """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    texts = (f"{row['document']}\n{row['summary']}" for row in records)
-    tokenizer.train_from_iterator(texts, trainer, length=len(records))
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>",
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>")],
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-    )
-
+from recipes.xsum.records import DataError
+from recipes.xsum.tokenizer import check_tokenizer
 
 # Token ids
 
@@ -210,8 +26,9 @@ def tokenize_records(
     so that the whole prompt, template included, has at most `max_source_length` tokens.
 
     Raises:
-        DataError: a prompt template without `{document}`, or too long.
+        DataError: a tokenizer that cannot read the documents, or limits that leave no room for them.
     """
+    check_tokenizer(tokenizer, records)
     if architecture == "seq2seq":
         encode = _Seq2SeqEncoder(tokenizer, config)
     else:
@@ -223,6 +40,13 @@ class _Seq2SeqEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, config: Config):
         self.tokenizer = tokenizer
         self.max_source_length, self.max_target_length = config.max_source_length, config.max_target_length
+        special = tokenizer.num_special_tokens_to_add()
+        for name in ("max_source_length", "max_target_length"):
+            if getattr(config, name) <= special:
+                raise DataError(
+                    f"{name} {getattr(config, name)} leaves no room for text: the tokenizer adds {special} special "
+                    f"tokens to each; raise {name}"
+                )
 
     def __call__(self, rows: dict[str, list[str]]) -> dict[str, list]:
         inputs = self.tokenizer(rows["document"], truncation=True, max_length=self.max_source_length)["input_ids"]
@@ -232,9 +56,7 @@ class _Seq2SeqEncoder:
 
 class _CausalEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, config: Config):
-        before, slot, after = config.prompt_template.partition("{document}")
-        if not slot:
-            raise DataError(f"prompt_template {config.prompt_template!r} has no {{document}} in it")
+        before, _, after = config.prompt_template.partition("{document}")
         self.tokenizer = tokenizer
         # Tokenizers that begin every text with a token (Llama's) begin the prompt with it.
         starts = [tokenizer.bos_token_id] if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else []
@@ -242,7 +64,8 @@ class _CausalEncoder:
         self.document_length = config.max_source_length - len(self.before) - len(self.after)
         if self.document_length < 1:
             raise DataError(
-                f"prompt_template leaves no room for a document in max_source_length {config.max_source_length}"
+                f"prompt_template leaves no room for a document in max_source_length {config.max_source_length}; "
+                "shorten it, or raise max_source_length"
             )
         self.summary_length = config.max_target_length - 1
 

@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -39,9 +36,20 @@ from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 import hf_flashbsa  # noqa: F401 - registers bsa_dense
 from recipes.xsum.checkpoint import write_atomically
 from recipes.xsum.config import Config, ConfigError, load_config
-from recipes.xsum.data import DataError, load_records, tokenize_records
-from recipes.xsum.model import IGNORED_LABEL, apply_layouts, build_model, check_attention, summed_loss
+from recipes.xsum.data import tokenize_records
+from recipes.xsum.model import (
+    IGNORED_LABEL,
+    apply_layouts,
+    build_model,
+    check_attention,
+    check_vocabulary,
+    load_weights,
+    summed_loss,
+    transformers_config,
+)
+from recipes.xsum.records import DataError, load_records
 from recipes.xsum.rouge import rouge_scores
+from recipes.xsum.tokenizer import pretrained_tokenizer
 
 # Loss
 
@@ -205,21 +213,21 @@ def load_trained(
     """A run's final model, or the one it began with, and its tokenizer; the model in float32 on the CPU.
 
     Raises:
-        ConfigError: no finished run there.
+        ConfigError: no finished run there, or a model and a tokenizer that do not belong together.
+        DataError: a tokenizer that cannot be loaded.
     """
     folders = [run_dir / "tokenizer"] + ([] if untrained else [run_dir / "model"])
     for folder in folders:
         if not folder.is_dir():
             raise ConfigError(f"{run_dir} has no {folder.name}/: finish the run with train.py --resume")
-    tokenizer = AutoTokenizer.from_pretrained(run_dir / "tokenizer")
+    tokenizer = pretrained_tokenizer(run_dir / "tokenizer")
     if untrained:
         set_seed(config.seed)
         return build_model(config, tokenizer), tokenizer
-    encoder_decoder = AutoConfig.from_pretrained(run_dir / "model").is_encoder_decoder
-    auto = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
-    # The saved model does not say how it attends.
-    options = {"attn_implementation": config.attn_implementation, "dtype": torch.float32}
-    model = auto.from_pretrained(run_dir / "model", **options)
+    saved = replace(config, model=str(run_dir / "model"), model_config=None)
+    model_config = transformers_config(saved)
+    check_vocabulary(tokenizer, model_config)
+    model = load_weights(saved, model_config)
     apply_layouts(config, model)
     return model, tokenizer
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +14,8 @@ from accelerate import Accelerator
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import (
     CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -19,16 +24,24 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import is_flash_attn_2_available
 
 import hf_flashbsa
-from recipes.xsum.config import Config, ConfigError, suggest
+from recipes.xsum.config import Config, ConfigError, first_line, suggest
 from recipes.xsum.flash_attention_2 import MISSING, REPAIRED
+from recipes.xsum.tokenizer import vocabulary_size
+
+logger = logging.getLogger(__name__)
 
 IGNORED_LABEL = -100  # a position of the labels where no token is predicted
 # What the model families of Transformers call the two kinds of dropout.
 DROPOUT_NAMES = ("dropout", "activation_dropout", "dropout_rate", "resid_pdrop", "embd_pdrop")
 ATTENTION_DROPOUT_NAMES = ("attention_dropout", "attn_pdrop")
+#: Families of encoders from which Transformers makes language models too; causal only where their config says so.
+ENCODERS = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation", "xlnet"}
+#: Fields of a Transformers config that count or measure something.
+SIZES = re.compile(r"(^|_)(layers?|heads|dim|size|positions|d_model|d_ff|d_kv|n_embd|n_head|n_layer|n_positions)$")
 
 
 def check_attention(config: Config, device: torch.device) -> None:
@@ -60,7 +73,7 @@ def block_layouts(config: Config) -> hf_flashbsa.BlockSparseConfig | None:
     try:
         return hf_flashbsa.BlockSparseConfig.from_dict(config.block_sparse)
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"block_sparse: {_first_line(error)}") from error
+        raise ConfigError(f"block_sparse: {first_line(error)}") from error
 
 
 def apply_layouts(config: Config, model: PreTrainedModel) -> None:
@@ -85,21 +98,47 @@ def transformers_config(config: Config) -> PreTrainedConfig:
     if config.model is not None:
         try:
             return AutoConfig.from_pretrained(config.model)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot load model {config.model!r}: {_first_line(error)}") from error
+        except Exception as error:  # each family reads its own fields, with its own kinds of error
+            inner = Path(config.model) / "model"
+            hint = f"; did you mean {inner}?" if (inner / "config.json").is_file() else ""
+            raise ConfigError(f"cannot load model {config.model!r}: {first_line(error)}{hint}") from error
     values = dict(config.model_config)
-    kind = values.pop("model_type")
+    kind = str(values.pop("model_type"))
     if kind not in CONFIG_MAPPING:
-        raise ConfigError(f"unknown model_type {kind!r}{suggest(str(kind), CONFIG_MAPPING)}")
-    default = CONFIG_MAPPING[kind]()
+        raise ConfigError(f"unknown model_type {kind!r}{suggest(kind, CONFIG_MAPPING)}")
+    try:
+        default = CONFIG_MAPPING[kind]()
+    except Exception as error:  # models made of others, such as encoder-decoder
+        raise ConfigError(f"model_type {kind!r} cannot be made from fields alone: {first_line(error)}") from error
     valid = {*default.to_dict(), *default.attribute_map}
-    for name in values:
+    for name, value in values.items():
         if name not in valid:
-            raise ConfigError(f"{kind} has no model_config field {name!r}{suggest(name, valid)}")
+            raise ConfigError(f"{kind} has no model_config field {name!r}{suggest(str(name), valid)}")
+        if isinstance(value, (int, float)) and value < 0 and SIZES.search(name):
+            raise ConfigError(f"model_config: {name} must not be negative, got {value}")
     try:
         return CONFIG_MAPPING[kind](**values)
     except Exception as error:  # each family validates its own fields, with its own kinds of error
-        raise ConfigError(f"model_config does not make a {kind} config: {_first_line(error)}") from error
+        raise ConfigError(f"model_config does not make a {kind} config: {first_line(error)}") from error
+
+
+def architecture_of(model_config: PreTrainedConfig) -> str:
+    """ "seq2seq" for encoder-decoders, "causal" for decoder-only language models.
+
+    Raises `ConfigError` for all others. Transformers makes language models of encoders too, whose tokens see the ones
+    that they are to predict.
+    """
+    kind, usable = model_config.model_type, "use an encoder-decoder (bart, t5) or a decoder-only model (llama, gpt2)"
+    seq2seq = model_config.is_encoder_decoder
+    is_encoder = kind in ENCODERS or getattr(model_config, "use_bidirectional_attention", None) is True
+    is_causal = getattr(model_config, "is_decoder", False) or getattr(model_config, "causal", False)
+    if is_encoder and not is_causal and not seq2seq:
+        raise ConfigError(f"{kind} is an encoder, whose tokens see the ones that they are to predict; {usable}")
+    if type(model_config) not in (MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if seq2seq else MODEL_FOR_CAUSAL_LM_MAPPING):
+        raise ConfigError(f"{kind} writes no text from text, so it cannot be trained here; {usable}")
+    if not hasattr(model_config, "vocab_size"):
+        raise ConfigError(f"{kind} is made of several models, each with its own config; {usable}")
+    return "seq2seq" if seq2seq else "causal"
 
 
 def build_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -113,23 +152,10 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTraine
     _set_dropout(model_config, "dropout", config.dropout, DROPOUT_NAMES)
     _set_dropout(model_config, "attention_dropout", config.attention_dropout, ATTENTION_DROPOUT_NAMES)
     _check_lengths(config, model_config)
-    if len(tokenizer) > model_config.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {len(tokenizer)} entries, but the model's vocab_size is {model_config.vocab_size}; "
-            "use the model's own tokenizer (tokenizer: none) or a larger vocab_size"
-        )
-    auto = AutoModelForSeq2SeqLM if config.architecture == "seq2seq" else AutoModelForCausalLM
-    options = {"attn_implementation": config.attn_implementation, "dtype": torch.float32}
-    try:
-        if config.model is None:
-            model = auto.from_config(model_config, **options)
-        else:
-            model = auto.from_pretrained(config.model, config=model_config, **options)
-    except (OSError, ValueError, ImportError) as error:
-        what = config.model or model_config.model_type
-        raise ConfigError(
-            f"cannot build {what} with attn_implementation {config.attn_implementation}: {_first_line(error)}"
-        ) from error
+    check_vocabulary(tokenizer, model_config)
+    if config.model is not None and config.tokenizer is not None:
+        _check_end_token(config, tokenizer, model_config)
+    model = load_weights(config, model_config)
     apply_layouts(config, model)
     if config.gradient_checkpointing:
         # Renamed after Transformers 5.17; the old name warns.
@@ -138,8 +164,52 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTraine
     return model
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+def load_weights(config: Config, model_config: PreTrainedConfig) -> PreTrainedModel:
+    """The weights of `config.model`, or random ones where that is None; float32, on the CPU.
+
+    Raises `ConfigError` where they cannot be loaded or made.
+    """
+    auto = AutoModelForSeq2SeqLM if architecture_of(model_config) == "seq2seq" else AutoModelForCausalLM
+    # A saved model does not say how it attends.
+    options = {"attn_implementation": config.attn_implementation, "dtype": torch.float32}
+    try:
+        if config.model is None:
+            return auto.from_config(model_config, **options)
+        return auto.from_pretrained(config.model, config=model_config, **options)
+    except Exception as error:  # damaged files, sizes that do not fit: each with its own kind of error
+        what = config.model or model_config.model_type
+        raise ConfigError(
+            f"cannot build {what} with attn_implementation {config.attn_implementation}: {first_line(error)}"
+        ) from error
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig) -> None:
+    """Raise `ConfigError` where the model has no embedding for an id of the tokenizer."""
+    size = vocabulary_size(tokenizer)
+    if size > model_config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {size} entries, but the model's vocab_size is {model_config.vocab_size}; "
+            "use the model's own tokenizer (tokenizer: none) or a larger vocab_size"
+        )
+
+
+def _check_end_token(config: Config, tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig) -> None:
+    """Tell by the end token a tokenizer that belongs to another model.
+
+    An encoder-decoder's is fixed by its pre-training. Decoder-only models are trained on with those of their chat
+    versions too, so that a difference is only logged.
+    """
+    ends = getattr(model_config, "eos_token_id", None)
+    ends = ends if isinstance(ends, (list, tuple)) else [ends]
+    if ends == [None] or tokenizer.eos_token_id in ends:
+        return
+    message = (
+        f"tokenizer {config.tokenizer!r} ends a text with id {tokenizer.eos_token_id}, but model {config.model!r} "
+        f"with {' or '.join(map(str, ends))}: it looks like another model's; leave tokenizer out for the model's own"
+    )
+    if model_config.is_encoder_decoder:
+        raise ConfigError(message)
+    logger.warning(message)
 
 
 def _adopt_tokenizer(model_config: PreTrainedConfig, given: dict, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -147,7 +217,7 @@ def _adopt_tokenizer(model_config: PreTrainedConfig, given: dict, tokenizer: Pre
     # Families start the decoder with the end token (BART) or with padding (T5, Pegasus).
     starts_with_eos = getattr(model_config, "decoder_start_token_id", None) == model_config.eos_token_id
     values = {
-        "vocab_size": len(tokenizer),
+        "vocab_size": vocabulary_size(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -172,17 +242,26 @@ def _set_dropout(model_config: PreTrainedConfig, option: str, value: float | Non
 
 
 def _check_lengths(config: Config, model_config: PreTrainedConfig) -> None:
-    positions = getattr(model_config, "max_position_embeddings", None)
-    if positions is None:  # relative positions, as T5's
-        return
-    longest = max(config.max_source_length, config.max_target_length)
-    if not model_config.is_encoder_decoder:
-        longest = config.max_source_length + config.max_target_length
-    if longest > positions:
-        raise ConfigError(
-            f"max_source_length {config.max_source_length} and max_target_length {config.max_target_length} need "
-            f"{longest} positions, but the model has {positions} (max_position_embeddings)"
-        )
+    """Raise `ConfigError` where documents or summaries, given or written, outgrow the model's positions."""
+    positions = getattr(model_config, "max_position_embeddings", None)  # none: relative ones, as T5's
+    written = 0 if config.rouge == "never" else config.max_new_tokens
+    source, target = config.max_source_length, config.max_target_length
+    if model_config.is_encoder_decoder:
+        needs = {
+            f"max_source_length {source}": (source, "max_encoder_position_embeddings"),  # LED's
+            f"max_target_length {target}": (target, "max_decoder_position_embeddings"),
+            f"max_new_tokens {written}": (written, "max_decoder_position_embeddings"),
+        }
+    else:
+        needs = {
+            f"max_source_length {source} and max_target_length {target}": (source + target, ""),
+            f"max_source_length {source} and max_new_tokens {written}": (source + written, ""),
+        }
+    for options, (length, name) in needs.items():
+        limit = getattr(model_config, name, positions)
+        if limit is not None and length > limit:
+            field = name if hasattr(model_config, name) else "max_position_embeddings"
+            raise ConfigError(f"{options}: {length} positions needed, but the model has {limit} ({field}); lower it")
 
 
 def build_optimizer(config: Config, model: torch.nn.Module) -> torch.optim.AdamW:

@@ -32,7 +32,6 @@ import hf_flashbsa  # noqa: F401 - registers bsa_dense
 from recipes.xsum.batches import RunData
 from recipes.xsum.checkpoint import check_run_dir, load_checkpoint, open_run_dir, save_checkpoint
 from recipes.xsum.config import Config, ConfigError, load_config, parse_arguments
-from recipes.xsum.data import DataError
 from recipes.xsum.display import Display, quiet_libraries
 from recipes.xsum.evaluate import (
     evaluate_loss,
@@ -53,6 +52,7 @@ from recipes.xsum.model import (
     prepare,
     training_loss,
 )
+from recipes.xsum.records import DataError
 from recipes.xsum.rouge import rouge_scores
 
 #: What gloo's threads are given to end their work; they take microseconds.
@@ -165,13 +165,15 @@ class Training:
             self.meter.pause()
 
     def finish(self) -> None:
-        """Save model/ and score it on the held-out split."""
+        """Save model/, with the tokenizer that it needs, and score it on the held-out split."""
         self.accelerator.unwrap_model(self.model).save_pretrained(
             self.run_dir / "model",
             state_dict=self.accelerator.get_state_dict(self.model),
             is_main_process=self.accelerator.is_main_process,
             save_function=self.accelerator.save,
         )
+        if self.accelerator.is_main_process:
+            self.data.tokenizer.save_pretrained(self.run_dir / "model")
         with self.stop:
             self._evaluate(self.config.final_split, with_rouge=self.config.rouge != "never", final=True)
         self.display.say(f"finished: {self.run_dir}")
