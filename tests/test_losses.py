@@ -1,6 +1,9 @@
 """The fused loss: equal to Transformers' own in value and gradients, never with logits, and nothing else changed."""
 
 import copy
+import inspect
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -144,17 +147,137 @@ def test_without_any_label():
     assert model(**inputs).loss.isnan()  # as torch's mean of nothing
 
 
-def test_evaluation_has_no_smoothing_and_makes_no_logits():
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_evaluation_has_no_smoothing_and_makes_logits_unless_told(return_dict):
     model, inputs = biased("bart").eval(), labelled("bart", "right")
-    expected = model(**inputs).loss
+    expected = model(**inputs)
     enable_fused_loss(model, label_smoothing=0.5)
     with torch.no_grad():
-        output = model(**inputs)
-    torch.testing.assert_close(output.loss, expected)
-    assert output.logits is None and output.encoder_last_hidden_state is not None
-    loss, *rest = model(**inputs, return_dict=False)
-    torch.testing.assert_close(loss, expected)
-    assert all(part.shape[-1] != model.config.vocab_size for part in rest if isinstance(part, torch.Tensor))
+        whole, short = (model(**inputs, skip_logits=skip, return_dict=return_dict) for skip in (None, True))
+    torch.testing.assert_close(whole[0], expected.loss)
+    torch.testing.assert_close(whole[1], expected.logits)
+    torch.testing.assert_close(short[0], expected.loss)
+    vocabulary = model.config.vocab_size
+    assert all(x.shape[-1] != vocabulary for x in short[1:] if isinstance(x, torch.Tensor))
+    torch.testing.assert_close(short[-1], expected.encoder_last_hidden_state)
+
+
+def test_training_may_ask_for_logits():
+    model, inputs = biased("t5"), labelled("t5", "right")
+    expected = by_logits(model, inputs)
+    enable_fused_loss(model)
+    assert distance(losses(model, inputs | {"skip_logits": False}), expected) < 1e-5
+    assert model(**inputs, skip_logits=False).logits.shape[:2] == inputs["labels"].shape
+
+
+@pytest.mark.parametrize("name", ["bart", "llama"])
+def test_labels_by_position(name):
+    model, inputs = biased(name), labelled(name, "right")
+    expected = by_logits(model, inputs, 0.2)
+    enable_fused_loss(model, label_smoothing=0.2)
+    names = [*inspect.signature(type(model).forward).parameters][1:]
+    call = [inputs.get(key) for key in names[: names.index("labels") + 1]]
+    model.zero_grad()
+    loss = model(*call).loss
+    loss.backward()
+    found = loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert distance(found, expected) < 1e-5
+
+
+def test_concurrent_calls_have_their_own_loss(monkeypatch):
+    """`DataParallel` runs replicas, which share their hooks, in threads."""
+    model = biased("bart", "sdpa").eval()
+    batches = [labelled("bart", "right", batch=batch) for batch in (2, 3)]
+    expected = [model(**inputs).loss for inputs in batches]
+    enable_fused_loss(model)
+    both, one = threading.Barrier(2), threading.Lock()
+
+    def wait(*_):
+        both.wait(60)
+
+    model.get_encoder().register_forward_hook(wait)
+    plain = module._loss
+
+    def in_turn(*args):  # Triton's interpreter runs one kernel at a time
+        with one:
+            return plain(*args)
+
+    monkeypatch.setattr(module, "_loss", in_turn)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda inputs: model(**inputs, skip_logits=True).loss, batches))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    messages = []
+    monkeypatch.setattr(module.logger, "warning_once", messages.append)
+    return messages
+
+
+@pytest.mark.parametrize("name", ["bart", "t5", "llama"])
+def test_logits_in_training_are_warned_of(name, warnings):
+    model, inputs = biased(name), labelled(name, "right")
+    enable_fused_loss(model)
+    model(**inputs).loss.backward()
+    labels = inputs.pop("labels")
+    with torch.no_grad():
+        model(**inputs)
+    model.eval()(**inputs)
+    model.generate(input_ids=inputs["input_ids"], max_new_tokens=2)
+    assert not warnings
+    model.train()(**inputs)
+    assert len(warnings) == 1 and "called without labels" in warnings[0] and "label_smoothing_factor" in warnings[0]
+    if model.config.is_encoder_decoder:
+        model.forward(**inputs, labels=labels)
+        assert len(warnings) == 2
+
+
+@pytest.mark.parametrize("option", ["label_smoothing_factor", "compute_loss_func"])
+def test_trainers_that_take_the_labels_away_are_warned_of(option, warnings, tmp_path):
+    model, inputs = biased("bart", "sdpa"), labelled("bart", "right")
+    enable_fused_loss(model)
+    smoothing = {option: 0.1} if option == "label_smoothing_factor" else {}
+    own = {option: lambda outputs, labels, **_: outputs.logits.sum()} if option == "compute_loss_func" else {}
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=1, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, **smoothing
+    )
+    rows = [{key: value[0] for key, value in inputs.items()}]
+    transformers.Trainer(model, arguments, train_dataset=rows, **own).train()
+    assert warnings and "called without labels" in warnings[0]
+
+
+@pytest.mark.parametrize("name", ["bart", "llama"])
+def test_a_head_replaced_since_is_an_error(name):
+    peft = pytest.importorskip("peft")
+    model, inputs = biased(name, "sdpa"), labelled(name, "right")
+    enable_fused_loss(model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["lm_head"]))
+    with pytest.raises(ValueError, match="the head of .* was replaced since .*; call enable_fused_loss again"):
+        adapted(**inputs)
+
+
+def test_resized_embeddings_need_it_again():
+    model, inputs = biased("bart", "sdpa", tie_word_embeddings=False), labelled("bart", "right")
+    enable_fused_loss(model)
+    model.resize_token_embeddings(model.config.vocab_size + 3)
+    with pytest.raises(ValueError, match="call enable_fused_loss again"):
+        model(**inputs)
+    expected = model.forward(**inputs).loss  # past the hooks
+    enable_fused_loss(model)
+    torch.testing.assert_close(model(**inputs).loss, expected)
+
+
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_adapters_within_the_layers(name):
+    peft = pytest.importorskip("peft")
+    targets = {"bart": ["q_proj", "fc1"], "t5": ["q", "wi"]}[name]
+    torch.manual_seed(0)
+    model, inputs = biased(name, "sdpa"), labelled(name, "right")
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, init_lora_weights=False))
+    expected = by_logits(model, inputs, 0.1)
+    enable_fused_loss(model, label_smoothing=0.1)
+    assert distance(losses(model, inputs), expected) < 1e-5
 
 
 def test_a_frozen_body_still_trains_the_head():

@@ -10,14 +10,18 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from hf_flashbsa.integration.stacks import Call
+
+logger = logging.get_logger(__name__)
 
 _IGNORED = -100
 _HANDLES = "_fused_loss_handles"
@@ -36,16 +40,22 @@ _KNOWN = frozenset(
 
 
 def enable_fused_loss(model: nn.Module, label_smoothing: float = 0.0) -> None:
-    """Lets `model(..., labels=labels)` return its loss without making logits (`output.logits` is None).
+    """Lets `model(..., labels=labels)` return its loss without making logits: in training `output.logits` is None.
 
-    Loss and gradients are those of Transformers up to rounding: the mean over all labels but -100. As decoder-only
-    models do, encoder-decoders take `num_items_in_batch` too: the loss is then the sum, divided by it. Calls without
-    labels and `generate` are not affected. One backward pass per forward: the operator's gradients are made in the
-    forward pass and scaled in place. The host waits for the device behind the decoder, where targets are counted, and
-    once more in the backward pass.
+    Loss and gradients are those of Transformers up to rounding: the mean over all labels but -100. Where the call
+    gives `num_items_in_batch`, as Transformers' `Trainer` does, the loss is the sum divided by it. Transformers' own
+    loss ignores that in encoder-decoders: with N gradient accumulation steps the `Trainer`'s loss and gradients of a
+    plain BART or T5 are N times too large, and those of the fused loss are right.
 
-    Under autocast `final_logits_bias` is rounded to the logits' type. Decoder-only models run liger-kernel's own
-    integration, which leaves out the logits in training mode only.
+    Evaluation mode makes the logits too, for metrics, unless the call has `skip_logits=True`; `skip_logits=False`
+    makes them in training. Both are liger-kernel's conventions, whose own integration decoder-only models run. Calls
+    without labels and `generate` are not affected. In training such calls log a warning once, since they make logits:
+    the `Trainer`'s `label_smoothing_factor` and `compute_loss_func` take the labels away, so use `label_smoothing`
+    here instead.
+
+    One backward pass per forward: the operator's gradients are made in the forward pass and scaled in place. The host
+    waits for the device behind the decoder, where targets are counted, and once more in the backward pass. Under
+    autocast `final_logits_bias` is rounded to the logits' type.
 
     Args:
         model: an encoder-decoder (BART, mBART, Pegasus, Marian, T5, mT5) or a decoder-only model that liger-kernel
@@ -57,7 +67,8 @@ def enable_fused_loss(model: nn.Module, label_smoothing: float = 0.0) -> None:
     Raises:
         ImportError: liger-kernel is not installed.
         RuntimeError: there is no GPU.
-        ValueError: a model whose loss is not known, or whose head is not a plain linear layer.
+        ValueError: a model whose loss is not known, or whose head is not a plain linear layer; in a later call, a head
+            that was replaced since.
     """
     _check_environment()
     if not 0 <= label_smoothing < 1:
@@ -112,6 +123,26 @@ def _liger_function(module: PreTrainedModel) -> Callable | None:
     return functions.get(module.config.model_type) if is_causal else None
 
 
+def _warn_of_logits(head: nn.Module, args: tuple) -> None:
+    """A pre-hook of the head: says once that training makes the logits that the fused loss was to save."""
+    if not torch.compiler.is_compiling() and head.training and torch.is_grad_enabled():
+        logger.warning_once(
+            "enable_fused_loss: training makes logits, because the model was called without labels (or by its "
+            "`forward`, past its hooks), so no memory is saved. Transformers' Trainer takes the labels away for "
+            "label_smoothing_factor and compute_loss_func: leave both out, and give "
+            "enable_fused_loss(model, label_smoothing=...)."
+        )
+
+
+def _replaced_head(model: PreTrainedModel) -> ValueError:
+    head = type(model.get_output_embeddings()).__name__
+    return ValueError(
+        f"enable_fused_loss: the head of {type(model).__name__}, a {head}, was replaced since "
+        "(resize_token_embeddings, adapters, quantisation), and the fused loss would pass it over; call "
+        "enable_fused_loss again, and leave adapters off the head."
+    )
+
+
 # Decoder-only models
 
 
@@ -120,14 +151,21 @@ def _enable_decoder_only(model: PreTrainedModel, label_smoothing: float) -> list
 
     others = ("rope", "rms_norm", "layer_norm", "swiglu", "geglu", "cross_entropy")
     _apply_liger_kernel_to_instance(model, fused_linear_cross_entropy=True, **dict.fromkeys(others, False))
-    if not label_smoothing:
-        return []
+    position = Call(model, (), {}).names["labels"]
 
-    def smooth(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        given = kwargs.get("labels") is not None and model.training
-        return args, {**kwargs, "label_smoothing": label_smoothing} if given else kwargs
+    def before_model(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if hasattr(model.get_output_embeddings(), "base_layer"):  # an adapter's, whose weight is that of the base
+            raise _replaced_head(model)
+        labels = args[position] if position < len(args) else kwargs.get("labels")
+        given = labels is not None or kwargs.get("shift_labels") is not None
+        if not (label_smoothing and given and model.training):
+            return None
+        return args, {**kwargs, "label_smoothing": label_smoothing}
 
-    return [model.register_forward_pre_hook(smooth, with_kwargs=True)]
+    return [
+        model.register_forward_pre_hook(before_model, with_kwargs=True),
+        model.get_output_embeddings().register_forward_pre_hook(_warn_of_logits),
+    ]
 
 
 # Encoder-decoder models
@@ -143,46 +181,62 @@ def _enable_encoder_decoder(model: PreTrainedModel, label_smoothing: float) -> l
     ]
 
 
+@dataclasses.dataclass
+class _Pending:
+    """The loss of a call that is running."""
+
+    loss_of: Callable[[nn.Linear, torch.Tensor], torch.Tensor]
+    skip_logits: bool
+    loss: torch.Tensor | None = None
+
+
 class _FusedLoss:
     """The hooks of one model. They hide the labels from its forward, and leave its head no states to project."""
 
     def __init__(self, label_smoothing: float) -> None:
         self._label_smoothing = label_smoothing
-        self._loss_of: Callable[[nn.Linear, torch.Tensor], torch.Tensor] | None = None
-        self._loss: torch.Tensor | None = None
+        # By thread: the replicas of `DataParallel` share these hooks, and each runs in a thread of its own.
+        self._pending: dict[int, _Pending] = {}
 
     @torch.compiler.disable
     def before_model(self, model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         call = Call(model, args, kwargs)
-        items = call.kwargs.pop("num_items_in_batch", None)
+        items, skip_logits = call.kwargs.pop("num_items_in_batch", None), call.kwargs.pop("skip_logits", None)
         labels = call.get("labels")
         if labels is None:
             return call.result()
+        head = model.get_output_embeddings()
+        if self.before_head not in getattr(head, "_fsdp_wrapped_module", head)._forward_pre_hooks.values():
+            raise _replaced_head(model)
         if call.get("decoder_input_ids") is None and call.get("decoder_inputs_embeds") is None:
             call.set("decoder_input_ids", model.prepare_decoder_input_ids_from_labels(labels))
         call.set("labels", None)
         call.set("use_cache", False)
         bias = getattr(model, "final_logits_bias", None)
         smoothing = self._label_smoothing if model.training else 0.0
-        self._loss_of = lambda head, states: _loss(states, head.weight, labels, bias, smoothing, items)
+        self._pending[threading.get_ident()] = _Pending(
+            lambda head, states: _loss(states, head.weight, labels, bias, smoothing, items),
+            model.training if skip_logits is None else skip_logits,
+        )
         return call.result()
 
     @torch.compiler.disable
     def before_head(self, head: nn.Linear, args: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
-        if self._loss_of is None:
-            return None
-        self._loss = self._loss_of(head, args[0])
-        return (args[0][:, :0],)
+        pending = self._pending.get(threading.get_ident())
+        if pending is None:
+            return _warn_of_logits(head, args)
+        pending.loss = pending.loss_of(head, args[0])
+        return (args[0][:, :0],) if pending.skip_logits else None
 
     @torch.compiler.disable
     def after_model(self, model: PreTrainedModel, args: tuple, output: Any) -> Any:
         """Also called where the forward raised: nothing may be left for the next one."""
-        loss, self._loss, self._loss_of = self._loss, None, None
-        if loss is None or output is None:
+        pending = self._pending.pop(threading.get_ident(), None)
+        if pending is None or output is None:
             return None
         if isinstance(output, tuple):
-            return (loss, *output[1:])
-        return dataclasses.replace(output, loss=loss, logits=None)
+            return (pending.loss, *output[1 if pending.skip_logits else 0 :])
+        return dataclasses.replace(output, loss=pending.loss, logits=None if pending.skip_logits else output.logits)
 
 
 def _loss(
