@@ -204,13 +204,13 @@ MAPPINGS = ("model_config", "block_sparse")
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
     """Read `path` (YAML), apply `overrides` (name -> value or text; `model_config.x` reaches inside), check all.
 
+    A file with `extends: OTHER` holds its differences from OTHER, whose path is relative to the file's own folder.
+
     Raises:
-        ConfigError: unreadable file, unknown name (with the nearest valid one), a name given twice, wrong type, value
-            out of range.
+        ConfigError: unreadable file, files that extend each other in a circle, unknown name (with the nearest valid
+            one), a name given twice, wrong type, value out of range.
     """
-    values = _read_yaml(path)
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold `name: value` lines")
+    values = _read_options(Path(path))
     for name, value in (overrides or {}).items():
         outer, _, inner = name.partition(".")
         if inner and outer in MAPPINGS:
@@ -221,6 +221,26 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         if name not in NAMES:
             raise ConfigError(f"unknown option {name!r}{suggest(str(name), NAMES)}")
     return Config(**{name: _coerce(name, value, _TYPES[name]) for name, value in values.items()})
+
+
+def _read_options(path: Path, extending: tuple[Path, ...] = ()) -> dict:
+    """The options of a file over those of the file that it extends; each option is replaced whole, mappings too.
+
+    `extending` are the files on the way here.
+    """
+    values = _read_yaml(path)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold `name: value` lines")
+    if "extends" not in values:
+        return values
+    base = values.pop("extends")
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: extends must be the path of a config file, got {base!r}")
+    path, target = path.resolve(), (path.parent / base).resolve()
+    if target in (*extending, path):
+        way = f", by way of {path}" if target != path else ""
+        raise ConfigError(f"{target} extends itself{way}; name another file")
+    return {**_read_options(target, (*extending, path)), **values}
 
 
 def _read_yaml(path: str | Path) -> Any:
