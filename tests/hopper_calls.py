@@ -11,7 +11,7 @@ from hf_flashbsa.kernels import hopper, launch
 
 #: Kernels of a call that has to repeat bit by bit, and of one that need not.
 KERNELS = ("forward", "dq", "dkdv")
-KERNELS_OF_SUMS = ("forward", "sums")
+FUSED_KERNELS = ("forward", "fused_backward")
 
 
 @contextlib.contextmanager
@@ -22,20 +22,20 @@ def every_call_on_hopper(programs: int, choice: int = 0) -> Iterator[Counter]:
     from hf_flashbsa.kernels.hopper import launchers
 
     entries = {}
-    for kernel in {*KERNELS, *KERNELS_OF_SUMS}:
+    for kernel in {*KERNELS, *FUSED_KERNELS}:
         listed = {}
         for entry in hopper._entries(kernel):
             options = listed.setdefault(entry["head_dim"], [])
             if entry["options"] not in options:
                 options.append(entry["options"])
         entries[kernel] = [
-            {"head_dim": head_dim, "shortest": 1, "options": options[choice % len(options)]}
+            {"head_dim": head_dim, "min_seqlen": 1, "options": options[choice % len(options)]}
             for head_dim, options in listed.items()
         ]
-    launched, launcher_of = Counter(), hopper.launcher_of
+    launched, select_launcher = Counter(), hopper.select_launcher
 
     def counted(kernel: str, *arguments):
-        found = launcher_of(kernel, *arguments)
+        found = select_launcher(kernel, *arguments)
         launched[kernel, found is not None] += 1
         return found
 
@@ -44,7 +44,7 @@ def every_call_on_hopper(programs: int, choice: int = 0) -> Iterator[Counter]:
         with (
             mock.patch.object(launchers, "_multiprocessors", lambda device: programs),
             mock.patch.object(hopper, "_entries", entries.__getitem__),
-            mock.patch.object(hopper, "launcher_of", counted),
+            mock.patch.object(hopper, "select_launcher", counted),
         ):
             yield launched
     finally:

@@ -68,7 +68,7 @@ def works(options: argparse.Namespace) -> Iterator[Work]:
                 for head_dim in (64, 128):
                     yield f"{name} {head_dim} {launches}", functools.partial(_gpu_test, launches, name, head_dim)
         for name in test_hopper_gpu.SPECS:
-            yield f"{name}, sums", functools.partial(_gpu_test, (132, 0), name, 64, deterministic=False)
+            yield f"{name}, fused backward", functools.partial(_gpu_test, (132, 0), name, 64, deterministic=False)
     random_cases = run_cases.parse(["--hopper", "--out", "-", *(["--unordered"] if options.unordered else [])])
     for seed in range(options.seed0, options.seed0 + options.cases):
         yield f"case {seed}", functools.partial(_case, seed, random_cases)

@@ -31,22 +31,27 @@ ALLOWED = {
     "hf_flashbsa.kernels": {"torch", "hf_flashbsa.kernels"},
     "hf_flashbsa.kernels.autograd": {"torch", "hf_flashbsa.kernels", "hf_flashbsa.spec"},
     "hf_flashbsa.kernels.records": set(),
-    "hf_flashbsa.kernels.primitives": {"triton", "hf_flashbsa.kernels.dropout", "hf_flashbsa.kernels.records"},
+    "hf_flashbsa.kernels.tables": set(),
+    "hf_flashbsa.kernels.primitives": {
+        "triton", "hf_flashbsa.kernels.dropout", "hf_flashbsa.kernels.records", "hf_flashbsa.kernels.tables",
+    },
     "hf_flashbsa.kernels.rows": {"triton", "hf_flashbsa.kernels.primitives"},
     "hf_flashbsa.kernels.sums": {"triton", "hf_flashbsa.kernels.rows"},
     "hf_flashbsa.kernels.forward": {"triton", "hf_flashbsa.kernels.primitives", "hf_flashbsa.kernels.records"},
     "hf_flashbsa.kernels.backward": {
         "triton", "hf_flashbsa.kernels.primitives", "hf_flashbsa.kernels.records", "hf_flashbsa.kernels.rows",
+        "hf_flashbsa.kernels.tables",
     },
     "hf_flashbsa.kernels.launch": {"torch", "triton", "hf_flashbsa.kernels.tuning"},
     "hf_flashbsa.kernels.arguments": {
-        "torch", "hf_flashbsa.kernels.dropout", "hf_flashbsa.kernels.primitives", "hf_flashbsa.kernels.records",
-        "hf_flashbsa.kernels.state",
+        "torch", "hf_flashbsa.kernels.dropout", "hf_flashbsa.kernels.records", "hf_flashbsa.kernels.state",
+        "hf_flashbsa.kernels.tables",
     },
     "hf_flashbsa.kernels.hopper": {
         "torch", "triton", "hf_flashbsa.kernels.arguments", "hf_flashbsa.kernels.hopper", "hf_flashbsa.kernels.launch",
         "hf_flashbsa.kernels.primitives", "hf_flashbsa.kernels.records", "hf_flashbsa.kernels.rows",
-        "hf_flashbsa.kernels.state", "hf_flashbsa.kernels.sums", "hf_flashbsa.kernels.tuning",
+        "hf_flashbsa.kernels.state", "hf_flashbsa.kernels.sums", "hf_flashbsa.kernels.tables",
+        "hf_flashbsa.kernels.tuning",
     },
     "hf_flashbsa.kernels.triton_backend": {"torch", "triton", "hf_flashbsa.kernels"},
     "hf_flashbsa.attention": {

@@ -10,8 +10,8 @@ import triton.language as tl
 from hf_flashbsa.kernels import dropout
 from hf_flashbsa.kernels.arguments import _as_int32
 from hf_flashbsa.kernels.dropout import drop_threshold, keep_mask, keep_scale
-from hf_flashbsa.kernels.primitives import dropout_keep, dropout_words
-from hf_flashbsa.kernels.records import Score
+from hf_flashbsa.kernels.primitives import dropout_keep, dropout_row_words
+from hf_flashbsa.kernels.records import ScoreMod
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEEDS = (0, 1, 0x9E3779B97F4A7C15 >> 1, 2**63 - 1)
@@ -75,8 +75,8 @@ def test_numbers(seed, rounds, monkeypatch):
 def test_triton_keeps_the_same(seed):
     @triton.jit
     def kernel(seed, out, batch_head, query, begin, threshold, N: tl.constexpr):
-        score = Score(1.0, None, None, None, None, seed, threshold, 1.0)
-        pad, factor = dropout_words(score, batch_head, query + tl.arange(0, 2))
+        score = ScoreMod(1.0, None, None, None, None, seed, threshold, 1.0)
+        pad, factor = dropout_row_words(score, batch_head, query + tl.arange(0, 2))
         keep = dropout_keep(score, pad[:, None], factor[:, None], begin, tl.arange(0, N)[None, :])
         tl.store(out + tl.arange(0, 2)[:, None] * N + tl.arange(0, N)[None, :], keep.to(tl.int8))
 

@@ -39,9 +39,9 @@ CALLS = {
     "layout": {"length": 512},
     "layout-partial": {"causal": True},
     "layout-packed": {"causal": True, "dropout_p": 0.1},
-    "sums": {"causal": True, "deterministic": False},
-    "sums-dropout": {"causal": True, "dropout_p": 0.1, "deterministic": False},
-    "sums-grouped": {"causal": True, "deterministic": False},
+    "fused": {"causal": True, "deterministic": False},
+    "fused-dropout": {"causal": True, "dropout_p": 0.1, "deterministic": False},
+    "fused-grouped": {"causal": True, "deterministic": False},
 }
 #: Those that leave some of the kernels to the portable ones: configs/hopper.json.
 PORTABLE = {("packed", 64, "dq"), ("dropout", 64, "dq"), ("short", 64, "dq")}
@@ -50,12 +50,12 @@ PORTABLE |= {("layout-packed", head_dim, "forward") for head_dim in (64, 128)}
 
 def kernels_of(kind: str) -> tuple[str, ...]:
     """What a call of a kind launches."""
-    return ("forward", "begin_sums", "dkdv", "end_sums") if "sums" in kind else KERNELS
+    return ("forward", "bwd_preprocess", "dkdv", "bwd_postprocess") if "fused" in kind else KERNELS
 
 
 def kinds_for(head_dim: int) -> list[str]:
     """Kinds of calls that compile to code of their own at a head dim."""
-    return [kind for kind in CALLS if head_dim == 64 or "sums" not in kind]
+    return [kind for kind in CALLS if head_dim == 64 or "fused" not in kind]
 
 
 def call(kind: str, head_dim: int) -> None:
@@ -121,11 +121,11 @@ def test_calls_reach_the_kernels_which_compile_well(head_dim):
     rows, options = compiled_for(head_dim)
     reached = {(row["kind"], row["name"].removesuffix("_kernel")): row["module"] for row in rows}
     assert set(reached) == {(kind, name) for kind in kinds_for(head_dim) for name in kernels_of(kind)}
-    for kernel in KERNELS if head_dim != 64 else (*KERNELS, "sums"):
+    for kernel in KERNELS if head_dim != 64 else (*KERNELS, "fused_backward"):
         listed = [entry["options"] for entry in hopper._entries(kernel) if entry["head_dim"] == head_dim]
         assert listed and all([kernel, entry] in options for entry in listed), kernel
     portable = {(kind, name) for kind, dim, name in PORTABLE if dim == head_dim}
-    portable |= {call for call in reached if call[1].endswith("_sums")}
+    portable |= {call for call in reached if call[1].endswith("process")}
     assert {call for call, module in reached.items() if ".hopper." not in module} == portable
     wrong = []
     for row in [row for row in rows if ".hopper." in row["module"]]:
@@ -214,16 +214,16 @@ def test_a_wait_repeated_behind_the_code_makes_no_loop():
 
 
 @pytest.mark.parametrize("ragged", [True, False])
-def test_programs_claim_tiles_of_work_tables_alone(monkeypatch, ragged):
+def test_only_tile_schedules_have_tile_counters(monkeypatch, ragged):
     """Each kernel has a counter of its own, at 0, that begins at a multiple of 16 bytes."""
     monkeypatch.setattr(tuning, "is_hopper", lambda device: True)
     extras = Extras(work_q=torch.zeros(3, 11, dtype=torch.int32) if ragged else None)
-    claims = tuple(hopper.new_claims(extras, 2, torch.device("cpu")))
+    counters = tuple(hopper.new_tile_counters(extras, 2, torch.device("cpu")))
     if not ragged:
-        assert claims == (None, None)
+        assert counters == (None, None)
         return
-    assert [int(x[0]) for x in claims] == [0, 0]
-    assert claims[1].data_ptr() - claims[0].data_ptr() == 16
+    assert [int(x[0]) for x in counters] == [0, 0]
+    assert counters[1].data_ptr() - counters[0].data_ptr() == 16
 
 
 def _arguments(head_dim=128, length=2048, dtype=torch.bfloat16, dim_v=None, extras=None, **params):
@@ -243,7 +243,7 @@ def on_hopper():
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_takes(on_hopper, kernel):
-    assert hopper.refusal(kernel, *_arguments()) is None
+    assert hopper.why_unsupported(kernel, *_arguments()) is None
 
 
 def test_packed_documents_are_taken_where_they_were_faster(on_hopper):
@@ -253,23 +253,25 @@ def test_packed_documents_are_taken_where_they_were_faster(on_hopper):
     causal = params._replace(window_right=0)
     for kernel, taken in (("forward", True), ("dkdv", True), ("dq", False)):
         for some in (params, causal):
-            assert hopper.refusal(kernel, q, k, v, others, extras, some) == (None if taken else UNLISTED)
+            assert hopper.why_unsupported(kernel, q, k, v, others, extras, some) == (None if taken else UNLISTED)
     for kernel, taken in (("forward", False), ("dkdv", True)):
-        assert hopper.refusal(kernel, q[:, :, :1000], k, v, others, extras, params) == (None if taken else UNLISTED)
+        assert hopper.why_unsupported(kernel, q[:, :, :1000], k, v, others, extras, params) == (
+            None if taken else UNLISTED
+        )
         dropout = causal._replace(drop_threshold=1)
-        assert hopper.refusal(kernel, q, k, v, others, extras, dropout) == (None if taken else UNLISTED)
+        assert hopper.why_unsupported(kernel, q, k, v, others, extras, dropout) == (None if taken else UNLISTED)
     padded = extras._replace(segment_ids_k=torch.zeros(1))
-    assert hopper.refusal("dq", q, k, v, others, padded, params) is None
+    assert hopper.why_unsupported("dq", q, k, v, others, padded, params) is None
 
 
-@pytest.mark.parametrize(("kernel", "narrowest"), [("forward", 512), ("dq", 2048), ("dkdv", 0)])
-def test_narrow_windows_are_left_where_that_was_faster(on_hopper, kernel, narrowest):
+@pytest.mark.parametrize(("kernel", "min_window"), [("forward", 512), ("dq", 2048), ("dkdv", 0)])
+def test_narrow_windows_are_left_where_that_was_faster(on_hopper, kernel, min_window):
     """At head dim 64."""
     for window_left in (0, 511, 512, 2047, 2048, -1):
-        wide = window_left < 0 or window_left >= narrowest
-        reason = hopper.refusal(kernel, *_arguments(64, window_left=window_left, window_right=0))
+        wide = window_left < 0 or window_left >= min_window
+        reason = hopper.why_unsupported(kernel, *_arguments(64, window_left=window_left, window_right=0))
         assert reason == (None if wide else UNLISTED)
-    assert hopper.refusal(kernel, *_arguments(64, window_left=narrowest // 2, window_right=-1)) is None
+    assert hopper.why_unsupported(kernel, *_arguments(64, window_left=min_window // 2, window_right=-1)) is None
 
 
 @pytest.mark.parametrize(
@@ -286,13 +288,13 @@ def test_programs_stay_where_tiles_meet_little(tiles, window, stay):
     from hf_flashbsa.kernels.hopper import launchers
 
     params = _arguments(window_left=window[0], window_right=window[1])[-1]
-    assert launchers._programs(1000, tiles, None, params, torch.device("cpu")) == (132 if stay else 1000)
-    assert launchers._programs(1000, tiles, torch.zeros(1), params, torch.device("cpu")) == 132
+    assert launchers._grid_size(1000, tiles, None, params, torch.device("cpu")) == (132 if stay else 1000)
+    assert launchers._grid_size(1000, tiles, torch.zeros(1), params, torch.device("cpu")) == 132
 
 
 @pytest.mark.parametrize(("length", "causal", "taken"), [(4096, 0, True), (2048, 0, False), (16384, -1, False)])
-def test_sums_are_for_long_causal_sequences(on_hopper, length, causal, taken):
-    reason = hopper.refusal("sums", *_arguments(64, length, window_right=causal))
+def test_the_fused_backward_is_for_long_causal_sequences(on_hopper, length, causal, taken):
+    reason = hopper.why_unsupported("fused_backward", *_arguments(64, length, window_right=causal))
     assert reason == (None if taken else UNLISTED)
 
 
@@ -309,12 +311,12 @@ def _layout_arguments(heads: int, heads_k: int, layout_heads: int, head_dim: int
 @pytest.mark.parametrize("kernel", ["dq", "dkdv"])
 @pytest.mark.parametrize("heads", [(4, 4, 1), (4, 4, 4), (4, 2, 1)])
 def test_takes_block_layouts(on_hopper, kernel, heads, head_dim):
-    assert hopper.refusal(kernel, *_layout_arguments(*heads, head_dim)) is None
+    assert hopper.why_unsupported(kernel, *_layout_arguments(*heads, head_dim)) is None
 
 
 def test_leaves_heads_that_share_keys_but_no_list(on_hopper):
     """Hopper's `dkdv` walks over the same blocks for each head that shares keys; the others have one head each."""
-    reasons = {kernel: hopper.refusal(kernel, *_layout_arguments(4, 2, 4)) for kernel in KERNELS}
+    reasons = {kernel: hopper.why_unsupported(kernel, *_layout_arguments(4, 2, 4)) for kernel in KERNELS}
     shared = "block layouts of their own for query heads that share keys"
     assert reasons == {"forward": None, "dq": None, "dkdv": shared}
 
@@ -334,7 +336,7 @@ def test_leaves_heads_that_share_keys_but_no_list(on_hopper):
     ],
 )
 def test_leaves_to_the_portable_kernels(on_hopper, kernel, reason, changes):
-    assert hopper.refusal(kernel, *_arguments(**changes)) == reason
+    assert hopper.why_unsupported(kernel, *_arguments(**changes)) == reason
 
 
 def test_leaves_what_tma_cannot_address(on_hopper):
@@ -342,19 +344,19 @@ def test_leaves_what_tma_cannot_address(on_hopper):
     odd = torch.zeros(1, 2, 2048, 129, dtype=torch.bfloat16)[..., :128]
     expanded = torch.zeros(1, 1, 2048, 128, dtype=torch.bfloat16).expand(1, 2, 2048, 128)
     for other in (odd, expanded):
-        assert "16 bytes" in hopper.refusal("forward", q, other, v, *rest)
+        assert "16 bytes" in hopper.why_unsupported("forward", q, other, v, *rest)
 
 
 def test_leaves_a_kernel_whose_configuration_is_set(on_hopper):
     config = tuning.select("dq", "sm_90", 128, 2, True)
     with tuning.override("dq", config):
-        for kernel in ("dq", "sums"):
-            assert "configuration" in hopper.refusal(kernel, *_arguments())
-        assert hopper.refusal("dkdv", *_arguments()) is None
+        for kernel in ("dq", "fused_backward"):
+            assert "configuration" in hopper.why_unsupported(kernel, *_arguments())
+        assert hopper.why_unsupported("dkdv", *_arguments()) is None
 
 
 def test_other_gpus_have_portable_kernels_only():
-    assert hopper.refusal("forward", *_arguments()) == "not a Hopper GPU"
+    assert hopper.why_unsupported("forward", *_arguments()) == "not a Hopper GPU"
 
 
 def test_reasons_are_logged_once(on_hopper, caplog):
@@ -362,7 +364,7 @@ def test_reasons_are_logged_once(on_hopper, caplog):
     *tensors, extras, params = _arguments(softcap=5.0)
     with caplog.at_level(logging.INFO, logger="hf_flashbsa"):
         for _ in range(2):
-            assert hopper.launcher_of("forward", *tensors, None, extras, params) is None
+            assert hopper.select_launcher("forward", *tensors, None, extras, params) is None
     assert [record.message for record in caplog.records] == [
         "Hopper kernels: the portable forward kernel takes calls with softcap"
     ]
@@ -370,9 +372,9 @@ def test_reasons_are_logged_once(on_hopper, caplog):
 
 @pytest.fixture
 def asked_anew():
-    hopper.unavailable.cache_clear()
+    hopper.unavailable_reason.cache_clear()
     yield
-    hopper.unavailable.cache_clear()
+    hopper.unavailable_reason.cache_clear()
 
 
 def test_another_gluon_is_a_reason(on_hopper, asked_anew, caplog):
@@ -380,13 +382,13 @@ def test_another_gluon_is_a_reason(on_hopper, asked_anew, caplog):
     reason = "this release of Triton lacks what they need (no name 'tma')"
     with mock.patch.object(hopper.importlib, "import_module", side_effect=ImportError("no name 'tma'")):
         for _ in range(2):
-            assert hopper.refusal("forward", *_arguments()) == reason
+            assert hopper.why_unsupported("forward", *_arguments()) == reason
     assert [record.message for record in caplog.records] == [f"Hopper kernels: {reason}"]
 
 
 def test_an_unknown_triton_is_a_reason(on_hopper, asked_anew, monkeypatch):
     monkeypatch.setattr(hopper.launch.triton, "__version__", "3.99.0")
-    assert hopper.refusal("forward", *_arguments()) == "tested with Triton 3.6 and 3.7 only"
+    assert hopper.why_unsupported("forward", *_arguments()) == "tested with Triton 3.6 and 3.7 only"
 
 
 if __name__ == "__main__":

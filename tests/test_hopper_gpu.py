@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from hopper_calls import KERNELS, KERNELS_OF_SUMS, every_call_on_hopper
+from hopper_calls import FUSED_KERNELS, KERNELS, every_call_on_hopper
 
 from hf_flashbsa import BlockLayout, attention
 from hf_flashbsa.kernels import tuning
@@ -120,7 +120,7 @@ def results(function, tensors, dout, spec) -> list[torch.Tensor]:
 def judge(tensors, dout, spec, launched, deterministic: bool = True) -> None:
     run = functools.partial(attention, deterministic=deterministic)
     got = results(run, tensors, dout, spec)
-    assert set(launched) == {(kernel, True) for kernel in (KERNELS if deterministic else KERNELS_OF_SUMS)}
+    assert set(launched) == {(kernel, True) for kernel in (KERNELS if deterministic else FUSED_KERNELS)}
     want = results(lambda *x: reference_attention(*x, dtype=torch.float32)[0], tensors, dout, spec)
     native = results(lambda *x: reference_attention(*x, dtype=None)[0], tensors, dout, spec)
     for mine, exact, eager, factor in zip(got, want, native, (2, 3, 3, 3), strict=True):

@@ -1,4 +1,4 @@
-"""Gradients of queries that are added up in any order: who asks for them, and the kernels around the sums."""
+"""Gradients of queries that are added up in any order: who asks for them, and the kernels around dq_accum."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 
 from hf_flashbsa import attention, use_deterministic
 from hf_flashbsa.kernels import autograd
-from hf_flashbsa.kernels.arguments import operand_of, score_of
+from hf_flashbsa.kernels.arguments import score_mod_of, tensor_view
 from hf_flashbsa.kernels.state import NO_EXTRAS, Params
-from hf_flashbsa.kernels.sums import begin_sums_kernel, end_sums_kernel
+from hf_flashbsa.kernels.sums import bwd_postprocess_kernel, bwd_preprocess_kernel
 
 BATCH, HEADS, LENGTH, DIM = 2, 3, 70, 64
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -56,23 +56,25 @@ def test_rows_are_made_and_sums_begin_at_zero(with_dlse):
     lse = torch.randn(BATCH, HEADS, LENGTH, device=DEVICE)
     lse[0, 1, 3] = float("-inf")
     dlse = torch.randn_like(lse) if with_dlse else None
-    rowwise = torch.full((2, lse.numel()), float("nan"), device=DEVICE)
-    sums = torch.full((BATCH, HEADS, LENGTH, DIM), float("nan"), device=DEVICE)
-    score = score_of(NO_EXTRAS, Params(1.0, 0.0, -1, -1, 0, 0, 0, False, "triton"))
-    begin_sums_kernel[(BATCH * HEADS, 2)](
-        operand_of(dout), operand_of(out), lse, dlse, rowwise, lse.numel(), sums, score, HEADS, LENGTH, HEAD_DIM=DIM,
-        BLOCK_M=64,
+    stats = torch.full((2, lse.numel()), float("nan"), device=DEVICE)
+    dq_accum = torch.full((BATCH, HEADS, LENGTH, DIM), float("nan"), device=DEVICE)
+    score_mod = score_mod_of(NO_EXTRAS, Params(1.0, 0.0, -1, -1, 0, 0, 0, False, "triton"))
+    bwd_preprocess_kernel[(BATCH * HEADS, 2)](
+        tensor_view(dout), tensor_view(out), lse, dlse, stats, lse.numel(), dq_accum, score_mod, HEADS, LENGTH,
+        HEAD_DIM=DIM, BLOCK_M=64,
     )  # fmt: skip
-    assert torch.equal(sums, torch.zeros_like(sums))
+    assert torch.equal(dq_accum, torch.zeros_like(dq_accum))
     in_log2 = torch.where(lse == float("-inf"), float("inf"), lse * torch.log2(torch.tensor(torch.e)))
     delta = (dout.float() * out.float()).sum(-1) - (dlse if with_dlse else 0.0)
-    torch.testing.assert_close(rowwise[0].view_as(lse), in_log2)
-    torch.testing.assert_close(rowwise[1].view_as(lse), delta)
+    torch.testing.assert_close(stats[0].view_as(lse), in_log2)
+    torch.testing.assert_close(stats[1].view_as(lse), delta)
 
 
 def test_sums_are_scaled_and_rounded():
     torch.manual_seed(0)
     (dq,) = tensors(1)
-    sums = torch.randn(BATCH, HEADS, LENGTH, DIM, device=DEVICE)
-    end_sums_kernel[(BATCH * HEADS, 2)](operand_of(dq), sums, 0.125, HEADS, LENGTH, HEAD_DIM=DIM, BLOCK_M=64)
-    assert torch.equal(dq, (sums * 0.125).bfloat16())
+    dq_accum = torch.randn(BATCH, HEADS, LENGTH, DIM, device=DEVICE)
+    bwd_postprocess_kernel[(BATCH * HEADS, 2)](
+        tensor_view(dq), dq_accum, 0.125, HEADS, LENGTH, HEAD_DIM=DIM, BLOCK_M=64
+    )
+    assert torch.equal(dq, (dq_accum * 0.125).bfloat16())

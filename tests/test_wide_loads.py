@@ -18,7 +18,7 @@ from aot import compile_only
 
 from hf_flashbsa import AttentionSpec, attention
 from hf_flashbsa.kernels import tuning
-from hf_flashbsa.kernels.arguments import matrix_of, operand_of
+from hf_flashbsa.kernels.arguments import strided_tensor, tensor_view
 
 LENGTH = 250
 
@@ -79,14 +79,14 @@ def test_all_that_can_be_wide_is(arch):
 )
 def test_what_triton_is_told(room, wide):
     """Of what begins at multiples of 16 bytes, only what is no multiple of 16 elements."""
-    assert operand_of(zeros(1, 2, 8, room)[..., :40]).wide == wide
-    assert matrix_of(zeros(1, 2, 8, room)[..., :40]).wide == wide
+    assert tensor_view(zeros(1, 2, 8, room)[..., :40]).align_hint == wide
+    assert strided_tensor(zeros(1, 2, 8, room)[..., :40]).align_hint == wide
 
 
 def test_nothing_is_promised_of_addresses_and_columns_that_do_not_allow_it():
     room = zeros(1, 2, 8, 72)
-    assert operand_of(room[..., 1:41]).wide is None and matrix_of(room[..., 1:41]).wide is None
-    assert matrix_of(room[..., ::2]).wide is None
+    assert tensor_view(room[..., 1:41]).align_hint is None and strided_tensor(room[..., 1:41]).align_hint is None
+    assert strided_tensor(room[..., ::2]).align_hint is None
 
 
 if __name__ == "__main__":

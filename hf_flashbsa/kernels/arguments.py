@@ -1,4 +1,4 @@
-"""Kernel arguments: what a call carries, in the forms of primitives.py."""
+"""Packs the arguments of a call into the structs of records.py."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ import functools
 import torch
 
 from hf_flashbsa.kernels.dropout import keep_scale
-from hf_flashbsa.kernels.primitives import WORK_TILE
-from hf_flashbsa.kernels.records import Blocks, Mask, Matrix, Operand, Rules, Score
+from hf_flashbsa.kernels.records import AttnMods, BlockTable, MaskBounds, ScoreMod, StridedTensor, TensorView
 from hf_flashbsa.kernels.state import Extras, Params
+from hf_flashbsa.kernels.tables import SCHEDULE_TILE, BlockListColumn
 
 #: Stands in for a scale of 0, whose product with a hidden score's -inf would be NaN.
 TINY_SCALE = 1e-30
 
 
-def operand_of(x: torch.Tensor) -> Operand:
+def tensor_view(x: torch.Tensor) -> TensorView:
     strides = x.stride()[:3]
-    return Operand(x, *strides, _unseen(x, strides))
+    return TensorView(x, *strides, _align_hint(x, strides))
 
 
-def matrix_of(x: torch.Tensor | None) -> Matrix:
+def strided_tensor(x: torch.Tensor | None) -> StridedTensor:
     if x is None:
-        return Matrix(None, None, None, None, None, None)
+        return StridedTensor(None, None, None, None, None, None)
     stride_b = 0 if x.shape[0] == 1 else x.stride(0)
     stride_h = 0 if x.shape[1] == 1 else x.stride(1)
-    wide = _unseen(x, (stride_b, stride_h, x.stride(2))) if x.stride(3) == 1 else None
-    return Matrix(x, stride_b, stride_h, x.stride(2), x.stride(3), wide)
+    align_hint = _align_hint(x, (stride_b, stride_h, x.stride(2))) if x.stride(3) == 1 else None
+    return StridedTensor(x, stride_b, stride_h, x.stride(2), x.stride(3), align_hint)
 
 
 def is_aligned(x: torch.Tensor) -> bool:
@@ -38,14 +38,14 @@ def _is_aligned(x: torch.Tensor, strides: tuple[int, ...]) -> bool:
     return x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in strides)
 
 
-def _unseen(x: torch.Tensor, strides: tuple[int, ...]) -> int | None:
-    """`wide` of an Operand or a Matrix. Of a number, Triton sees only whether it is a multiple of 16."""
+def _align_hint(x: torch.Tensor, strides: tuple[int, ...]) -> int | None:
+    """`align_hint` of a TensorView or StridedTensor. Of an int argument Triton only knows whether 16 divides it."""
     return 1 if _is_aligned(x, strides) and any(stride % 16 for stride in strides) else None
 
 
-def mask_of(extras: Extras, params: Params) -> Mask:
+def mask_bounds(extras: Extras, params: Params) -> MaskBounds:
     ids_q, ids_k = extras.segment_ids_q, extras.segment_ids_k
-    return Mask(
+    return MaskBounds(
         window_left=None if params.window_left < 0 else params.window_left,
         window_right=None if params.window_right < 0 else params.window_right,
         segment_ids_q=ids_q,
@@ -57,11 +57,11 @@ def mask_of(extras: Extras, params: Params) -> Mask:
     )
 
 
-def blocks_of(lists: torch.Tensor | None, extras: Extras) -> Blocks | None:
+def block_table(lists: torch.Tensor | None, extras: Extras) -> BlockTable | None:
     if lists is None:
         return None
     grid = extras.grid
-    return Blocks(
+    return BlockTable(
         lists,
         0 if lists.shape[0] == 1 else lists.stride(0),
         0 if lists.shape[1] == 1 else lists.stride(1),
@@ -74,9 +74,9 @@ def blocks_of(lists: torch.Tensor | None, extras: Extras) -> Blocks | None:
     )
 
 
-def width_of(lists: torch.Tensor | None) -> int:
-    """The power of 2 that holds the longest list of blocks (`Tiles.width`)."""
-    return 0 if lists is None else 1 << (lists.shape[-1] - 3).bit_length()
+def max_blocks_of(lists: torch.Tensor | None) -> int:
+    """The power of 2 that holds the longest block list (`Tiles.max_blocks`)."""
+    return 0 if lists is None else 1 << (lists.shape[-1] - BlockListColumn.FIRST - 1).bit_length()
 
 
 def _as_int32(bits: int) -> int:
@@ -84,9 +84,9 @@ def _as_int32(bits: int) -> int:
     return bits - (bits >> 31 << 32)
 
 
-def score_of(extras: Extras, params: Params) -> Score:
+def score_mod_of(extras: Extras, params: Params) -> ScoreMod:
     dropout = params.drop_threshold > 0
-    return Score(
+    return ScoreMod(
         scale=params.scale or TINY_SCALE,
         softcap=params.softcap if params.softcap > 0.0 else None,
         bias_hidden=None if extras.bias is None else torch.finfo(extras.bias.dtype).min,
@@ -98,14 +98,14 @@ def score_of(extras: Extras, params: Params) -> Score:
     )
 
 
-def rules_of(lists: torch.Tensor | None, extras: Extras, params: Params) -> Rules:
-    """Everything that says which scores exist and what they are, of a kernel that visits the blocks in `lists`."""
-    return Rules(
-        mask=mask_of(extras, params),
-        dense=matrix_of(extras.mask),
-        blocks=blocks_of(lists, extras),
-        score=score_of(extras, params),
-        bias=matrix_of(extras.bias),
+def attn_mods(lists: torch.Tensor | None, extras: Extras, params: Params) -> AttnMods:
+    """AttnMods of a kernel that visits the blocks in `lists`."""
+    return AttnMods(
+        bounds=mask_bounds(extras, params),
+        dense_mask=strided_tensor(extras.mask),
+        blocks=block_table(lists, extras),
+        score_mod=score_mod_of(extras, params),
+        bias=strided_tensor(extras.bias),
     )
 
 
@@ -120,8 +120,8 @@ def padded(dim: int) -> int:
     return max(32, 1 << (dim - 1).bit_length())
 
 
-def tiles_of(work: torch.Tensor | None, length: int, batch: int, block: int) -> tuple[int, int]:
-    """Tiles per head, and the batch factor of the grid (a work table spans the batch)."""
-    if work is None:
+def tiles_of(schedule: torch.Tensor | None, length: int, batch: int, block: int) -> tuple[int, int]:
+    """Tiles per head, and the batch factor of the grid (1 with a tile schedule, which spans the batch)."""
+    if schedule is None:
         return cdiv(length, block), batch
-    return work.shape[0] * (WORK_TILE.value // block), 1
+    return schedule.shape[0] * (SCHEDULE_TILE // block), 1

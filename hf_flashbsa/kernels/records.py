@@ -1,6 +1,7 @@
-"""What Triton kernels are given, and what they work out of it, as tuples.
+"""Structs of kernel arguments and of what kernels derive from them, as named tuples.
 
-Fields are `object` because kernels get them as tensors, numbers or None; None specialises the code at launch.
+Fields are `object`: in a kernel each is a tensor, a number or None. None means absent and specialises the kernel at
+compile time.
 """
 
 from __future__ import annotations
@@ -8,27 +9,30 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
-class Operand(NamedTuple):
-    """A `(batch, heads, length, dim)` tensor whose last dimension is contiguous. `wide` is 1 where rows begin at
-    multiples of 16 bytes and Triton does not see it, else None."""
+class TensorView(NamedTuple):
+    """A `(batch, heads, length, dim)` tensor, contiguous in its last dimension.
+
+    `align_hint` is 1 where rows are aligned to 16 bytes although some stride is not a multiple of 16 elements, so that
+    Triton cannot infer it; else None.
+    """
 
     ptr: object
     stride_b: object
     stride_h: object
     stride_s: object
-    wide: object
+    align_hint: object
 
 
-class Head(NamedTuple):
-    """One head of an Operand: pointer to its row 0, and the distance between rows."""
+class HeadView(NamedTuple):
+    """One head of a TensorView: pointer to its row 0, and the row stride."""
 
     base: object
     stride: object
 
 
 class Tiles(NamedTuple):
-    """Compile-time sizes of a kernel: blocks of queries and keys, head dims, and the powers of 2 that hold them;
-    then, where `Blocks` are given, their size, and the power of 2 that holds the longest list.
+    """Compile-time tile shape: `m` queries by `n` keys; head dims of q/k and of v, and the powers of 2 `d` and `dv`
+    that hold them. With a block layout: its block size and the power of 2 that holds the longest block list, else 0.
     """
 
     m: object
@@ -37,15 +41,16 @@ class Tiles(NamedTuple):
     head_dim_v: object
     d: object
     dv: object
-    listed: object
-    width: object
+    sparse_block: object
+    max_blocks: object
 
 
-class Matrix(NamedTuple):
-    """A `(batch, heads, queries, keys)` tensor with any strides, 0 where it is broadcast. None stands for no tensor.
-    `wide` is that of an Operand.
+class StridedTensor(NamedTuple):
+    """A `(batch, heads, queries, keys)` tensor (bias, dense mask) with any strides, 0 where it is broadcast; `ptr`
+    None means no tensor. `align_hint` as in TensorView.
 
-    Kernels take it as an argument of its own: within another tuple, Triton 3.6 loses strides of 1.
+    Passed to kernels as an argument of its own: nested in another tuple, Triton 3.6 drops the specialisation of
+    strides of 1.
     """
 
     ptr: object
@@ -53,15 +58,15 @@ class Matrix(NamedTuple):
     stride_h: object
     stride_q: object
     stride_k: object
-    wide: object
+    align_hint: object
 
 
-class Blocks(NamedTuple):
-    """The blocks of a BlockLayout that one side visits, in place of ranges.
+class BlockTable(NamedTuple):
+    """Block-sparse layout, as seen from the side that a kernel tiles (queries, or keys for dK/dV).
 
-    `lists` is `(batch, heads, rows, width)`: the number of full blocks of a row, that of all listed blocks, and their
-    indices, full ones first, both groups ascending. `grid` is that of the layout, `masks` its `mask_words`, None where
-    no block is partial. Strides of batch and head are 0 where they are shared.
+    `lists` holds the block lists of `tables.BlockListColumn`, `(batch, heads, blocks, 2 + most)`. `grid` is the
+    layout's `(batch, heads, query blocks, key blocks)`: 0 skipped, 1 full, `i >= 2` partial with mask `i - 2` of
+    `mask_words`, which is None where no block is partial. Batch and head strides are 0 where they are shared.
     """
 
     lists: object
@@ -72,12 +77,13 @@ class Blocks(NamedTuple):
     grid_stride_b: object
     grid_stride_h: object
     grid_stride_q: object
-    masks: object
+    mask_words: object
 
 
-class Mask(NamedTuple):
-    """What hides scores. Every field may be None; segment ids are `(batch, length)`, the strides their batch's, and
-    their lengths stand beside them."""
+class MaskBounds(NamedTuple):
+    """Sliding window and segment ids (padding, packed documents). Every field may be None. Segment ids are `(batch,
+    length)` with batch strides `ids_stride_*`; a key is visible where both ids are equal and >= 0.
+    """
 
     window_left: object
     window_right: object
@@ -89,12 +95,12 @@ class Mask(NamedTuple):
     ids_length_k: object
 
 
-class Score(NamedTuple):
-    """How a score is made of a product of query and key, and which weights are dropped (None: not at all).
+class ScoreMod(NamedTuple):
+    """`score = softcap * tanh(scale * q.k / softcap) + bias`, and dropout of the softmax weights.
 
-    Bias values up to `bias_hidden` hide the key, and so do places beyond `bias_len_*`. `drop_threshold` is that of
-    dropout.py in the upper half of 32 bits, read as a signed number; `keep_scale` is what kept weights are multiplied
-    with.
+    Bias values <= `bias_hidden` hide the key, as do positions beyond `bias_len_*`. `drop_threshold` is the 16-bit
+    threshold of dropout.py in the upper half of a signed 32-bit number; surviving weights are multiplied by
+    `keep_scale`.
     """
 
     scale: object
@@ -107,48 +113,60 @@ class Score(NamedTuple):
     keep_scale: object
 
 
-class Rules(NamedTuple):
-    """Everything that says which scores exist and what they are; `blocks` are None where `Tiles.listed` is 0."""
+class AttnMods(NamedTuple):
+    """Everything beyond q, k and v that decides which scores exist and their value: the data behind FlexAttention's
+    mask_mod (`bounds`, `dense_mask`, `blocks`) and score_mod (`score_mod`, `bias`). `blocks` is None without a block
+    layout.
+    """
 
-    mask: object
-    dense: object
+    bounds: object
+    dense_mask: object
     blocks: object
-    score: object
+    score_mod: object
     bias: object
 
 
-class Item(NamedTuple):
-    """A tile of work: own rows `[begin, end)` of batch row `row` against `[lo, hi)` of `other_row`."""
+class WorkTile(NamedTuple):
+    """One tile of work: rows `[begin, end)` of batch row `batch` visit rows `[lo, hi)` of `other_batch` on the other
+    side.
 
-    row: object
+    Rows are queries and the other side is keys, or the reverse in dK/dV. Segments hide nothing in `[full_lo,
+    full_hi)`. Query i is aligned with key `i + query_offset`. The origins are the first rows of the sequence on each
+    side. The fields are the columns of `tables.ScheduleColumn`; without a tile schedule both batches are the same.
+    """
+
+    batch: object
     begin: object
     end: object
-    other_row: object
+    other_batch: object
     lo: object
     full_lo: object
     full_hi: object
     hi: object
-    diagonal: object
+    query_offset: object
     query_origin: object
     key_origin: object
 
 
-class Span(NamedTuple):
-    """What a tile visits, in steps of a kernel's block: `partial` blocks that need masking, then the full ones.
+class BlockRange(NamedTuple):
+    """The blocks that a WorkTile visits (FlashAttention's n_block_min..n_block_max): `num_partial` masked blocks, then
+    full blocks.
 
-    Positions count along the rows themselves, or along the listed blocks laid end to end (`place_of` tells the row).
-    Those of the full blocks are `[full_begin, full_end)`. Of the partial ones, `left` lie before them from `begin`
-    on, `right - left` behind them, and the rest from `listed` on. No row outside `[lo, hi)` is met.
+    Positions count rows of the other side or, with block lists, rows of the listed blocks laid end to end;
+    `block_start` maps a position to its row. Full blocks span positions `[full_begin, full_end)`. Masked blocks are
+    numbered: `[0, left_end)` lie before the full ones, from position `begin` on; `[left_end, right_end)` lie after
+    them; `[right_end, num_partial)` are a layout's partial blocks, from position `partial_begin` on. Nothing outside
+    rows `[lo, hi)` is visible. `indices` points to the block list, `origin` is the first row of the sequence.
     """
 
     begin: object
-    left: object
-    right: object
-    partial: object
+    left_end: object
+    right_end: object
+    num_partial: object
     full_begin: object
     full_end: object
-    listed: object
+    partial_begin: object
     lo: object
     hi: object
-    index: object
+    indices: object
     origin: object

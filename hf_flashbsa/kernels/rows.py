@@ -1,8 +1,8 @@
-"""What the backward kernels need of each query.
+"""Per-query statistics of the backward pass: lse_log2 and delta = rowsum(out * dout) - dlse (FlashAttention's dPsum).
 
-A kernel of `dq`, or the one that begins sums (sums.py), holds each query's rows once: it makes these numbers and
-leaves them to the kernels that run behind it in `rowwise`, planes `(B, Hq, Sq)` of `plane` float32 each: the fields of
-`Rows` in their order, the words as bits.
+The dQ kernel, or `bwd_preprocess_kernel` before a fused backward, computes them once per query and stores them for the
+kernels that run after it in `stats`: float32 planes `(B, Hq, Sq)`, `stats_stride` elements apart, in the order of the
+fields of `SoftmaxStats`; the dropout words bitcast.
 """
 
 from __future__ import annotations
@@ -12,68 +12,71 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from hf_flashbsa.kernels.primitives import LOG2E, dropout_words
+from hf_flashbsa.kernels.primitives import LOG2E, dropout_row_words
 
 
-class Rows(NamedTuple):
-    """Of each query: the log-sum-exp in log2 units, +inf where it sees no key, so that all its weights come out as 0;
-    `delta = sum(out * dout) - dlse`; and the words of its dropout.
+class SoftmaxStats(NamedTuple):
+    """Per query: `lse_log2 = lse * log2(e)`, +inf for a row without visible keys, so that p = exp2(s - lse_log2) is 0;
+    `delta = sum(out * dout) - dlse`; and the pad and factor of its dropout hash.
     """
 
-    lse: object
+    lse_log2: object
     delta: object
     pad: object
     factor: object
 
 
 @triton.jit
-def begin_rows(lse, dlse, score, batch_head, queries, live, len_q):
-    """Rows of `queries` of a head, whose delta still lacks `sum(out * dout)`. Those that are not `live` see no key.
+def load_row_stats(lse, dlse, score_mod, batch_head, queries, live, len_q):
+    """Statistics of `queries` of a head, before `sum(out * dout)` is added to delta. Rows that are not `live` count as
+    rows without visible keys.
 
-    Apart from `finish_rows`, so that what is loaded here is on its way while a kernel waits for its tiles.
+    Separate from `store_row_stats`, so that these loads are in flight while a kernel waits for its tiles.
     """
-    place = tl.cast(batch_head, tl.int64) * len_q + queries
-    row_lse = tl.load(lse + place, mask=live, other=float("-inf"))
-    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2E)
+    offset = tl.cast(batch_head, tl.int64) * len_q + queries
+    lse_log2 = tl.load(lse + offset, mask=live, other=float("-inf"))
+    lse_log2 = tl.where(lse_log2 == float("-inf"), float("inf"), lse_log2 * LOG2E)
     delta, pad, factor = 0.0, 0, 0
     if dlse is not None:
-        delta = -tl.load(dlse + place, mask=live, other=0.0)
-    if score.seed is not None:
-        pad, factor = dropout_words(score, batch_head, queries)
-    return Rows(row_lse, delta, pad, factor)
+        delta = -tl.load(dlse + offset, mask=live, other=0.0)
+    if score_mod.seed is not None:
+        pad, factor = dropout_row_words(score_mod, batch_head, queries)
+    return SoftmaxStats(lse_log2, delta, pad, factor)
 
 
 @triton.jit
-def finish_rows(rows, product, rowwise, plane, score, batch_head, queries, live, len_q):
-    """Rows of `begin_rows` once `product`, their `sum(out * dout)`, is known. Writes those that are `live`."""
-    place = rowwise + tl.cast(batch_head, tl.int64) * len_q + queries
-    delta = product + rows.delta
-    tl.store(place, rows.lse, mask=live)
-    tl.store(place + plane, delta, mask=live)
-    if score.seed is not None:
-        tl.store(place + 2 * plane, rows.pad.to(tl.float32, bitcast=True), mask=live)
-        tl.store(place + 3 * plane, rows.factor.to(tl.float32, bitcast=True), mask=live)
-    return Rows(rows.lse, delta, rows.pad, rows.factor)
+def store_row_stats(row_stats, out_dot_dout, stats, stats_stride, score_mod, batch_head, queries, live, len_q):
+    """Add `out_dot_dout = sum(out * dout)` to delta, store the statistics of `live` rows, and return them."""
+    pointers = stats + tl.cast(batch_head, tl.int64) * len_q + queries
+    delta = out_dot_dout + row_stats.delta
+    tl.store(pointers, row_stats.lse_log2, mask=live)
+    tl.store(pointers + stats_stride, delta, mask=live)
+    if score_mod.seed is not None:
+        tl.store(pointers + 2 * stats_stride, row_stats.pad.to(tl.float32, bitcast=True), mask=live)
+        tl.store(pointers + 3 * stats_stride, row_stats.factor.to(tl.float32, bitcast=True), mask=live)
+    return SoftmaxStats(row_stats.lse_log2, delta, row_stats.pad, row_stats.factor)
 
 
 @triton.jit
-def read_rows(rowwise, plane, score, batch_head, begin, lo, hi, len_q, BLOCK: tl.constexpr, CHECK: tl.constexpr):
-    """Rows from `begin`; those outside `[lo, hi)` (where `CHECK`) see no key."""
-    # Scalar bases leave 32-bit offsets to the threads, of which each holds many rows where scores are transposed.
-    base = rowwise + tl.cast(batch_head, tl.int64) * len_q + begin
+def read_row_stats(
+    stats, stats_stride, score_mod, batch_head, begin, lo, hi, len_q, BLOCK: tl.constexpr, CHECK: tl.constexpr
+):
+    """Stored statistics of `BLOCK` rows from `begin` on; rows outside `[lo, hi)` (if `CHECK`) see no key."""
+    # A scalar base pointer leaves 32-bit offsets per thread, which hold many rows where scores are transposed.
+    base = stats + tl.cast(batch_head, tl.int64) * len_q + begin
     offsets = tl.arange(0, BLOCK)
     pad, factor = 0, 0
     if CHECK:
         live = (begin + offsets >= lo) & (begin + offsets < hi)
-        lse = tl.load(base + offsets, mask=live, other=float("inf"))
-        delta = tl.load(base + plane + offsets, mask=live, other=0.0)
-        if score.seed is not None:
-            pad = tl.load(base + 2 * plane + offsets, mask=live, other=0.0).to(tl.uint32, bitcast=True)
-            factor = tl.load(base + 3 * plane + offsets, mask=live, other=0.0).to(tl.uint32, bitcast=True)
+        lse_log2 = tl.load(base + offsets, mask=live, other=float("inf"))
+        delta = tl.load(base + stats_stride + offsets, mask=live, other=0.0)
+        if score_mod.seed is not None:
+            pad = tl.load(base + 2 * stats_stride + offsets, mask=live, other=0.0).to(tl.uint32, bitcast=True)
+            factor = tl.load(base + 3 * stats_stride + offsets, mask=live, other=0.0).to(tl.uint32, bitcast=True)
     else:
-        lse = tl.load(base + offsets)
-        delta = tl.load(base + plane + offsets)
-        if score.seed is not None:
-            pad = tl.load(base + 2 * plane + offsets).to(tl.uint32, bitcast=True)
-            factor = tl.load(base + 3 * plane + offsets).to(tl.uint32, bitcast=True)
-    return Rows(lse, delta, pad, factor)
+        lse_log2 = tl.load(base + offsets)
+        delta = tl.load(base + stats_stride + offsets)
+        if score_mod.seed is not None:
+            pad = tl.load(base + 2 * stats_stride + offsets).to(tl.uint32, bitcast=True)
+            factor = tl.load(base + 3 * stats_stride + offsets).to(tl.uint32, bitcast=True)
+    return SoftmaxStats(lse_log2, delta, pad, factor)

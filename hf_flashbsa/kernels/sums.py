@@ -1,7 +1,8 @@
-"""What runs before and after a backward kernel that adds up the gradient of the queries in memory.
+"""Pre- and postprocess kernels of the fused backward, which accumulates dQ in global memory (FlashAttention's
+dQaccum).
 
-Such a kernel walks over keys, so that many programs meet the same query. Their parts of its gradient are added in
-float32, and no kernel of `dq` is there to make what a query's rows need (rows.py).
+The fused kernel tiles keys, so many programs contribute to the same query: they add in float32 to `dq_accum`, which is
+zeroed before and scaled and rounded after.
 """
 
 from __future__ import annotations
@@ -9,51 +10,68 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_flashbsa.kernels.rows import begin_rows, finish_rows
+from hf_flashbsa.kernels.rows import load_row_stats, store_row_stats
 
 
 @triton.jit
-def _rows_of(x, batch, head, queries, dims, live):
-    """Rows of a head of an Operand, as float32; 0 where they are not `live`."""
+def _load_rows(x, batch, head, queries, dims, live):
+    """`[BLOCK_M, dims]` rows of one head of a TensorView as float32; 0 where not `live`."""
     base = x.ptr + batch.to(tl.int64) * x.stride_b + head.to(tl.int64) * x.stride_h
-    places = queries.to(tl.int64)[:, None] * x.stride_s + dims[None, :]
-    return tl.load(base + places, mask=live[:, None], other=0.0).to(tl.float32)
+    offsets = queries.to(tl.int64)[:, None] * x.stride_s + dims[None, :]
+    return tl.load(base + offsets, mask=live[:, None], other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _place_in_sums(batch_head, queries, dims, len_q, HEAD_DIM: tl.constexpr):
+def _accum_offsets(batch_head, queries, dims, len_q, HEAD_DIM: tl.constexpr):
+    """Offsets into `dq_accum`, contiguous `(B, H, S, HEAD_DIM)`."""
     return (tl.cast(batch_head, tl.int64) * len_q + queries)[:, None] * HEAD_DIM + dims[None, :]
 
 
-@triton.jit(do_not_specialize=["len_q", "plane"])
-def begin_sums_kernel(
-    dout, out, lse, dlse, rowwise, plane, sums, score, heads, len_q, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr
+@triton.jit(do_not_specialize=["len_q", "stats_stride"])
+def bwd_preprocess_kernel(
+    dout,
+    out,
+    lse,
+    dlse,
+    stats,
+    stats_stride,
+    dq_accum,
+    score_mod,
+    heads,
+    len_q,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):
-    """Writes `rowwise` (rows.py), and zeros to `sums`, float32 `(B, H, S, D)`. `dout` and `out` are Operands.
+    """stats = (lse_log2, sum(out * dout) - dlse), dq_accum = 0.
 
-    Grid: (heads of all batch rows, blocks of BLOCK_M queries); its second dimension has room for 65,535.
+    `dq_accum` is contiguous float32 `(B, H, S, D)`; `dout` and `out` are TensorViews. Grid: (batch * heads, blocks of
+    BLOCK_M queries), at most 65,535 of the latter.
     """
     batch_head = tl.program_id(0)
     batch, head = batch_head // heads, batch_head % heads
     queries = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, HEAD_DIM)
     live = queries < len_q
-    rows = begin_rows(lse, dlse, score, batch_head, queries, live, len_q)
-    product = _rows_of(dout, batch, head, queries, dims, live) * _rows_of(out, batch, head, queries, dims, live)
-    finish_rows(rows, tl.sum(product, 1), rowwise, plane, score, batch_head, queries, live, len_q)
-    places = _place_in_sums(batch_head, queries, dims, len_q, HEAD_DIM)
-    tl.store(sums + places, tl.zeros([BLOCK_M, HEAD_DIM], tl.float32), mask=live[:, None])
+    row_stats = load_row_stats(lse, dlse, score_mod, batch_head, queries, live, len_q)
+    out_dot_dout = _load_rows(dout, batch, head, queries, dims, live) * _load_rows(
+        out, batch, head, queries, dims, live
+    )
+    store_row_stats(
+        row_stats, tl.sum(out_dot_dout, 1), stats, stats_stride, score_mod, batch_head, queries, live, len_q
+    )
+    offsets = _accum_offsets(batch_head, queries, dims, len_q, HEAD_DIM)
+    tl.store(dq_accum + offsets, tl.zeros([BLOCK_M, HEAD_DIM], tl.float32), mask=live[:, None])
 
 
 @triton.jit(do_not_specialize=["len_q"])
-def end_sums_kernel(dq, sums, scale, heads, len_q, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Writes `dq`, an Operand, as `scale * sums`. Grid: that of `begin_sums_kernel`."""
+def bwd_postprocess_kernel(dq, dq_accum, scale, heads, len_q, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr):
+    """dq = scale * dq_accum, rounded to the dtype of `dq`, a TensorView. Grid as `bwd_preprocess_kernel`."""
     batch_head = tl.program_id(0)
     batch, head = batch_head // heads, batch_head % heads
     queries = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, HEAD_DIM)
     live = (queries < len_q)[:, None]
-    total = tl.load(sums + _place_in_sums(batch_head, queries, dims, len_q, HEAD_DIM), mask=live, other=0.0)
+    total = tl.load(dq_accum + _accum_offsets(batch_head, queries, dims, len_q, HEAD_DIM), mask=live, other=0.0)
     base = dq.ptr + batch.to(tl.int64) * dq.stride_b + head.to(tl.int64) * dq.stride_h
-    places = queries.to(tl.int64)[:, None] * dq.stride_s + dims[None, :]
-    tl.store(base + places, (total * scale).to(dq.ptr.dtype.element_ty), mask=live)
+    offsets = queries.to(tl.int64)[:, None] * dq.stride_s + dims[None, :]
+    tl.store(base + offsets, (total * scale).to(dq.ptr.dtype.element_ty), mask=live)

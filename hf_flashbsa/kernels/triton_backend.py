@@ -9,14 +9,14 @@ import torch
 
 from hf_flashbsa.kernels import hopper, tuning
 from hf_flashbsa.kernels.arguments import (
+    attn_mods,
     cdiv,
     is_aligned,
-    matrix_of,
-    operand_of,
+    max_blocks_of,
     padded,
-    rules_of,
+    strided_tensor,
+    tensor_view,
     tiles_of,
-    width_of,
 )
 from hf_flashbsa.kernels.backward import dbias_kernel, dkdv_kernel, dq_kernel
 from hf_flashbsa.kernels.forward import forward_kernel
@@ -65,8 +65,8 @@ def _meta(
         "BLOCK_N": config.block_n,
         "BLOCK_D": padded(q.shape[-1]),
         "BLOCK_DV": padded(v.shape[-1]),
-        "LISTED": params.block_size,
-        "WIDTH": width_of(lists),
+        "SPARSE_BLOCK": params.block_size,
+        "MAX_BLOCKS_POW2": max_blocks_of(lists),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
@@ -79,96 +79,97 @@ def _launch_forward(launch, q, k, v, out, lse, extras: Extras, params: Params) -
     tiles, batch = tiles_of(extras.work_q, len_q, batch, config.block_m)
     launch(
         forward_kernel, (tiles * heads * batch,),
-        operand_of(q), operand_of(k), operand_of(v), operand_of(out), lse, extras.sinks, extras.work_q,
-        *rules_of(extras.blocks_q, extras, params), params.diagonal, heads, heads // heads_k, len_q, len_k, tiles,
+        tensor_view(q), tensor_view(k), tensor_view(v), tensor_view(out), lse, extras.sinks, extras.work_q,
+        *attn_mods(extras.blocks_q, extras, params), params.diagonal, heads, heads // heads_k, len_q, len_k, tiles,
         **_meta(config, q, v, params, extras.blocks_q),
     )  # fmt: skip
 
 
-def _launch_dq(launch, dout, dq, q, k, v, out, lse, dlse, rowwise, plane: int, extras: Extras, params: Params) -> None:
+def _launch_dq(
+    launch, dout, dq, q, k, v, out, lse, dlse, stats, stats_stride: int, extras: Extras, params: Params
+) -> None:
     (batch, heads, len_q, _), (_, heads_k, len_k, _) = q.shape, k.shape
     config = _config("dq", (q, k, v, dout), extras, params)
     tiles, batch = tiles_of(extras.work_q, len_q, batch, config.block_m)
     launch(
-        dq_kernel, (tiles * heads * batch,),
-        operand_of(dout), operand_of(dq), operand_of(q), operand_of(k), operand_of(v), operand_of(out), lse, dlse,
-        rowwise, plane, extras.work_q,
-        *rules_of(extras.blocks_q, extras, params), params.diagonal, heads, heads // heads_k, len_q, len_k, tiles,
+        dq_kernel, (tiles * heads * batch,), tensor_view(dout), tensor_view(dq), tensor_view(q), tensor_view(k),
+        tensor_view(v), tensor_view(out), lse, dlse, stats, stats_stride, extras.work_q,
+        *attn_mods(extras.blocks_q, extras, params), params.diagonal, heads, heads // heads_k, len_q, len_k, tiles,
         **_meta(config, q, v, params, extras.blocks_q),
     )  # fmt: skip
 
 
-def _launch_dkdv(launch, dout, dk, dv, q, k, v, rowwise, plane: int, extras: Extras, params: Params) -> None:
+def _launch_dkdv(launch, dout, dk, dv, q, k, v, stats, stats_stride: int, extras: Extras, params: Params) -> None:
     (_, heads, len_q, _), (batch, heads_k, len_k, _) = q.shape, k.shape
     config = _config("dkdv", (q, k, v, dout), extras, params)
     tiles, batch = tiles_of(extras.work_k, len_k, batch, config.block_n)
     launch(
-        dkdv_kernel, (tiles * heads_k * batch,),
-        operand_of(dout), operand_of(dk), operand_of(dv), operand_of(q), operand_of(k), operand_of(v), rowwise, plane,
-        extras.work_k,
-        *rules_of(extras.blocks_k, extras, params), params.diagonal, heads, heads // heads_k, len_q, len_k, tiles,
+        dkdv_kernel, (tiles * heads_k * batch,), tensor_view(dout), tensor_view(dk), tensor_view(dv), tensor_view(q),
+        tensor_view(k), tensor_view(v), stats, stats_stride, extras.work_k,
+        *attn_mods(extras.blocks_k, extras, params), params.diagonal, heads, heads // heads_k, len_q, len_k, tiles,
         **_meta(config, q, v, params, extras.blocks_k),
     )  # fmt: skip
 
 
-def _launch_dbias(launch, dout, dbias, q, k, v, rowwise, plane: int, extras: Extras, params: Params) -> None:
+def _launch_dbias(launch, dout, dbias, q, k, v, stats, stats_stride: int, extras: Extras, params: Params) -> None:
     (batch, heads, len_q, _), (_, heads_k, len_k, _) = q.shape, k.shape
     config = _config("dbias", (q, k, v, dout), extras, params)
     tiles_m, tiles_n = cdiv(dbias.shape[2], config.block_m), cdiv(dbias.shape[3], config.block_n)
     sequences = extras.sequences
     launch(
-        dbias_kernel, (tiles_n, tiles_m, dbias.shape[0] * dbias.shape[1]),
-        operand_of(dout), matrix_of(dbias), operand_of(q), operand_of(k), operand_of(v), rowwise, plane, sequences,
-        *rules_of(extras.blocks_q, extras, params), params.diagonal,
-        batch if sequences is None else sequences.shape[0], heads, heads // heads_k, dbias.shape[0],
-        dbias.shape[1], len_q, len_k,
-        **_meta(config, q, v, params, extras.blocks_q),
+        dbias_kernel, (tiles_n, tiles_m, dbias.shape[0] * dbias.shape[1]), tensor_view(dout), strided_tensor(dbias),
+        tensor_view(q), tensor_view(k), tensor_view(v), stats, stats_stride, sequences,
+        *attn_mods(extras.blocks_q, extras, params), params.diagonal,
+        batch if sequences is None else sequences.shape[0], heads, heads // heads_k, dbias.shape[0], dbias.shape[1],
+        len_q, len_k, **_meta(config, q, v, params, extras.blocks_q),
     )  # fmt: skip
 
 
 def _forward(launch, inputs, outputs, params: Params) -> None:
     (q, k, v), extras = inputs[:3], Extras(*inputs[3:])
-    out, lse, claims = outputs
-    run = hopper.launcher_of("forward", q, k, v, (), claims, extras, params) or _launch_forward
+    out, lse, tile_counter = outputs
+    run = hopper.select_launcher("forward", q, k, v, (), tile_counter, extras, params) or _launch_forward
     run(launch, q, k, v, out, lse, extras, params)
 
 
 def _backward(launch, inputs, outputs, params: Params) -> None:
     (dout, dlse, q, k, v, out, lse), extras = inputs[:7], Extras(*inputs[7:])
-    rowwise, sums, dq, dk, dv, dbias, claims_dq, claims_dkdv = outputs
-    plane = lse.numel()
-    if sums is not None:
-        run = hopper.launcher_of("sums", q, k, v, (dout, out), claims_dkdv, extras, params)
-        run(launch, dout, dq, dk, dv, q, k, v, out, lse, dlse, rowwise, plane, sums, extras, params)
+    stats, dq_accum, dq, dk, dv, dbias, tile_counter_dq, tile_counter_dkdv = outputs
+    stats_stride = lse.numel()
+    if dq_accum is not None:
+        run = hopper.select_launcher("fused_backward", q, k, v, (dout, out), tile_counter_dkdv, extras, params)
+        run(launch, dout, dq, dk, dv, q, k, v, out, lse, dlse, stats, stats_stride, dq_accum, extras, params)
         return
     if q.numel() > 0:  # before the others, which read what it makes of each query
-        run = hopper.launcher_of("dq", q, k, v, (dout, out), claims_dq, extras, params) or _launch_dq
-        run(launch, dout, dq, q, k, v, out, lse, dlse, rowwise, plane, extras, params)
+        run = hopper.select_launcher("dq", q, k, v, (dout, out), tile_counter_dq, extras, params) or _launch_dq
+        run(launch, dout, dq, q, k, v, out, lse, dlse, stats, stats_stride, extras, params)
     if k.numel() > 0:
-        run = hopper.launcher_of("dkdv", q, k, v, (dout,), claims_dkdv, extras, params) or _launch_dkdv
-        run(launch, dout, dk, dv, q, k, v, rowwise, plane, extras, params)
+        run = hopper.select_launcher("dkdv", q, k, v, (dout,), tile_counter_dkdv, extras, params) or _launch_dkdv
+        run(launch, dout, dk, dv, q, k, v, stats, stats_stride, extras, params)
     if dbias is not None:
-        _launch_dbias(launch, dout, dbias, q, k, v, rowwise, plane, extras, params)
+        _launch_dbias(launch, dout, dbias, q, k, v, stats, stats_stride, extras, params)
 
 
 def forward(q, k, v, out, lse, extras: Extras, params: Params) -> None:
     """Fills `out` and `lse`, as `autograd` makes them for `q` and `v`."""
     if q.numel() > 0:
-        claims = hopper.new_claims(extras, 1, q.device)
-        replay(_forward, (q, k, v, *carried(extras)), (out, lse, *claims), params)
+        tile_counter = hopper.new_tile_counters(extras, 1, q.device)
+        replay(_forward, (q, k, v, *carried(extras)), (out, lse, *tile_counter), params)
 
 
 def backward(dout, dlse, q, k, v, out, lse, gradients, extras: Extras, params: Params) -> None:
     """Fills `gradients`: dq, dk, dv, dbias, dsinks, as `autograd` makes them for the other arguments, or None."""
     dq, dk, dv, dbias, dsinks = gradients
-    plane = lse.numel()
-    rowwise = lse.new_empty_strided((4 if params.drop_threshold > 0 else 2, plane), (plane, 1))
+    stats_stride = lse.numel()
+    stats = lse.new_empty_strided((4 if params.drop_threshold > 0 else 2, stats_stride), (stats_stride, 1))
     dlse = None if dlse is None else dlse.contiguous()
-    claims = hopper.new_claims(extras, 2, q.device)
-    sums = None
-    if not params.deterministic and hopper.launcher_of("sums", q, k, v, (dout, out), None, extras, params):
-        sums = torch.empty(q.shape, dtype=torch.float32, device=q.device)
-    filled = (rowwise, sums, dq, dk, dv, None if dbias is None or dbias.numel() == 0 else dbias, *claims)
+    tile_counter = hopper.new_tile_counters(extras, 2, q.device)
+    dq_accum = None
+    if not params.deterministic and hopper.select_launcher(
+        "fused_backward", q, k, v, (dout, out), None, extras, params
+    ):
+        dq_accum = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+    filled = (stats, dq_accum, dq, dk, dv, None if dbias is None or dbias.numel() == 0 else dbias, *tile_counter)
     replay(_backward, (dout, dlse, q, k, v, out, lse, *carried(extras)), filled, params)
     if extras.sinks is not None:
-        dsinks.copy_(sinks_gradient(extras.sinks, lse, rowwise[1].view_as(lse)))
+        dsinks.copy_(sinks_gradient(extras.sinks, lse, stats[1].view_as(lse)))

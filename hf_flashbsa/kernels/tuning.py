@@ -1,4 +1,6 @@
-"""Launch configurations as data: `configs/<arch>.json`, nearest match for what a file does not list."""
+"""Launch configurations as data: `configs/<arch>.json`. Each file lists entries in order; the first that fits is
+used.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ import torch
 
 
 class Config(NamedTuple):
-    """Tile sizes and launch options of one kernel. `block_m` counts queries, `block_n` keys."""
+    """Tile sizes and launch options of a portable kernel: `block_m` queries by `block_n` keys."""
 
     block_m: int
     block_n: int
@@ -44,7 +46,7 @@ _overrides: dict[str, Config] = {}
 
 @contextlib.contextmanager
 def override(kernel: str, config: Config) -> Iterator[None]:
-    """Within, `select` gives `config` for `kernel`, whatever the problem. For the tuner and for tests."""
+    """Within, `select` returns `config` for `kernel`, whatever the problem. For the tuner and for tests."""
     before = dict(_overrides)
     _overrides[kernel] = config
     try:
@@ -55,22 +57,22 @@ def override(kernel: str, config: Config) -> Iterator[None]:
 
 
 def overrides() -> tuple[tuple[str, Config], ...]:
-    """What `override` gives at present."""
+    """The configurations that `override` has set."""
     return tuple(_overrides.items())
 
 
 def select(kernel: str, arch: str, block_dim: int, itemsize: int, plain: bool, aligned: bool = True) -> Config:
-    """The configuration of `kernel` ("forward", "dkdv", "dq", "dbias").
+    """The configuration of a portable kernel ("forward", "dkdv", "dq", "dbias").
 
     Args:
-        block_dim: the padded head dim, the larger of those of keys and values.
-        itemsize: bytes of an element.
-        plain: whether the scores are only scaled and masked by bounds: no bias, softcap, dense mask or documents
-            by segment ids, which need registers. Dropout does not count.
-        aligned: whether every row begins at a multiple of 16 bytes. Otherwise loads are narrow and need registers for
-            their many addresses, and products must not be wgmma's (`primitives.head_of`).
+        block_dim: the larger padded head dim of q/k and v.
+        itemsize: bytes per element.
+        plain: scores are only scaled and masked by bounds: no bias, softcap, dense mask or segment ids of packed
+            documents, which need registers. Dropout does not count.
+        aligned: every row is aligned to 16 bytes. Otherwise loads are narrow, their addresses take registers, and the
+            products must not use wgmma (`primitives.head_view`).
 
-    Entries are tried in the order of the file. `plain_only` and `aligned_only` ones are for such calls alone.
+    The first entry that fits is used. `plain_only` and `aligned_only` entries are for such calls alone.
     """
     return _overrides.get(kernel) or _lookup(kernel, arch, block_dim, itemsize, plain, aligned)
 

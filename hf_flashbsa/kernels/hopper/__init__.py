@@ -1,9 +1,8 @@
-"""Kernels for Hopper GPUs (compute capability 9.0) in Gluon, the layer under Triton's language.
+"""Kernels for Hopper GPUs (compute capability 9.0) in Gluon, Triton's lower-level language, and which calls use them.
 
-One warp finds out which tiles there are, one loads them by TMA, and two warpgroups compute. They take the calls that
-`configs/hopper.json` lists and leave the rest to the portable kernels: `refusal` says why. The list is of calls that
-they were faster on, timed beside the portable ones on an H200, or on an H100 for documents that segment ids tell
-apart; layouts of packed documents or with dropout are taken because others are, untimed.
+`why_unsupported` lists the reasons to fall back to the portable kernels. `configs/hopper.json` lists the calls for
+which these kernels were faster on an H200 (on an H100 for packed documents by segment ids). Layouts of packed
+documents or with dropout are not benchmarked; they are listed because their neighbours are faster.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ _LAUNCHERS = "hf_flashbsa.kernels.hopper.launchers"
 
 
 @functools.cache
-def unavailable() -> str | None:
-    """Why this release of Triton cannot have the kernels, which is logged once; None where it can."""
+def unavailable_reason() -> str | None:
+    """Why this release of Triton cannot compile the kernels, logged once; None where it can."""
     reason = None
     if not launch.is_known_triton():
         reason = f"tested with Triton {' and '.join(launch.KNOWN_TRITON)} only"
@@ -50,50 +49,49 @@ def _entries(kernel: str) -> list[dict]:
 
 
 def _options(kernel: str, q: torch.Tensor, k: torch.Tensor, extras: Extras, params: Params) -> dict | None:
-    """The launch options that are listed for such a call; None where it is not.
+    """Launch options of the first entry that fits the call, or None.
 
-    An entry lists calls of one head dim, with rows of queries and keys of at least `shortest`, at least `queries`
-    queries for each key, and windows of at least `narrowest` keys. Where it says so, calls must have a work table
-    (`ragged`) or none, segments or none, a block layout or none, keys ahead of a query hidden (`causal`) or not,
-    dropout or not.
+    An entry fits calls of its head dim with at least `min_seqlen` queries and keys, at least `min_q_per_k` queries per
+    key and windows of at least `min_window` keys; where it says so, with or without a tile schedule (`varlen`),
+    segment ids, a block layout, causality, dropout.
     """
     len_q, len_k, window = q.shape[2], k.shape[2], params.window
     call = {
         "head_dim": q.shape[-1],
-        "ragged": (extras.work_q if kernel in ("forward", "dq") else extras.work_k) is not None,
+        "varlen": (extras.work_q if kernel in ("forward", "dq") else extras.work_k) is not None,
         "layout": extras.grid is not None,
         "causal": params.window_right >= 0,
         "segments": extras.segment_ids_k is not None,
         "dropout": params.drop_threshold > 0,
     }
     for entry in _entries(kernel):
-        alike = all(entry.get(name, value) == value for name, value in call.items())
-        wide = window is None or window >= entry.get("narrowest", 0)
-        long = min(len_q, len_k) >= entry["shortest"] and len_q >= entry.get("queries", 0.0) * len_k
-        if alike and wide and long:
+        matches = all(entry.get(name, value) == value for name, value in call.items())
+        wide_enough = window is None or window >= entry.get("min_window", 0)
+        long_enough = min(len_q, len_k) >= entry["min_seqlen"] and len_q >= entry.get("min_q_per_k", 0.0) * len_k
+        if matches and wide_enough and long_enough:
             return entry["options"]
     return None
 
 
-def refusal(
+def why_unsupported(
     kernel: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, others: tuple, extras: Extras, params: Params
 ) -> str | None:
-    """Why `kernel` ("forward", "dq", "dkdv", or "sums" for the backward pass of sums.py) leaves a call to others; None
-    where it does not.
+    """Why `kernel` ("forward", "dq", "dkdv", or "fused_backward" for dK/dV with accumulated dQ) cannot take a call;
+    None where it can.
 
     Args:
-        others: further tensors that the kernel loads as it does q, k and v.
+        others: further tensors that the kernel loads by TMA, beside q, k and v.
     """
     if not tuning.is_hopper(q.device):
         return "not a Hopper GPU"
-    replaced = ("dq", "dkdv") if kernel == "sums" else (kernel,)
+    replaced = ("dq", "dkdv") if kernel == "fused_backward" else (kernel,)
     if any(name in replaced for name, _ in tuning.overrides()):
         return "a configuration of the portable kernel is set"
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"dtype {q.dtype}"
     if q.shape[-1] != v.shape[-1]:
         return f"head dims {q.shape[-1]} and {v.shape[-1]}"
-    for name in ("bias", "mask"):  # more registers than consumers have
+    for name in ("bias", "mask"):  # would exceed the registers of a consumer
         if getattr(extras, name) is not None:
             return name
     if params.softcap > 0.0:
@@ -107,37 +105,39 @@ def refusal(
     if _options(kernel, q, k, extras, params) is None:
         return "what configs/hopper.json does not list"
     for x in (q, k, v, *others):
-        # What TMA can address.
+        # TMA needs 16-byte alignment and positive strides.
         if not is_aligned(x) or any(n > 1 and s <= 0 for n, s in zip(x.shape, x.stride(), strict=True)):
             return "rows that do not begin at multiples of 16 bytes, or expanded tensors"
-    return unavailable()
+    return unavailable_reason()
 
 
-def new_claims(extras: Extras, kernels: int, device: torch.device) -> torch.Tensor | tuple[None, ...]:
-    """Counters from which the programs of each of `kernels` claim the tiles of a work table (turns.py); None each
-    without one, or where the GPU has other kernels.
+def new_tile_counters(extras: Extras, kernels: int, device: torch.device) -> torch.Tensor | tuple[None, ...]:
+    """A zeroed tile counter (tile_scheduler.py) for each of `kernels`; None each without a tile schedule or on other
+    GPUs.
     """
     if extras.work_q is None or not tuning.is_hopper(device):
         return (None,) * kernels
     return torch.zeros(kernels, 4, dtype=torch.int32, device=device)  # 16 bytes apart
 
 
-def launcher_of(
+def select_launcher(
     kernel: str,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     others: tuple,
-    claims: torch.Tensor | None,
+    tile_counter: torch.Tensor | None,
     extras: Extras,
     params: Params,
 ):
-    """What launches `kernel` here, called as the portable launchers are; None where `refusal` has a reason."""
-    reason = refusal(kernel, q, k, v, others, extras, params)
+    """The launch function of `kernel`, called as the portable ones; None where `why_unsupported` has a reason."""
+    reason = why_unsupported(kernel, q, k, v, others, extras, params)
     if reason is not None:
         if tuning.is_hopper(q.device):
-            takers = f"the portable {kernel} kernel takes" if kernel != "sums" else "those of dq and dkdv take"
+            takers = (
+                f"the portable {kernel} kernel takes" if kernel != "fused_backward" else "those of dq and dkdv take"
+            )
             _log_once("Hopper kernels: %s calls with %s", takers, reason)
         return None
     options = _options(kernel, q, k, extras, params)
-    return functools.partial(getattr(importlib.import_module(_LAUNCHERS), f"launch_{kernel}"), options, claims)
+    return functools.partial(getattr(importlib.import_module(_LAUNCHERS), f"launch_{kernel}"), options, tile_counter)

@@ -1,11 +1,11 @@
-"""Gradients of keys and values for Hopper, in Gluon: two warpgroups of 64 keys each compute what one warp finds
-(scout.py) and one loads by TMA.
+"""dK/dV kernel for Hopper: dV = P^T dO, dK = scale * dS^T Q. Deterministic, unless it also accumulates dQ.
 
-A job holds 128 keys and walks over the queries of every head that shares them, without atomics, so results repeat
-bitwise. What depends on a query alone is made before (rows.py). If asked to, a third warpgroup makes the gradient of
-the queries beside them, which does not repeat bitwise (sums.py).
+Warps: two consumer warpgroups, 64 keys each; one producer warp (TMA loads, TMA stores of dK and dV); one scheduler
+warp (tile_scheduler.py). K and V are resident in two slots; blocks of Q and dO, with the row statistics of their
+queries, stream through STAGES stages (bwd_pipeline.py), for every query head of the group. With `dq_accum`, a third
+warpgroup accumulates dQ (bwd_dq_accum.py).
 
-Scores are held keys by queries, so that weights and gradients of scores feed the last two products from registers.
+Scores are S^T, keys by queries, so that P^T and dS^T feed the last two products from registers.
 """
 
 from __future__ import annotations
@@ -16,412 +16,464 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS, Call, hide_outside, shared
+from hf_flashbsa.kernels.hopper.common import CONSUMER_M, NUM_CONSUMERS, Problem, apply_window_mask, warp_uniform
 from hf_flashbsa.kernels.hopper.jobs import (
-    allocate_held,
-    allocate_stream,
-    await_job,
-    block_of_queries,
-    fill,
-    has_no_rows,
-    leave,
-    noted_block,
-    noted_share,
-    pass_over,
-    prepare,
-    release,
-    send_results,
-    start_products,
-    tile_of,
+    allocate_pipeline,
+    allocate_resident,
+    consumer_release,
+    drain,
+    is_empty,
+    issue_s_dp,
+    load_block_info,
+    load_consumer_tile,
+    load_resident,
+    produce,
+    q_block,
+    stage_results,
+    stage_tile,
+    store_results,
+    wait_resident,
 )
-from hf_flashbsa.kernels.hopper.scout import is_job, noted_item, noted_job, scout
-from hf_flashbsa.kernels.hopper.sums import Outbox, add_queries, allocate_handover, await_use, hand_over, of_own_keys
-from hf_flashbsa.kernels.primitives import asks_ids, dropout_keep, hide_segments, log2_factor, visible
-from hf_flashbsa.kernels.records import Rules, Tiles
+from hf_flashbsa.kernels.hopper.scout import is_valid_tile, load_scheduled_tile, load_tile_info, scheduler_warp
+from hf_flashbsa.kernels.hopper.sums import (
+    DsProducer,
+    allocate_ds_pipeline,
+    dq_partition,
+    produce_ds,
+    wait_ds_consumed,
+    zero_past_end,
+)
+from hf_flashbsa.kernels.primitives import (
+    apply_segment_mask,
+    dropout_keep,
+    needs_segment_mask,
+    softmax_scale_log2,
+    visible_mask,
+)
+from hf_flashbsa.kernels.records import AttnMods, Tiles
 
 
-class Ring(NamedTuple):
-    """Shared memory: keys and values are held, queries and output gradients pass by.
-
-    With the queries come `words` of each: lse, delta, and with dropout its pad and factor. `row_words` is
-    `[stages * words, BLOCK_M]`. The `handover` to a third warpgroup is None without one.
+class DkdvStorage(NamedTuple):
+    """Shared memory: resident K and V; a pipeline of Q and dO; per stage `stats_words` rows of float32 statistics
+    (lse_log2, delta, and with dropout pad and factor); the dS pipeline to the dQ warpgroup, or None.
     """
 
-    held: object
-    stream: object
-    row_words: object
-    words: object
-    handover: object
+    resident: object
+    pipeline: object
+    row_stats: object
+    stats_words: object
+    ds_pipeline: object
 
 
-class Gradients(NamedTuple):
-    """Operands of what a program writes."""
+class OutputViews(NamedTuple):
+    """dK and dV as TensorViews."""
 
     dk: object
     dv: object
 
 
 @gluon.jit
-def _fill(i, step, q, dout, rowwise, plane, job, done, ring, call, tiles: gl.constexpr):
-    """Loads a job's `i`-th block of queries with what belongs to them, as block `step` of the stream."""
+def _produce_q(i, step, q, dout, stats, stats_stride, scheduled, tile_iter, smem, problem, tiles: gl.constexpr):
+    """Load the tile's `i`-th block of Q and dO and its row statistics, as block `step` of the pipeline."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([tiles.m // 32], [32], [1], [0])
-    is_partial = i < job.partial
-    lo, hi = gl.to_tensor(0), gl.to_tensor(call.len_q)
+    is_partial = i < scheduled.num_partial
+    lo, hi = gl.to_tensor(0), gl.to_tensor(problem.len_q)
     if is_partial:
-        # The job is read anew, because the producer has registers for little.
-        whole = noted_job(ring.held.agenda, done, call, tiles, True)
-        head, first = block_of_queries(whole, call, i, True, tiles)
-        lo, hi = whole.span.lo, whole.span.hi
+        # Reload the tile from the mailbox: the producer has few registers.
+        masked_tile = load_scheduled_tile(smem.resident.mailbox, tile_iter, problem, tiles, True)
+        head, start = q_block(masked_tile, problem, i, True, tiles)
+        lo, hi = masked_tile.block_range.lo, masked_tile.block_range.hi
     else:
-        head, first = block_of_queries(job, call, i - job.partial, False, tiles)
-    queries = first + gl.arange(0, tiles.m, layout=LAYOUT)
-    row = rowwise + (job.item.other_row.to(gl.int64) * call.heads + head) * call.len_q + queries
-    live = (queries >= lo) & (queries < hi)
-    # Queries outside of the span have weights of 0. Loaded before the wait, which hides the latency.
-    lse = gl.load(row, mask=live, other=float("inf"))
-    delta = gl.load(row + plane, mask=live, other=0.0)
-    fill(ring.stream, step, q, dout, job.item.other_row, head, first, is_partial, tiles.m, tiles.d)
-    stage = step % ring.stream.stages
-    word = stage * ring.words
-    ring.row_words.index(word).store(lse)
-    ring.row_words.index(word + 1).store(delta)
-    if call.rules.score.seed is not None:
-        ring.row_words.index(word + 2).store(gl.load(row + 2 * plane, mask=live, other=0.0))
-        ring.row_words.index(word + 3).store(gl.load(row + 3 * plane, mask=live, other=0.0))
-    mbarrier.arrive(ring.stream.full.index(stage), count=1)
+        head, start = q_block(scheduled, problem, i - scheduled.num_partial, False, tiles)
+    queries = start + gl.arange(0, tiles.m, layout=LAYOUT)
+    row = stats + (scheduled.work_tile.other_batch.to(gl.int64) * problem.heads + head) * problem.len_q + queries
+    in_range = (queries >= lo) & (queries < hi)
+    # Queries outside the range get P = 0. Loaded before the wait for the stage, which hides the latency.
+    lse = gl.load(row, mask=in_range, other=float("inf"))
+    delta = gl.load(row + stats_stride, mask=in_range, other=0.0)
+    produce(smem.pipeline, step, q, dout, scheduled.work_tile.other_batch, head, start, is_partial, tiles.m, tiles.d)
+    stage = step % smem.pipeline.stages
+    word = stage * smem.stats_words
+    smem.row_stats.index(word).store(lse)
+    smem.row_stats.index(word + 1).store(delta)
+    if problem.mods.score_mod.seed is not None:
+        smem.row_stats.index(word + 2).store(gl.load(row + 2 * stats_stride, mask=in_range, other=0.0))
+        smem.row_stats.index(word + 3).store(gl.load(row + 3 * stats_stride, mask=in_range, other=0.0))
+    mbarrier.arrive(smem.pipeline.full.index(stage), count=1)
 
 
 @gluon.jit
-def _load(q, dout, k, v, dk, dv, rowwise, plane, ring, call, tiles: gl.constexpr):
-    """The producer."""
-    held = ring.held
-    # Once consumers have given back a block of a job, they have left the results of the job before.
-    early = ring.stream.stages + 1
-    step, done = gl.to_tensor(0), gl.to_tensor(0)
-    prepare(held, done, k, v, call, tiles)
-    while is_job(held.agenda, done):
-        job = noted_job(held.agenda, done, call, tiles, True)
-        for i in range(gl.maximum(job.count, early + 2)):
-            if i == early:
-                send_results(held, done + 1, dk, dv, call.len_k, call)
-            if i == early + 1:
-                prepare(held, done + 1, k, v, call, tiles)
-            if i < job.count:
-                _fill(i, step + i, q, dout, rowwise, plane, job, done, ring, call, tiles)
-        step += job.count
-        done += 1
-    send_results(held, done + 1, dk, dv, call.len_k, call)
+def _load_partition(q, dout, k, v, dk, dv, stats, stats_stride, smem, problem, tiles: gl.constexpr):
+    """The producer warp."""
+    resident = smem.resident
+    # Once consumers have released a block of this tile, the results of the previous tile are in place.
+    store_at = smem.pipeline.stages + 1
+    step, tile_iter = gl.to_tensor(0), gl.to_tensor(0)
+    load_resident(resident, tile_iter, k, v, problem, tiles)
+    while is_valid_tile(resident.mailbox, tile_iter):
+        scheduled = load_scheduled_tile(resident.mailbox, tile_iter, problem, tiles, True)
+        for i in range(gl.maximum(scheduled.num_blocks, store_at + 2)):
+            if i == store_at:
+                store_results(resident, tile_iter + 1, dk, dv, problem.len_k, problem)
+            if i == store_at + 1:
+                load_resident(resident, tile_iter + 1, k, v, problem, tiles)
+            if i < scheduled.num_blocks:
+                _produce_q(i, step + i, q, dout, stats, stats_stride, scheduled, tile_iter, smem, problem, tiles)
+        step += scheduled.num_blocks
+        tile_iter += 1
+    store_results(resident, tile_iter + 1, dk, dv, problem.len_k, problem)
     tma.store_wait(0)
 
 
 @gluon.jit
-def _row_word(i, word, ring, COLUMNS: gl.constexpr):
-    """The lse (word 0), delta (1), pad (2) or factor (3) of the queries of block `i`."""
-    return ring.row_words.index(i % ring.stream.stages * ring.words + word).load(COLUMNS)
+def _load_row_stat(i, word, smem, COLUMNS: gl.constexpr):
+    """Row statistics of block `i`: lse_log2 (word 0), delta (1), dropout pad (2) or factor (3)."""
+    return smem.row_stats.index(i % smem.pipeline.stages * smem.stats_words + word).load(COLUMNS)
 
 
 @gluon.jit
-def _weights(i, step, s, lse, share, ring, call, MASKED: gl.constexpr, tiles: gl.constexpr):
-    """Weights of a share's keys with block `i` of its job, block `step` of the stream.
+def _recompute_p(i, step, s, lse, consumer, smem, problem, MASKED: gl.constexpr, tiles: gl.constexpr):
+    """P^T of the tile's `i`-th block, block `step` of the pipeline.
 
-    Weights that dropout drops have a minus sign: both gradients need to know, and a sign takes no registers.
+    Weights that dropout drops get a minus sign: both gradients need the mask, and a sign takes no registers.
     """
     COLUMNS: gl.constexpr = gl.SliceLayout(0, s.type.layout)
-    rules = call.rules
-    if MASKED and (i < share.partial):
-        item, _ = noted_item(ring.held.agenda, share.number, call)
-        first, head = noted_block(ring.stream, step)
-        queries = first + gl.arange(0, tiles.m, layout=COLUMNS)
-        keys = share.begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout))
-        s = hide_outside(s, rules, share.begin, first, item.lo, item.hi, item.diagonal, tiles, True)
-        if (tiles.listed > 0) and (rules.blocks.masks is not None):
-            ok = visible(
-                rules, item.other_row, head, queries[None, :], keys[:, None], (keys < item.end)[:, None],
-                item.query_origin, item.key_origin, first, share.begin, tiles,
+    mods = problem.mods
+    if MASKED and (i < consumer.num_partial):
+        work_tile, _ = load_tile_info(smem.resident.mailbox, consumer.tile_iter, problem)
+        start, head = load_block_info(smem.pipeline, step)
+        queries = start + gl.arange(0, tiles.m, layout=COLUMNS)
+        keys = consumer.begin + gl.arange(0, CONSUMER_M, layout=gl.SliceLayout(1, s.type.layout))
+        s = apply_window_mask(
+            s, mods, consumer.begin, start, work_tile.lo, work_tile.hi, work_tile.query_offset, tiles, True
+        )
+        if (tiles.sparse_block > 0) and (mods.blocks.mask_words is not None):
+            ok = visible_mask(
+                mods, work_tile.other_batch, head, queries[None, :], keys[:, None], (keys < work_tile.end)[:, None],
+                work_tile.query_origin, work_tile.key_origin, start, consumer.begin, tiles,
             )  # fmt: skip
             s = gl.where(ok, s, float("-inf"))
-        s = hide_segments(s, rules.mask, item.other_row, item.row, asks_ids(item), queries[None, :], keys[:, None])
-    p = gl.exp2(s * log2_factor(rules) - lse[None, :])
-    if rules.score.seed is not None:
-        pad = _row_word(step, 2, ring, COLUMNS).to(gl.uint32, bitcast=True)
-        factor = _row_word(step, 3, ring, COLUMNS).to(gl.uint32, bitcast=True)
-        offsets = gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout))[:, None]
-        place = share.begin - share.key_origin
-        p = gl.where(dropout_keep(rules.score, pad[None, :], factor[None, :], place, offsets), p, -p)
+        s = apply_segment_mask(
+            s,
+            mods.bounds,
+            work_tile.other_batch,
+            work_tile.batch,
+            needs_segment_mask(work_tile),
+            queries[None, :],
+            keys[:, None],
+        )
+    p = gl.exp2(s * softmax_scale_log2(mods) - lse[None, :])
+    if mods.score_mod.seed is not None:
+        pad = _load_row_stat(step, 2, smem, COLUMNS).to(gl.uint32, bitcast=True)
+        factor = _load_row_stat(step, 3, smem, COLUMNS).to(gl.uint32, bitcast=True)
+        offsets = gl.arange(0, CONSUMER_M, layout=gl.SliceLayout(1, s.type.layout))[:, None]
+        key_pos = consumer.begin - consumer.key_origin
+        p = gl.where(dropout_keep(mods.score_mod, pad[None, :], factor[None, :], key_pos, offsets), p, -p)
     return p
 
 
 @gluon.jit
-def _kept(p, score):
-    """The weights behind dropout, but for their scale."""
-    if score.seed is not None:
+def _dropped_p(p, score_mod):
+    """P after dropout, without keep_scale."""
+    if score_mod.seed is not None:
         p = gl.maximum(p, 0.0)
     return p
 
 
 @gluon.jit
-def _gradient(p, dp, delta, score):
-    """Gradient of the scaled scores of a block."""
-    if score.seed is not None:
-        dp = gl.where(p > 0.0, dp * score.keep_scale, 0.0)
+def _compute_ds(p, dp, delta, score_mod):
+    """dS = P * (dP - delta); dP behind dropout."""
+    if score_mod.seed is not None:
+        dp = gl.where(p > 0.0, dp * score_mod.keep_scale, 0.0)
         p = gl.abs(p)
     return p * (dp - delta[None, :])
 
 
 @gluon.jit
-def _queries(ring, i, tiles: gl.constexpr):
-    """Block `i` of the queries."""
-    return tile_of(ring.stream.first, ring.stream, i, tiles.m, tiles.d)
+def _q_stage(smem, i, tiles: gl.constexpr):
+    """Q of block `i`."""
+    return stage_tile(smem.pipeline.first, smem.pipeline, i, tiles.m, tiles.d)
 
 
 @gluon.jit
-def _dout(ring, i, tiles: gl.constexpr):
-    """The output gradients of block `i`."""
-    return tile_of(ring.stream.second, ring.stream, i, tiles.m, tiles.d)
+def _do_stage(smem, i, tiles: gl.constexpr):
+    """dO of block `i`."""
+    return stage_tile(smem.pipeline.second, smem.pipeline, i, tiles.m, tiles.d)
 
 
 @gluon.jit
-def _last_products(i, p, ds, dk, dv, ring, tiles: gl.constexpr):
-    """Starts the products of weights and gradients of scores with block `i`."""
-    dv = warpgroup_mma(p, _dout(ring, i, tiles), dv, is_async=True)
-    dk = warpgroup_mma(ds, _queries(ring, i, tiles), dk, is_async=True)
+def _issue_dk_dv(i, p, ds, dk, dv, smem, tiles: gl.constexpr):
+    """Issue dV += P^T dO and dK += dS^T Q of block `i`."""
+    dv = warpgroup_mma(p, _do_stage(smem, i, tiles), dv, is_async=True)
+    dk = warpgroup_mma(ds, _q_stage(smem, i, tiles), dk, is_async=True)
     return dk, dv
 
 
 @gluon.jit
-def _finish(i, p, ds, dk, dv, ring, tiles: gl.constexpr):
-    """The last products of the last block."""
-    dk, dv = _last_products(i, p, ds, dk, dv, ring, tiles)
+def _finish_dk_dv(i, p, ds, dk, dv, smem, tiles: gl.constexpr):
+    """dV and dK of the last block."""
+    dk, dv = _issue_dk_dv(i, p, ds, dk, dv, smem, tiles)
     dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
-    release(ring.stream, i)
+    consumer_release(smem.pipeline, i)
     return dk, dv
 
 
 @gluon.jit
-def _begin(step, k_tile, v_tile, zero, share, ring, call, tiles: gl.constexpr):
-    """Weights of the first block, block `step` of the stream, the product of the values with output gradients, and
-    delta of the queries."""
+def _first_block(step, k_tile, v_tile, zero, consumer, smem, problem, tiles: gl.constexpr):
+    """P^T, dP^T and delta of the first block, block `step` of the pipeline."""
     COLUMNS: gl.constexpr = gl.SliceLayout(0, zero.type.layout)
-    s, dp = start_products(0, step, k_tile, v_tile, zero, share, ring, call, True, tiles.m, tiles.d)
-    lse, delta = _row_word(step, 0, ring, COLUMNS), _row_word(step, 1, ring, COLUMNS)
+    s, dp = issue_s_dp(0, step, k_tile, v_tile, zero, consumer, smem, problem, True, tiles.m, tiles.d)
+    lse, delta = _load_row_stat(step, 0, smem, COLUMNS), _load_row_stat(step, 1, smem, COLUMNS)
     s, dp = warpgroup_mma_wait(0, deps=(s, dp))
-    return _weights(0, step, s, lse, share, ring, call, True, tiles), dp, delta
+    return _recompute_p(0, step, s, lse, consumer, smem, problem, True, tiles), dp, delta
 
 
 @gluon.jit
-def _rotated_rounds(
-    begin, end, step, weights, dp, delta, dk, dv, k_tile, v_tile, zero, share, outbox, ring, call,
-    OPERAND: gl.constexpr, MASKED: gl.constexpr, tiles: gl.constexpr,
+def _dkv_overlap_blocks(
+    begin, end, step, signed_p, dp, delta, dk, dv, k_tile, v_tile, zero, consumer, ds_producer, smem, problem,
+    P_LAYOUT: gl.constexpr, MASKED: gl.constexpr, tiles: gl.constexpr,
 ):  # fmt: skip
-    """Rounds `[begin, end)` of `_rotated`, without masks unless `MASKED`."""
-    dtype: gl.constexpr = ring.held.first.dtype
+    """Blocks `[begin, end)` of `_dkv_overlap_mainloop`; no masks unless MASKED."""
+    dtype: gl.constexpr = smem.resident.first.dtype
     COLUMNS: gl.constexpr = gl.SliceLayout(0, zero.type.layout)
-    score = call.rules.score
+    score_mod = problem.mods.score_mod
     for i in range(begin, end):
-        at, last = step + i, step + i - 1
-        p = gl.convert_layout(_kept(weights, score).to(dtype), OPERAND)
-        dv_next = warpgroup_mma(p, _dout(ring, last, tiles), dv, is_async=True)
-        gradient = of_own_keys(_gradient(weights, dp, delta, score).to(dtype), share, outbox)
-        ds = gl.convert_layout(gradient, OPERAND)
-        dk_next = warpgroup_mma(ds, _queries(ring, last, tiles), dk, is_async=True)
-        s, dp_next = start_products(i, at, k_tile, v_tile, zero, share, ring, call, MASKED, tiles.m, tiles.d)
-        hand_over(last, gradient, outbox)
-        lse = _row_word(at, 0, ring, COLUMNS)
+        step_i, step_prev = step + i, step + i - 1
+        p = gl.convert_layout(_dropped_p(signed_p, score_mod).to(dtype), P_LAYOUT)
+        dv_next = warpgroup_mma(p, _do_stage(smem, step_prev, tiles), dv, is_async=True)
+        ds_cast = zero_past_end(_compute_ds(signed_p, dp, delta, score_mod).to(dtype), consumer, ds_producer)
+        ds = gl.convert_layout(ds_cast, P_LAYOUT)
+        dk_next = warpgroup_mma(ds, _q_stage(smem, step_prev, tiles), dk, is_async=True)
+        s, dp_next = issue_s_dp(i, step_i, k_tile, v_tile, zero, consumer, smem, problem, MASKED, tiles.m, tiles.d)
+        produce_ds(step_prev, ds_cast, ds_producer)
+        lse = _load_row_stat(step_i, 0, smem, COLUMNS)
         s, dv, dk, _, _ = warpgroup_mma_wait(1, deps=(s, dv_next, dk_next, p, ds))
-        release(ring.stream, last)
-        weights = _weights(i, at, s, lse, share, ring, call, MASKED, tiles)
-        delta = _row_word(at, 1, ring, COLUMNS)
+        consumer_release(smem.pipeline, step_prev)
+        signed_p = _recompute_p(i, step_i, s, lse, consumer, smem, problem, MASKED, tiles)
+        delta = _load_row_stat(step_i, 1, smem, COLUMNS)
         dp = warpgroup_mma_wait(0, deps=(dp_next,))
-    return weights, dp, delta, dk, dv
+    return signed_p, dp, delta, dk, dv
 
 
 @gluon.jit
-def _rotated(
-    step, dk, dv, k_tile, v_tile, zero, share, outbox, ring, call, OPERAND: gl.constexpr, STEADY: gl.constexpr,
-    tiles: gl.constexpr,
+def _dkv_overlap_mainloop(
+    step, dk, dv, k_tile, v_tile, zero, consumer, ds_producer, smem, problem, P_LAYOUT: gl.constexpr,
+    PEEL_MASKED: gl.constexpr, tiles: gl.constexpr,
 ):  # fmt: skip
-    """Adds all blocks to `dk` and `dv`. A round issues the last products of a block behind its weights, and with them
-    the first ones of the next block; the second of those runs under that block's weights.
+    """dK and dV of a tile, for head dim 64 (OVERLAP_DKV). After P of a block: issue its dV and dK, then S and dP of
+    the next block; dP overlaps the computation of that block's P.
     """
-    dtype: gl.constexpr = ring.held.first.dtype
-    score = call.rules.score
-    weights, dp, delta = _begin(step, k_tile, v_tile, zero, share, ring, call, tiles)
-    masked = share.count
-    if STEADY:
-        masked = gl.maximum(share.partial, 1)
-    weights, dp, delta, dk, dv = _rotated_rounds(
-        1, masked, step, weights, dp, delta, dk, dv, k_tile, v_tile, zero, share, outbox, ring, call, OPERAND, True,
-        tiles,
+    dtype: gl.constexpr = smem.resident.first.dtype
+    score_mod = problem.mods.score_mod
+    signed_p, dp, delta = _first_block(step, k_tile, v_tile, zero, consumer, smem, problem, tiles)
+    masked_end = consumer.num_blocks
+    if PEEL_MASKED:
+        masked_end = gl.maximum(consumer.num_partial, 1)
+    signed_p, dp, delta, dk, dv = _dkv_overlap_blocks(
+        1, masked_end, step, signed_p, dp, delta, dk, dv, k_tile, v_tile, zero, consumer, ds_producer, smem, problem,
+        P_LAYOUT, True, tiles,
     )  # fmt: skip
-    if STEADY:
-        weights, dp, delta, dk, dv = _rotated_rounds(
-            masked, share.count, step, weights, dp, delta, dk, dv, k_tile, v_tile, zero, share, outbox, ring, call,
-            OPERAND, False, tiles,
+    if PEEL_MASKED:
+        signed_p, dp, delta, dk, dv = _dkv_overlap_blocks(
+            masked_end, consumer.num_blocks, step, signed_p, dp, delta, dk, dv, k_tile, v_tile, zero, consumer,
+            ds_producer, smem, problem, P_LAYOUT, False, tiles,
         )  # fmt: skip
-    p = gl.convert_layout(_kept(weights, score).to(dtype), OPERAND)
-    gradient = of_own_keys(_gradient(weights, dp, delta, score).to(dtype), share, outbox)
-    ds = gl.convert_layout(gradient, OPERAND)
-    last = step + share.count - 1
-    hand_over(last, gradient, outbox)
-    dk, dv = _finish(last, p, ds, dk, dv, ring, tiles)
-    await_use(last, outbox)  # results take the place of the keys
+    p = gl.convert_layout(_dropped_p(signed_p, score_mod).to(dtype), P_LAYOUT)
+    ds_cast = zero_past_end(_compute_ds(signed_p, dp, delta, score_mod).to(dtype), consumer, ds_producer)
+    ds = gl.convert_layout(ds_cast, P_LAYOUT)
+    step_prev = step + consumer.num_blocks - 1
+    produce_ds(step_prev, ds_cast, ds_producer)
+    dk, dv = _finish_dk_dv(step_prev, p, ds, dk, dv, smem, tiles)
+    wait_ds_consumed(step_prev, ds_producer)  # dK overwrites K, which the dQ warpgroup reads
     return dk, dv
 
 
 @gluon.jit
-def _late_rounds(
-    begin, end, step, p, ds, dk, dv, k_tile, v_tile, zero, share, ring, call, OPERAND: gl.constexpr,
+def _sdp_overlap_blocks(
+    begin, end, step, p, ds, dk, dv, k_tile, v_tile, zero, consumer, smem, problem, P_LAYOUT: gl.constexpr,
     MASKED: gl.constexpr, tiles: gl.constexpr,
 ):  # fmt: skip
-    """Rounds `[begin, end)` of `_late`, without masks unless `MASKED`."""
-    dtype: gl.constexpr = ring.held.first.dtype
+    """Blocks `[begin, end)` of `_sdp_overlap_mainloop`; no masks unless MASKED."""
+    dtype: gl.constexpr = smem.resident.first.dtype
     COLUMNS: gl.constexpr = gl.SliceLayout(0, zero.type.layout)
-    score = call.rules.score
+    score_mod = problem.mods.score_mod
     for i in range(begin, end):
-        at, last = step + i, step + i - 1
-        s, dp = start_products(i, at, k_tile, v_tile, zero, share, ring, call, MASKED, tiles.m, tiles.d)
-        dk_next, dv_next = _last_products(last, p, ds, dk, dv, ring, tiles)
-        lse = _row_word(at, 0, ring, COLUMNS)
+        step_i, step_prev = step + i, step + i - 1
+        s, dp = issue_s_dp(i, step_i, k_tile, v_tile, zero, consumer, smem, problem, MASKED, tiles.m, tiles.d)
+        dk_next, dv_next = _issue_dk_dv(step_prev, p, ds, dk, dv, smem, tiles)
+        lse = _load_row_stat(step_i, 0, smem, COLUMNS)
         s = warpgroup_mma_wait(3, deps=(s,))
-        weights = _weights(i, at, s, lse, share, ring, call, MASKED, tiles)
-        delta = _row_word(at, 1, ring, COLUMNS)
-        p_next = _kept(weights, score)
+        signed_p = _recompute_p(i, step_i, s, lse, consumer, smem, problem, MASKED, tiles)
+        delta = _load_row_stat(step_i, 1, smem, COLUMNS)
+        p_next = _dropped_p(signed_p, score_mod)
         dp = warpgroup_mma_wait(2, deps=(dp,))
-        ds_next = _gradient(weights, dp, delta, score)
-        # Rounded only behind the wait: products in flight read the registers that the operands of the next ones take.
+        ds_next = _compute_ds(signed_p, dp, delta, score_mod)
+        # Round only after the wait: the next operands take the registers that wgmmas in flight read.
         dk, dv, _, _ = warpgroup_mma_wait(0, deps=(dk_next, dv_next, p, ds))
-        release(ring.stream, last)
-        p = gl.convert_layout(p_next.to(dtype), OPERAND)
-        ds = gl.convert_layout(ds_next.to(dtype), OPERAND)
+        consumer_release(smem.pipeline, step_prev)
+        p = gl.convert_layout(p_next.to(dtype), P_LAYOUT)
+        ds = gl.convert_layout(ds_next.to(dtype), P_LAYOUT)
     return p, ds, dk, dv
 
 
 @gluon.jit
-def _late(
-    step, dk, dv, k_tile, v_tile, zero, share, ring, call, OPERAND: gl.constexpr, STEADY: gl.constexpr,
+def _sdp_overlap_mainloop(
+    step, dk, dv, k_tile, v_tile, zero, consumer, smem, problem, P_LAYOUT: gl.constexpr, PEEL_MASKED: gl.constexpr,
     tiles: gl.constexpr,
 ):  # fmt: skip
-    """Adds all blocks to `dk` and `dv`. The last products of a block are issued behind the first ones of the next
-    block, and run under that block's weights.
+    """dK and dV of a tile, for head dim 128. dV and dK of a block are issued one block late, after S and dP of the
+    next block, and overlap the computation of that block's P.
     """
-    dtype: gl.constexpr = ring.held.first.dtype
-    score = call.rules.score
-    weights, dp, delta = _begin(step, k_tile, v_tile, zero, share, ring, call, tiles)
-    p = gl.convert_layout(_kept(weights, score).to(dtype), OPERAND)
-    ds = gl.convert_layout(_gradient(weights, dp, delta, score).to(dtype), OPERAND)
-    masked = share.count
-    if STEADY:
-        masked = gl.maximum(share.partial, 1)
-    p, ds, dk, dv = _late_rounds(
-        1, masked, step, p, ds, dk, dv, k_tile, v_tile, zero, share, ring, call, OPERAND, True, tiles
+    dtype: gl.constexpr = smem.resident.first.dtype
+    score_mod = problem.mods.score_mod
+    signed_p, dp, delta = _first_block(step, k_tile, v_tile, zero, consumer, smem, problem, tiles)
+    p = gl.convert_layout(_dropped_p(signed_p, score_mod).to(dtype), P_LAYOUT)
+    ds = gl.convert_layout(_compute_ds(signed_p, dp, delta, score_mod).to(dtype), P_LAYOUT)
+    masked_end = consumer.num_blocks
+    if PEEL_MASKED:
+        masked_end = gl.maximum(consumer.num_partial, 1)
+    p, ds, dk, dv = _sdp_overlap_blocks(
+        1, masked_end, step, p, ds, dk, dv, k_tile, v_tile, zero, consumer, smem, problem, P_LAYOUT, True, tiles
     )
-    if STEADY:
-        p, ds, dk, dv = _late_rounds(
-            masked, share.count, step, p, ds, dk, dv, k_tile, v_tile, zero, share, ring, call, OPERAND, False, tiles
+    if PEEL_MASKED:
+        p, ds, dk, dv = _sdp_overlap_blocks(
+            masked_end,
+            consumer.num_blocks,
+            step,
+            p,
+            ds,
+            dk,
+            dv,
+            k_tile,
+            v_tile,
+            zero,
+            consumer,
+            smem,
+            problem,
+            P_LAYOUT,
+            False,
+            tiles,
         )
-    return _finish(step + share.count - 1, p, ds, dk, dv, ring, tiles)
+    return _finish_dk_dv(step + consumer.num_blocks - 1, p, ds, dk, dv, smem, tiles)
 
 
 @gluon.jit
-def _compute(
-    part: gl.constexpr, out, ring, call, tiles: gl.constexpr, ROTATED: gl.constexpr, STEADY: gl.constexpr
+def _consumer(
+    wg: gl.constexpr, views, smem, problem, tiles: gl.constexpr, OVERLAP_DKV: gl.constexpr, PEEL_MASKED: gl.constexpr
 ):  # fmt: skip
-    """A consumer: the `part`-th 64 keys of each job. No product is left running at the end of a round."""
+    """Consumer warpgroup `wg`: 64 keys of each tile. wgmma is drained in each iteration."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tiles.m, 16])
     DK: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tiles.d, 16])
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, DK, 2)
-    held, score = ring.held, call.rules.score
-    step, done = gl.to_tensor(0), gl.to_tensor(0)
-    while await_job(part, held, done):
-        place = (done & 1) * CONSUMERS + part
-        share = noted_share(part, held, done, call, tiles, True)
-        dk = gl.zeros([ROWS, tiles.d], gl.float32, DK)
-        dv = gl.zeros([ROWS, tiles.d], gl.float32, DK)
-        outbox = None
-        if ring.handover is None:
-            idle = has_no_rows(share, held, call)
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, DK, 2)
+    resident, score_mod = smem.resident, problem.mods.score_mod
+    step, tile_iter = gl.to_tensor(0), gl.to_tensor(0)
+    while wait_resident(wg, resident, tile_iter):
+        slot = (tile_iter & 1) * NUM_CONSUMERS + wg
+        consumer = load_consumer_tile(wg, resident, tile_iter, problem, tiles, True)
+        dk = gl.zeros([CONSUMER_M, tiles.d], gl.float32, DK)
+        dv = gl.zeros([CONSUMER_M, tiles.d], gl.float32, DK)
+        ds_producer = None
+        if smem.ds_pipeline is None:
+            skip = is_empty(consumer, resident, problem)
         else:
-            # The third warpgroup waits for both consumers.
-            item, _ = noted_item(held.agenda, share.number, call)
-            outbox = Outbox(ring.handover, part, shared(item.end))
-            idle = False
-        if idle:
-            pass_over(ring.stream, step, step + share.count)
-        elif share.count > 0:
-            zero = gl.zeros([ROWS, tiles.m], gl.float32, S)
-            k_tile = held.first.index(place).reshape([ROWS, tiles.d])
-            v_tile = held.second.index(place).reshape([ROWS, tiles.d])
-            # From registers as far as there are some, and masks of partial blocks take many: shared memory feeds
-            # products with few queries too slowly.
-            if (tiles.d == 64) or (tiles.listed == 0) or (call.rules.blocks.masks is None):
+            # Never skip: the dQ warpgroup waits for both consumers.
+            work_tile, _ = load_tile_info(resident.mailbox, consumer.tile_iter, problem)
+            ds_producer = DsProducer(smem.ds_pipeline, wg, warp_uniform(work_tile.end))
+            skip = False
+        if skip:
+            drain(smem.pipeline, step, step + consumer.num_blocks)
+        elif consumer.num_blocks > 0:
+            zero = gl.zeros([CONSUMER_M, tiles.m], gl.float32, S)
+            k_tile = resident.first.index(slot).reshape([CONSUMER_M, tiles.d])
+            v_tile = resident.second.index(slot).reshape([CONSUMER_M, tiles.d])
+            # K and V from registers where they fit (masks of partial blocks take many): with few queries per block,
+            # wgmma is bound by shared-memory reads of both operands.
+            if (tiles.d == 64) or (tiles.sparse_block == 0) or (problem.mods.blocks.mask_words is None):
                 k_tile = k_tile.load(gl.DotOperandLayout(0, S, 2))
-            if (tiles.d == 64) and (ring.handover is None):
+            if (tiles.d == 64) and (smem.ds_pipeline is None):
                 v_tile = v_tile.load(gl.DotOperandLayout(0, S, 2))
-            if ROTATED:
-                dk, dv = _rotated(
-                    step, dk, dv, k_tile, v_tile, zero, share, outbox, ring, call, OPERAND, STEADY, tiles
+            if OVERLAP_DKV:
+                dk, dv = _dkv_overlap_mainloop(
+                    step,
+                    dk,
+                    dv,
+                    k_tile,
+                    v_tile,
+                    zero,
+                    consumer,
+                    ds_producer,
+                    smem,
+                    problem,
+                    P_LAYOUT,
+                    PEEL_MASKED,
+                    tiles,
                 )
             else:
-                dk, dv = _late(step, dk, dv, k_tile, v_tile, zero, share, ring, call, OPERAND, STEADY, tiles)
-        leave(held.first.index(place), dk * score.scale, out.dk, share, held, call, tiles.d)
-        if score.seed is not None:
-            dv = dv * score.keep_scale
-        leave(held.second.index(place), dv, out.dv, share, held, call, tiles.d)
-        mbarrier.arrive(held.empty.index(place), count=1)
-        step += share.count
-        done += 1
+                dk, dv = _sdp_overlap_mainloop(
+                    step, dk, dv, k_tile, v_tile, zero, consumer, smem, problem, P_LAYOUT, PEEL_MASKED, tiles
+                )
+        stage_results(resident.first.index(slot), dk * score_mod.scale, views.dk, consumer, resident, problem, tiles.d)
+        if score_mod.seed is not None:
+            dv = dv * score_mod.keep_scale
+        stage_results(resident.second.index(slot), dv, views.dv, consumer, resident, problem, tiles.d)
+        mbarrier.arrive(resident.empty.index(slot), count=1)
+        step += consumer.num_blocks
+        tile_iter += 1
 
 
 @gluon.jit
-def _consumer_0(out, ring, call, tiles: gl.constexpr, ROTATED: gl.constexpr, STEADY: gl.constexpr):
-    _compute(0, out, ring, call, tiles, ROTATED, STEADY)
+def _consumer_0(views, smem, problem, tiles: gl.constexpr, OVERLAP_DKV: gl.constexpr, PEEL_MASKED: gl.constexpr):
+    _consumer(0, views, smem, problem, tiles, OVERLAP_DKV, PEEL_MASKED)
 
 
 @gluon.jit
-def _consumer_1(out, ring, call, tiles: gl.constexpr, ROTATED: gl.constexpr, STEADY: gl.constexpr):
-    _compute(1, out, ring, call, tiles, ROTATED, STEADY)
+def _consumer_1(views, smem, problem, tiles: gl.constexpr, OVERLAP_DKV: gl.constexpr, PEEL_MASKED: gl.constexpr):
+    _consumer(1, views, smem, problem, tiles, OVERLAP_DKV, PEEL_MASKED)
 
 
-@gluon.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles", "total", "plane"])
+@gluon.jit(do_not_specialize=["query_offset", "len_q", "len_k", "num_tiles", "total_tiles", "stats_stride"])
 def dkdv_kernel(
-    dout, sums, dk, dk_rows, dv, dv_rows, q, k, v, rowwise, plane, work, claims, mask, dense, blocks, score, bias,
-    diagonal, heads, group, len_q, len_k, num_tiles, total, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr,
-    STAGES: gl.constexpr, ROTATED: gl.constexpr, STEADY: gl.constexpr, LISTED: gl.constexpr, WIDTH: gl.constexpr,
+    dout, dq_accum, dk, dk_view, dv, dv_view, q, k, v, stats, stats_stride, schedule, tile_counter, bounds, dense_mask,
+    blocks, score_mod, bias, query_offset, heads, group, len_q, len_k, num_tiles, total_tiles, HEAD_DIM: gl.constexpr,
+    BLOCK_M: gl.constexpr, STAGES: gl.constexpr, OVERLAP_DKV: gl.constexpr, PEEL_MASKED: gl.constexpr,
+    SPARSE_BLOCK: gl.constexpr, MAX_BLOCKS_POW2: gl.constexpr,
 ):  # fmt: skip
-    """Writes `dk` and `dv`. They, `dout`, `q`, `k` and `v` are descriptors of `(B, H, S, D)` with boxes of BLOCK_M
-    (dout, q) or 64 rows; `dk_rows` and `dv_rows` are Operands. `rowwise` and its planes are those of rows.py. If not
-    None, `sums`, the descriptor that `add_queries` takes, gets the gradient of the queries added, but for its scale.
+    """Writes `dk` and `dv`. They, `dout`, `q`, `k`, `v` are TMA descriptors of `(B, H, S, D)`, boxes of BLOCK_M (dout,
+    q) or 64 rows; `dk_view` and `dv_view` are TensorViews, for tiles whose box extends into another sequence. `stats`
+    as in rows.py. With `dq_accum`, a descriptor as `dq_partition` takes it, dQ / scale is added there.
 
-    STEADY: full blocks have a loop of their own, without masks. Grid: programs that share the `total` tiles of 128
-    keys of all their heads and batch rows.
+    OVERLAP_DKV: `_dkv_overlap_mainloop`, else `_sdp_overlap_mainloop`. PEEL_MASKED: full blocks run in a loop of their
+    own. Grid: persistent programs that share `total_tiles` tiles of 128 keys.
     """
-    gl.static_assert((score.softcap is None) and (bias.ptr is None), "scores are only scaled")
-    tiles: gl.constexpr = Tiles(BLOCK_M, CONSUMERS * ROWS, HEAD_DIM, HEAD_DIM, HEAD_DIM, HEAD_DIM, LISTED, WIDTH)
-    rules = Rules(mask, dense, blocks, score, bias)
-    call = Call(work, rules, diagonal, heads, group, len_q, len_k, num_tiles, total, claims)
-    WORDS: gl.constexpr = 4 if score.seed is not None else 2
-    WORD: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    handover = None
-    if sums is not None:
-        gl.static_assert(ROTATED, "gradients of scores are handed over by `_rotated`")
-        handover = allocate_handover(sums, q.dtype, BLOCK_M, HEAD_DIM)
-    ring = Ring(
-        allocate_held(k, v, HEAD_DIM, 1 if sums is None else 2),
-        # The second arrival is that of the queries' words.
-        allocate_stream(q, dout, BLOCK_M, HEAD_DIM, STAGES, 2),
-        gl.allocate_shared_memory(gl.float32, [STAGES * WORDS, BLOCK_M], WORD),
-        WORDS,
-        handover,
+    gl.static_assert((score_mod.softcap is None) and (bias.ptr is None), "scores are only scaled")
+    tiles: gl.constexpr = Tiles(
+        BLOCK_M, NUM_CONSUMERS * CONSUMER_M, HEAD_DIM, HEAD_DIM, HEAD_DIM, HEAD_DIM, SPARSE_BLOCK, MAX_BLOCKS_POW2
     )
-    out = Gradients(dk_rows, dv_rows)
-    # Written out twice: Triton takes functions in the list itself alone.
-    if sums is None:
+    mods = AttnMods(bounds, dense_mask, blocks, score_mod, bias)
+    problem = Problem(schedule, mods, query_offset, heads, group, len_q, len_k, num_tiles, total_tiles, tile_counter)
+    STATS_WORDS: gl.constexpr = 4 if score_mod.seed is not None else 2
+    WORD: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    ds_pipeline = None
+    if dq_accum is not None:
+        gl.static_assert(OVERLAP_DKV, "only `_dkv_overlap_mainloop` produces dS for dq_accum")
+        ds_pipeline = allocate_ds_pipeline(dq_accum, q.dtype, BLOCK_M, HEAD_DIM)
+    smem = DkdvStorage(
+        allocate_resident(k, v, HEAD_DIM, 1 if dq_accum is None else 2),
+        # Full: one arrival by TMA, one for the row statistics.
+        allocate_pipeline(q, dout, BLOCK_M, HEAD_DIM, STAGES, 2),
+        gl.allocate_shared_memory(gl.float32, [STAGES * STATS_WORDS, BLOCK_M], WORD),
+        STATS_WORDS,
+        ds_pipeline,
+    )
+    views = OutputViews(dk_view, dv_view)
+    # Two literal lists: Triton accepts partition functions only in the list itself.
+    if dq_accum is None:
         gl.warp_specialize(
             [
-                (_consumer_0, (out, ring, call, tiles, ROTATED, STEADY)),
-                (_consumer_1, (out, ring, call, tiles, ROTATED, STEADY)),
-                (_load, (q, dout, k, v, dk, dv, rowwise, plane, ring, call, tiles)),
-                (scout, (ring.held.agenda, call, tiles, True)),
+                (_consumer_0, (views, smem, problem, tiles, OVERLAP_DKV, PEEL_MASKED)),
+                (_consumer_1, (views, smem, problem, tiles, OVERLAP_DKV, PEEL_MASKED)),
+                (_load_partition, (q, dout, k, v, dk, dv, stats, stats_stride, smem, problem, tiles)),
+                (scheduler_warp, (smem.resident.mailbox, problem, tiles, True)),
             ],
             [4, 1, 1],
             [240, 24, 24],
@@ -429,11 +481,11 @@ def dkdv_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consumer_0, (out, ring, call, tiles, ROTATED, STEADY)),
-                (_consumer_1, (out, ring, call, tiles, ROTATED, STEADY)),
-                (add_queries, (sums, ring, call, tiles)),
-                (_load, (q, dout, k, v, dk, dv, rowwise, plane, ring, call, tiles)),
-                (scout, (ring.held.agenda, call, tiles, True)),
+                (_consumer_0, (views, smem, problem, tiles, OVERLAP_DKV, PEEL_MASKED)),
+                (_consumer_1, (views, smem, problem, tiles, OVERLAP_DKV, PEEL_MASKED)),
+                (dq_partition, (dq_accum, smem, problem, tiles)),
+                (_load_partition, (q, dout, k, v, dk, dv, stats, stats_stride, smem, problem, tiles)),
+                (scheduler_warp, (smem.resident.mailbox, problem, tiles, True)),
             ],
             [4, 4, 1, 1],
             [208, 72, 24, 24],

@@ -1,8 +1,11 @@
-"""The forward kernel for Hopper, in Gluon: two warpgroups of 64 queries each compute what one warp finds (scout.py)
-and one loads by TMA (feed.py).
+"""Forward kernel for Hopper (FlashAttention-3, Shah et al., arXiv 2407.08608): warp-specialised, persistent.
 
-Within a warpgroup the product with the values of a block runs while the softmax of the next block is computed (the
-scheme of FlashAttention-3, Shah et al., arXiv 2407.08608).
+Warps: two consumer warpgroups, 64 queries each; one producer warp (producer.py: TMA loads of Q, K, V and the TMA store
+of O); one scheduler warp (tile_scheduler.py). Q_STAGES stages of Q and STAGES of K and V connect them, each with full
+and empty mbarriers, plus the tile mailbox.
+
+Within a consumer, P V of a block overlaps the softmax of the next; between consumers, the scheduler barrier alternates
+their wgmmas, so that one computes softmax while the other uses the tensor cores.
 """
 
 from __future__ import annotations
@@ -12,204 +15,214 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from hf_flashbsa.kernels.hopper.common import (
-    CONSUMERS,
-    ROWS,
-    Call,
-    by_thread,
-    pass_token,
-    quad_of,
-    read_note,
-    take_token,
+    CONSUMER_M,
+    NUM_CONSUMERS,
+    Problem,
+    as_fragments,
+    quad_layout,
+    sched_barrier_arrive,
+    sched_barrier_sync,
+    smem_load,
 )
-from hf_flashbsa.kernels.hopper.feed import BLOCK_NOTES, FINAL, LAST, MASKED, SLOTS, allocate_ring, load
-from hf_flashbsa.kernels.hopper.scout import noted_item, noted_part, scout
+from hf_flashbsa.kernels.hopper.feed import (
+    BLOCK_INFO_WORDS,
+    END_OF_WORK,
+    LAST_BLOCK,
+    NEEDS_MASK,
+    Q_STAGES,
+    allocate_fwd_storage,
+    load_partition,
+)
+from hf_flashbsa.kernels.hopper.scout import load_consumer_tile_info, load_tile_info, scheduler_warp
 from hf_flashbsa.kernels.hopper.softmax import (
-    State,
-    are_too_large,
-    drop,
-    hide,
-    no_state,
-    operand,
-    shrunk,
+    SoftmaxState,
+    apply_dropout,
+    apply_mask,
+    cast_p,
+    epilogue,
+    exp_scores,
+    init_softmax,
+    needs_rescale,
+    rescale_o,
     softmax,
-    store,
-    weights_by,
 )
-from hf_flashbsa.kernels.primitives import dropout_words
-from hf_flashbsa.kernels.records import Rules, Tiles
+from hf_flashbsa.kernels.primitives import dropout_row_words
+from hf_flashbsa.kernels.records import AttnMods, Tiles
 
 
 @gluon.jit
-def _place(first, done, ring, call):
-    """The place in its sequence of the first key of a block of the `done`-th tile, for dropout."""
-    if call.rules.score.seed is not None:
-        if call.work is not None:
-            item, _ = noted_item(ring.agenda, done, call)
-            first -= item.key_origin
-    return first
+def _key_position(start, tile_iter, smem, problem):
+    """Position of the first key of a block in its sequence, which dropout counts from."""
+    if problem.mods.score_mod.seed is not None:
+        if problem.schedule is not None:
+            work_tile, _ = load_tile_info(smem.mailbox, tile_iter, problem)
+            start -= work_tile.key_origin
+    return start
 
 
 @gluon.jit
-def _scores(step, q_slot, s, ring, tiles: gl.constexpr, STAGES: gl.constexpr):
-    """Starts the product of the queries in a slot with the keys of the `step`-th block."""
-    k_tile = ring.k_tiles.index(step % STAGES).reshape([tiles.n, tiles.d])
-    q_tile = ring.q_tiles.index(q_slot).reshape([ROWS, tiles.d])
+def _issue_qk(step, q_slot, s, smem, tiles: gl.constexpr, STAGES: gl.constexpr):
+    """Issue S = Q K^T of block `step`."""
+    k_tile = smem.k_tiles.index(step % STAGES).reshape([tiles.n, tiles.d])
+    q_tile = smem.q_tiles.index(q_slot).reshape([CONSUMER_M, tiles.d])
     return warpgroup_mma(q_tile, k_tile.permute((1, 0)), s, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _start(part: gl.constexpr, step, q_slot, s, p, o, begun, ring, tiles: gl.constexpr, STAGES: gl.constexpr):
-    """Starts the products of the queries in a slot with the keys of the `step`-th block, and of the weights of the
-    block before with its values, if there are some; these are added to `o` where it has `begun`."""
-    stage, before = step % STAGES, (step + STAGES - 1) % STAGES
-    mbarrier.wait(ring.k_full.index(stage), (step // STAGES) & 1)
-    step = take_token(part, step)
-    s = _scores(step, q_slot, s, ring, tiles, STAGES)
-    mbarrier.wait(ring.v_full.index(before), ((step - 1) // STAGES) & 1, pred=step > 0)
-    v_tile = ring.v_tiles.index(before).reshape([tiles.n, tiles.d])
-    o = warpgroup_mma(p, v_tile, o, use_acc=(begun != 0), is_async=True)
-    step = pass_token(1 - part, step)
+def _issue_qk_pv(wg: gl.constexpr, step, q_slot, s, p, o, accumulate, smem, tiles: gl.constexpr, STAGES: gl.constexpr):
+    """Issue S = Q K^T of block `step`, and O += P V of block `step - 1`; O = P V where `accumulate` is 0."""
+    stage, prev_stage = step % STAGES, (step + STAGES - 1) % STAGES
+    mbarrier.wait(smem.k_full.index(stage), (step // STAGES) & 1)
+    step = sched_barrier_sync(wg, step)
+    s = _issue_qk(step, q_slot, s, smem, tiles, STAGES)
+    mbarrier.wait(smem.v_full.index(prev_stage), ((step - 1) // STAGES) & 1, pred=step > 0)
+    v_tile = smem.v_tiles.index(prev_stage).reshape([tiles.n, tiles.d])
+    o = warpgroup_mma(p, v_tile, o, use_acc=(accumulate != 0), is_async=True)
+    step = sched_barrier_arrive(1 - wg, step)
     return s, o
 
 
 @gluon.jit
-def _compute(
-    part: gl.constexpr, rows_out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr,
-    STEADY: gl.constexpr,
+def _consumer(
+    wg: gl.constexpr, out_view, lse, sinks, smem, problem, tiles: gl.constexpr, STAGES: gl.constexpr,
+    PEEL_MASKED: gl.constexpr,
 ):  # fmt: skip
-    """A consumer: the `part`-th 64 queries of each tile.
+    """Consumer warpgroup `wg`: 64 queries of each tile.
 
-    A round of the loop issues the product of a block with the keys, and the product of the block before with the
-    values, under which it computes the block's softmax. Blocks follow each other across tiles, so that there is one
-    body for all of them: a tile is stored in the first round of the next one, and there is a last round without block.
-    No product is left running at the end of a round: ptxas gives away registers of those.
+    Mainloop iteration: issue Q K^T of this block and P V of the previous one, softmax of this block, wait for P V,
+    rescale O. Iterations run on across tiles, so that there is one loop body: the epilogue of a tile runs in the first
+    iteration of the next, and a last iteration has no block. wgmma is drained in each iteration; ptxas otherwise
+    reuses registers of in-flight accumulators.
 
-    With STEADY, full blocks behind the first round without partial ones to come have a loop of their own, which asks
-    nothing, not even for the largest scores: weights are made by the pivots that there are, and in the rare case that
-    their sums tell of a larger one, made once more. The larger code costs time where tiles have few such blocks.
-
-    Consumers issue their products in turn, as in FlashAttention-3, so that those of one run while the other computes
-    weights.
+    PEEL_MASKED: full blocks after the last masked one run in a loop of their own, without masks and without the row
+    maximum: P is computed against the current `row_max` and recomputed in the rare case that its sums show a larger
+    score. The larger code does not pay where tiles have few full blocks.
     """
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tiles.n, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tiles.d, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, S)
-    rules = call.rules
-    s = gl.zeros([ROWS, tiles.n], gl.float32, S)
-    o = gl.zeros([ROWS, tiles.d], gl.float32, O)
-    p = gl.zeros([ROWS, tiles.n], ring.q_tiles.dtype, P)
-    QUAD: gl.constexpr = quad_of(by_thread(s).type.layout)
-    state = no_state(QUAD)
-    pad = gl.zeros([ROWS], gl.uint32, ROW)
-    factor = gl.zeros([ROWS], gl.uint32, ROW)
-    # Triton loses changes of a variable that enters a loop as the value of another one.
-    step, done, todo = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(LAST)
-    begun = gl.to_tensor(0)
-    if part == 1:
-        step = pass_token(0, step)
-    live = gl.to_tensor(True)
-    while live:
-        fresh = (todo & LAST) != 0
+    mods = problem.mods
+    s = gl.zeros([CONSUMER_M, tiles.n], gl.float32, S)
+    o = gl.zeros([CONSUMER_M, tiles.d], gl.float32, O)
+    p = gl.zeros([CONSUMER_M, tiles.n], smem.q_tiles.dtype, P)
+    QUAD: gl.constexpr = quad_layout(as_fragments(s).type.layout)
+    state = init_softmax(QUAD)
+    pad = gl.zeros([CONSUMER_M], gl.uint32, ROW)
+    factor = gl.zeros([CONSUMER_M], gl.uint32, ROW)
+    # Separate tensors: Triton loses updates of a loop-carried variable that starts as an alias of another.
+    step, tile_iter, flags = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(LAST_BLOCK)
+    accumulate = gl.to_tensor(0)
+    if wg == 1:
+        step = sched_barrier_arrive(0, step)
+    running = gl.to_tensor(True)
+    while running:
+        is_first = (flags & LAST_BLOCK) != 0
         stage = step % STAGES
-        q_slot = done % SLOTS * CONSUMERS + part
-        mbarrier.wait(ring.q_full.index(q_slot), (done // SLOTS) & 1, pred=fresh)
-        s, product = _start(part, step, q_slot, s, p, o, begun, ring, tiles, STAGES)
+        q_slot = tile_iter % Q_STAGES * NUM_CONSUMERS + wg
+        mbarrier.wait(smem.q_full.index(q_slot), (tile_iter // Q_STAGES) & 1, pred=is_first)
+        s, o_next = _issue_qk_pv(wg, step, q_slot, s, p, o, accumulate, smem, tiles, STAGES)
         s = warpgroup_mma_wait(1, deps=(s,))
-        first = read_note(ring.block_notes, stage * BLOCK_NOTES)
-        todo = read_note(ring.block_notes, stage * BLOCK_NOTES + 1)
-        kind = read_note(ring.block_notes, stage * BLOCK_NOTES + 2)
-        full = read_note(ring.block_notes, stage * BLOCK_NOTES + 3)
-        live = (todo & FINAL) == 0
-        mbarrier.arrive(ring.k_empty.index(stage), count=1)
-        old = state
-        if fresh:
-            state = no_state(QUAD)
-            if rules.score.seed is not None:
-                item, head = noted_part(part, ring.agenda, done, call)
-                rows = item.begin + gl.arange(0, ROWS, layout=ROW)
-                pad, factor = dropout_words(rules.score, item.row * call.heads + head, rows)
-        shrink = gl.full([ROWS, 4], 1.0, gl.float32, QUAD)
-        # Not for the sake of the last round: ptxas would move the wait behind it before the exponentials.
-        if live:
-            if (todo & MASKED) != 0:
-                item, head = noted_part(part, ring.agenda, done, call)
-                s = hide(s, rules, head, item, first, kind, tiles)
-            place = _place(first, done, ring, call)
-            s, shrink, state = softmax(s, state, rules)
-            s = drop(s, place, pad, factor, rules, tiles)
-        o = warpgroup_mma_wait(0, deps=(product,))
-        if fresh:
+        start = smem_load(smem.block_info, stage * BLOCK_INFO_WORDS)
+        flags = smem_load(smem.block_info, stage * BLOCK_INFO_WORDS + 1)
+        block_kind = smem_load(smem.block_info, stage * BLOCK_INFO_WORDS + 2)
+        num_unmasked = smem_load(smem.block_info, stage * BLOCK_INFO_WORDS + 3)
+        running = (flags & END_OF_WORK) == 0
+        mbarrier.arrive(smem.k_empty.index(stage), count=1)
+        prev_state = state
+        if is_first:
+            state = init_softmax(QUAD)
+            if mods.score_mod.seed is not None:
+                work_tile, head = load_consumer_tile_info(wg, smem.mailbox, tile_iter, problem)
+                rows = work_tile.begin + gl.arange(0, CONSUMER_M, layout=ROW)
+                pad, factor = dropout_row_words(mods.score_mod, work_tile.batch * problem.heads + head, rows)
+        row_scale = gl.full([CONSUMER_M, 4], 1.0, gl.float32, QUAD)
+        # Guarded although it need not be: without the branch ptxas hoists the wgmma wait above the exp2s.
+        if running:
+            if (flags & NEEDS_MASK) != 0:
+                work_tile, head = load_consumer_tile_info(wg, smem.mailbox, tile_iter, problem)
+                s = apply_mask(s, mods, head, work_tile, start, block_kind, tiles)
+            key_pos = _key_position(start, tile_iter, smem, problem)
+            s, row_scale, state = softmax(s, state, mods)
+            s = apply_dropout(s, key_pos, pad, factor, mods, tiles)
+        o = warpgroup_mma_wait(0, deps=(o_next,))
+        if is_first:
             if step > 0:
-                old_slot = (done + SLOTS - 1) % SLOTS * CONSUMERS + part
-                item, head = noted_part(part, ring.agenda, done - 1, call)
-                # The scores of the tile before were complete a round ago: nothing reads its queries any more.
-                old_tile = ring.q_tiles.index(old_slot).reshape([ROWS, tiles.d])
-                store(o, old, old_tile, rows_out, lse, sinks, head, item, call, S, tiles)
-                mbarrier.arrive(ring.q_empty.index(old_slot), count=1)
-        p = operand(s, P, ring.q_tiles.dtype)
-        mbarrier.arrive(ring.v_empty.index((step + STAGES - 1) % STAGES), count=1, pred=step > 0)
-        o = shrunk(o, shrink)
+                prev_slot = (tile_iter + Q_STAGES - 1) % Q_STAGES * NUM_CONSUMERS + wg
+                work_tile, head = load_consumer_tile_info(wg, smem.mailbox, tile_iter - 1, problem)
+                # Q K^T of the previous tile completed an iteration ago: its Q stage is free for O.
+                prev_tile = smem.q_tiles.index(prev_slot).reshape([CONSUMER_M, tiles.d])
+                epilogue(o, prev_state, prev_tile, out_view, lse, sinks, head, work_tile, problem, S, tiles)
+                mbarrier.arrive(smem.q_empty.index(prev_slot), count=1)
+        p = cast_p(s, P, smem.q_tiles.dtype)
+        mbarrier.arrive(smem.v_empty.index((step + STAGES - 1) % STAGES), count=1, pred=step > 0)
+        o = rescale_o(o, row_scale)
         step += 1
-        begun = gl.where(fresh, 0, 1)
-        if STEADY:
-            for _ in range(full):
-                s, product = _start(part, step, q_slot, s, p, o, begun, ring, tiles, STAGES)
-                if rules.score.seed is not None:
-                    first = read_note(ring.block_notes, step % STAGES * BLOCK_NOTES)
+        accumulate = gl.where(is_first, 0, 1)
+        if PEEL_MASKED:
+            for _ in range(num_unmasked):
+                s, o_next = _issue_qk_pv(wg, step, q_slot, s, p, o, accumulate, smem, tiles, STAGES)
+                if mods.score_mod.seed is not None:
+                    start = smem_load(smem.block_info, step % STAGES * BLOCK_INFO_WORDS)
                 s = warpgroup_mma_wait(1, deps=(s,))
-                s, sums = weights_by(state.pivot, s, rules)
-                retry = are_too_large(part, sums)
-                o = warpgroup_mma_wait(0, deps=(product,))
-                if retry != 0:
-                    s = warpgroup_mma_wait(0, deps=(_scores(step, q_slot, s, ring, tiles, STAGES),))
-                    s, shrink, state = softmax(s, state, rules)
-                    o = shrunk(o, shrink)
+                s, block_sum = exp_scores(state.row_max, s, mods)
+                redo = needs_rescale(wg, block_sum)
+                o = warpgroup_mma_wait(0, deps=(o_next,))
+                if redo != 0:
+                    s = warpgroup_mma_wait(0, deps=(_issue_qk(step, q_slot, s, smem, tiles, STAGES),))
+                    s, row_scale, state = softmax(s, state, mods)
+                    o = rescale_o(o, row_scale)
                 else:
-                    state = State(state.pivot, state.sum + sums)
-                mbarrier.arrive(ring.k_empty.index(step % STAGES), count=1)
-                s = drop(s, _place(first, done, ring, call), pad, factor, rules, tiles)
-                p = operand(s, P, ring.q_tiles.dtype)
-                mbarrier.arrive(ring.v_empty.index((step + STAGES - 1) % STAGES), count=1)
+                    state = SoftmaxState(state.row_max, state.row_sum + block_sum)
+                mbarrier.arrive(smem.k_empty.index(step % STAGES), count=1)
+                s = apply_dropout(s, _key_position(start, tile_iter, smem, problem), pad, factor, mods, tiles)
+                p = cast_p(s, P, smem.q_tiles.dtype)
+                mbarrier.arrive(smem.v_empty.index((step + STAGES - 1) % STAGES), count=1)
                 step += 1
-                begun = gl.to_tensor(1)
-        done += gl.where((todo & LAST) != 0, 1, 0)
-    if part == 0:
-        take_token(0, step)  # which is left
+                accumulate = gl.to_tensor(1)
+        tile_iter += gl.where((flags & LAST_BLOCK) != 0, 1, 0)
+    if wg == 0:
+        sched_barrier_sync(0, step)  # consume the last arrival
 
 
 @gluon.jit
-def _consumer_0(rows_out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr, STEADY: gl.constexpr):
-    _compute(0, rows_out, lse, sinks, ring, call, tiles, STAGES, STEADY)
+def _consumer_0(
+    out_view, lse, sinks, smem, problem, tiles: gl.constexpr, STAGES: gl.constexpr, PEEL_MASKED: gl.constexpr
+):
+    """"""
+    _consumer(0, out_view, lse, sinks, smem, problem, tiles, STAGES, PEEL_MASKED)
 
 
 @gluon.jit
-def _consumer_1(rows_out, lse, sinks, ring, call, tiles: gl.constexpr, STAGES: gl.constexpr, STEADY: gl.constexpr):
-    _compute(1, rows_out, lse, sinks, ring, call, tiles, STAGES, STEADY)
+def _consumer_1(
+    out_view, lse, sinks, smem, problem, tiles: gl.constexpr, STAGES: gl.constexpr, PEEL_MASKED: gl.constexpr
+):
+    _consumer(1, out_view, lse, sinks, smem, problem, tiles, STAGES, PEEL_MASKED)
 
 
-@gluon.jit(do_not_specialize=["diagonal", "len_q", "len_k", "num_tiles", "total"])
+@gluon.jit(do_not_specialize=["query_offset", "len_q", "len_k", "num_tiles", "total_tiles"])
 def forward_kernel(
-    q, k, v, out, rows_out, lse, sinks, work, claims, mask, dense, blocks, score, bias, diagonal, heads, group, len_q,
-    len_k, num_tiles, total, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
-    STEADY: gl.constexpr, LISTED: gl.constexpr, WIDTH: gl.constexpr,
+    q, k, v, out, out_view, lse, sinks, schedule, tile_counter, bounds, dense_mask, blocks, score_mod, bias,
+    query_offset, heads, group, len_q, len_k, num_tiles, total_tiles, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr,
+    STAGES: gl.constexpr, PEEL_MASKED: gl.constexpr, SPARSE_BLOCK: gl.constexpr, MAX_BLOCKS_POW2: gl.constexpr,
 ):  # fmt: skip
-    """Writes `out` and `lse`. `q`, `k`, `v` and `out` are descriptors of `(B, H, S, D)` with boxes of 64 or BLOCK_N
-    rows; `rows_out`, an Operand, is `out` once more, for parts of tiles whose box has rows of another sequence.
-
-    STEADY: `_compute` says when it pays. Grid: programs that share the `total` tiles of all heads and batch rows.
+    """Writes `out` and `lse`. `q`, `k`, `v`, `out` are TMA descriptors of `(B, H, S, D)`, boxes of 64 (q, out) or
+    BLOCK_N rows; `out_view` is `out` as a TensorView, for tiles whose box extends into another sequence. `_consumer`
+    explains PEEL_MASKED. Grid: persistent programs that share `total_tiles` tiles.
     """
-    gl.static_assert((score.softcap is None) and (bias.ptr is None), "scores are only scaled")
-    tiles: gl.constexpr = Tiles(CONSUMERS * ROWS, BLOCK_N, HEAD_DIM, HEAD_DIM, HEAD_DIM, HEAD_DIM, LISTED, WIDTH)
-    rules = Rules(mask, dense, blocks, score, bias)
-    call = Call(work, rules, diagonal, heads, group, len_q, len_k, num_tiles, total, claims)
-    ring = allocate_ring(q, k, v, BLOCK_N, HEAD_DIM, STAGES)
+    gl.static_assert((score_mod.softcap is None) and (bias.ptr is None), "scores are only scaled")
+    tiles: gl.constexpr = Tiles(
+        NUM_CONSUMERS * CONSUMER_M, BLOCK_N, HEAD_DIM, HEAD_DIM, HEAD_DIM, HEAD_DIM, SPARSE_BLOCK, MAX_BLOCKS_POW2
+    )
+    mods = AttnMods(bounds, dense_mask, blocks, score_mod, bias)
+    problem = Problem(schedule, mods, query_offset, heads, group, len_q, len_k, num_tiles, total_tiles, tile_counter)
+    smem = allocate_fwd_storage(q, k, v, BLOCK_N, HEAD_DIM, STAGES)
     gl.warp_specialize(
         [
-            (_consumer_0, (rows_out, lse, sinks, ring, call, tiles, STAGES, STEADY)),
-            (_consumer_1, (rows_out, lse, sinks, ring, call, tiles, STAGES, STEADY)),
-            (load, (q, k, v, out, ring, call, tiles, STAGES, STEADY)),
-            (scout, (ring.agenda, call, tiles, False)),
+            (_consumer_0, (out_view, lse, sinks, smem, problem, tiles, STAGES, PEEL_MASKED)),
+            (_consumer_1, (out_view, lse, sinks, smem, problem, tiles, STAGES, PEEL_MASKED)),
+            (load_partition, (q, k, v, out, smem, problem, tiles, STAGES, PEEL_MASKED)),
+            (scheduler_warp, (smem.mailbox, problem, tiles, False)),
         ],
         [4, 1, 1],
         [232, 40, 40],

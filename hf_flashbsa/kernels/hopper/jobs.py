@@ -1,8 +1,11 @@
-"""What the Hopper kernels of the backward pass share: their jobs, and how tiles come to the consumers and leave them.
+"""Pipelines of the backward kernels: resident tiles, streamed blocks, and the epilogue.
 
-A program stays for several tiles of own rows, one job after the other. Of each it holds two tiles for as long as the
-job takes, in one of two slots: while consumers work on one job, the loading warp sends off what the job before left in
-its slot, and prepares the next one there.
+A program works through several tiles. Each keeps two operands resident in shared memory (Q and dO for dQ; K and V for
+dK/dV), in one of two slots: while consumers work on one tile, the producer stores the results of the previous tile
+from its slot and loads the next tile there. Blocks of the other two operands stream through a pipeline of STAGES
+stages with full and empty mbarriers.
+
+`step` numbers the blocks of all tiles: block `step` is in stage `step % STAGES`, phase `step // STAGES & 1`.
 """
 
 from __future__ import annotations
@@ -14,270 +17,279 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 
 from hf_flashbsa.kernels.hopper.common import (
-    CONSUMERS,
-    ROWS,
+    CONSUMER_M,
+    NUM_CONSUMERS,
     barrier,
-    clear,
-    read_note,
-    shared,
-    store_shared,
-    write_note,
+    smem_load,
+    smem_store,
+    store_smem_rows,
+    warp_uniform,
+    zero_rows,
 )
 from hf_flashbsa.kernels.hopper.scout import (
-    allocate_agenda,
-    await_found,
-    is_job,
-    noted_item,
-    noted_job,
-    noted_part,
-    want,
+    allocate_mailbox,
+    is_valid_tile,
+    load_consumer_tile_info,
+    load_scheduled_tile,
+    load_tile_info,
+    prefetch_next_tile,
+    wait_tile,
 )
-from hf_flashbsa.kernels.primitives import partial_position, place_of
+from hf_flashbsa.kernels.primitives import block_start, partial_block_position
 
 
-class Share(NamedTuple):
-    """What a consumer keeps of a job: the number of it, the first of its own 64 rows, the first key of their sequence,
-    and how many blocks are visited, of which the first `partial` need masking.
+class ConsumerTile(NamedTuple):
+    """A consumer's 64 rows of a tile: the tile's number in this program, first row, first key of the sequence, and how
+    many blocks it visits, the first `num_partial` masked.
     """
 
-    number: object
+    tile_iter: object
     begin: object
     key_origin: object
-    partial: object
-    count: object
+    num_partial: object
+    num_blocks: object
 
 
-#: How many numbers are noted of a block: its first row and its head.
-BLOCK_NOTES = gl.constexpr(2)
+#: Words of `block_info` per stage: first row and head.
+BLOCK_INFO_WORDS = gl.constexpr(2)
 
 
-class Held(NamedTuple):
-    """The tiles of two operands that a job keeps, one of each per consumer, in two slots; the barriers that tell that
-    they are there, and that results are in their place; and the `agenda` of jobs.
+class ResidentTiles(NamedTuple):
+    """Two slots, each with the tiles of two operands per consumer; mbarriers `full` (loaded) and `empty` (results are
+    in place); and the tile mailbox.
     """
 
     first: object
     second: object
     full: object
     empty: object
-    agenda: object
+    mailbox: object
 
 
-class Stream(NamedTuple):
-    """Pairs of tiles in shared memory that the producer fills and the consumers empty, in turn; `stages` of them, and
-    `notes` of each.
-
-    Both tiles of a pair share their barriers, because waiting and telling take time: the threads that tell must meet.
+class Pipeline(NamedTuple):
+    """`stages` stages of a pair of tiles each, with full and empty mbarriers and `block_info` words. Both tiles of a
+    pair share their mbarriers, since every arrival costs a barrier of the partition.
     """
 
     first: object
     second: object
     full: object
     empty: object
-    notes: object
+    block_info: object
     stages: object
 
 
 @gluon.jit
-def allocate_held(first, second, DIM: gl.constexpr, READERS: gl.constexpr):
-    """Two slots, each with room for a tile of each descriptor per consumer. READERS give back each of these."""
-    PLACES: gl.constexpr = 2 * CONSUMERS
-    tiles_first = gl.allocate_shared_memory(first.dtype, [PLACES, 1, 1, ROWS, DIM], first.layout)
-    tiles_second = gl.allocate_shared_memory(second.dtype, [PLACES, 1, 1, ROWS, DIM], second.layout)
-    full = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
-    for place in gl.static_range(PLACES):
-        mbarrier.init(full.index(place), count=1)
-        mbarrier.init(empty.index(place), count=READERS)
-    return Held(tiles_first, tiles_second, full, empty, allocate_agenda())
+def allocate_resident(first, second, DIM: gl.constexpr, EMPTY_ARRIVALS: gl.constexpr):
+    """Two slots with a tile of each descriptor per consumer. Each is released by EMPTY_ARRIVALS arrivals."""
+    NUM_SLOTS: gl.constexpr = 2 * NUM_CONSUMERS
+    tiles_first = gl.allocate_shared_memory(first.dtype, [NUM_SLOTS, 1, 1, CONSUMER_M, DIM], first.layout)
+    tiles_second = gl.allocate_shared_memory(second.dtype, [NUM_SLOTS, 1, 1, CONSUMER_M, DIM], second.layout)
+    full = gl.allocate_shared_memory(gl.int64, [NUM_SLOTS, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [NUM_SLOTS, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(NUM_SLOTS):
+        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=EMPTY_ARRIVALS)
+    return ResidentTiles(tiles_first, tiles_second, full, empty, allocate_mailbox())
 
 
 @gluon.jit
-def allocate_stream(first, second, BLOCK: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr, FILLS: gl.constexpr):
-    """A stream of tiles of BLOCK rows of each descriptor. A pair takes FILLS arrivals to be full."""
+def allocate_pipeline(
+    first, second, BLOCK: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr, FULL_ARRIVALS: gl.constexpr
+):
+    """STAGES stages of BLOCK rows of each descriptor. A stage is full after FULL_ARRIVALS arrivals."""
     tiles_first = gl.allocate_shared_memory(first.dtype, [STAGES, 1, 1, BLOCK, DIM], first.layout)
     tiles_second = gl.allocate_shared_memory(second.dtype, [STAGES, 1, 1, BLOCK, DIM], second.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=FILLS)
-        mbarrier.init(empty.index(stage), count=CONSUMERS)
-    notes = gl.allocate_shared_memory(gl.int32, [STAGES * BLOCK_NOTES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    return Stream(tiles_first, tiles_second, full, empty, notes, STAGES)
+        mbarrier.init(full.index(stage), count=FULL_ARRIVALS)
+        mbarrier.init(empty.index(stage), count=NUM_CONSUMERS)
+    block_info = gl.allocate_shared_memory(
+        gl.int32, [STAGES * BLOCK_INFO_WORDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
+    return Pipeline(tiles_first, tiles_second, full, empty, block_info, STAGES)
 
 
 @gluon.jit
-def send_results(held, done, first, second, length, call):
-    """Waits for the slot of the `done`-th job, and sends off what the last but one before it left there: to `first`
-    and `second`, descriptors of tensors of `length` rows, or to `first` alone.
+def store_results(resident, tile_iter, first, second, length, problem):
+    """Wait until the slot of tile `tile_iter` is free, and TMA-store the results of tile `tile_iter - 2` from it to
+    `first` and `second`, descriptors of tensors of `length` rows; to `first` alone where `second` is None.
     """
-    for part in gl.static_range(CONSUMERS):
-        place = (done & 1) * CONSUMERS + part
-        mbarrier.wait(held.empty.index(place), ((done >> 1) & 1) ^ 1)
-        if done > 1:
-            item, head = noted_part(part, held.agenda, done - 2, call)
-            begin = item.begin
-            if call.work is not None:
-                # Nothing is written beyond the tensor. Consumers write parts that end early (`leave`).
-                begin = gl.where(begin + ROWS > item.end, length, begin)
-            tma.async_copy_shared_to_global(first, [item.row, head, begin, 0], held.first.index(place))
+    for wg in gl.static_range(NUM_CONSUMERS):
+        slot = (tile_iter & 1) * NUM_CONSUMERS + wg
+        mbarrier.wait(resident.empty.index(slot), ((tile_iter >> 1) & 1) ^ 1)
+        if tile_iter > 1:
+            work_tile, head = load_consumer_tile_info(wg, resident.mailbox, tile_iter - 2, problem)
+            begin = work_tile.begin
+            if problem.schedule is not None:
+                # TMA clips at the end of the tensor. Consumers store partial tiles themselves (`stage_results`).
+                begin = gl.where(begin + CONSUMER_M > work_tile.end, length, begin)
+            tma.async_copy_shared_to_global(first, [work_tile.batch, head, begin, 0], resident.first.index(slot))
             if second is not None:
-                tma.async_copy_shared_to_global(second, [item.row, head, begin, 0], held.second.index(place))
+                tma.async_copy_shared_to_global(second, [work_tile.batch, head, begin, 0], resident.second.index(slot))
 
 
 @gluon.jit
-def prepare(held, done, first, second, call, tiles: gl.constexpr):
-    """Loads what the `done`-th job keeps, into a slot of which `send_results` sent off what was there; or tells that
-    there is no such job."""
-    found = await_found(held.agenda, done)
-    if found:
-        want(done)
-    item, head = noted_item(held.agenda, done, call)
+def load_resident(resident, tile_iter, first, second, problem, tiles: gl.constexpr):
+    """Load the resident operands of tile `tile_iter` into its slot, after `store_results`; arrive without a load if
+    there is no such tile.
+    """
+    is_valid = wait_tile(resident.mailbox, tile_iter)
+    if is_valid:
+        prefetch_next_tile(tile_iter)
+    work_tile, head = load_tile_info(resident.mailbox, tile_iter, problem)
     tma.store_wait(0)
-    for part in gl.static_range(CONSUMERS):
-        place = (done & 1) * CONSUMERS + part
-        full, begin = held.full.index(place), item.begin + part * ROWS
-        if found:
-            mbarrier.expect(full, 2 * ROWS * tiles.d * 2)
-            tma.async_copy_global_to_shared(first, [item.row, head, begin, 0], full, held.first.index(place))
-            tma.async_copy_global_to_shared(second, [item.row, head, begin, 0], full, held.second.index(place))
+    for wg in gl.static_range(NUM_CONSUMERS):
+        slot = (tile_iter & 1) * NUM_CONSUMERS + wg
+        full, begin = resident.full.index(slot), work_tile.begin + wg * CONSUMER_M
+        if is_valid:
+            mbarrier.expect(full, 2 * CONSUMER_M * tiles.d * 2)
+            tma.async_copy_global_to_shared(first, [work_tile.batch, head, begin, 0], full, resident.first.index(slot))
+            tma.async_copy_global_to_shared(
+                second, [work_tile.batch, head, begin, 0], full, resident.second.index(slot)
+            )
         else:
             mbarrier.arrive(full, count=1)
 
 
 @gluon.jit
-def await_job(part: gl.constexpr, held, done):
-    """Waits until a consumer's part of the slot of the `done`-th job is ready; whether there is such a job."""
-    mbarrier.wait(held.full.index((done & 1) * CONSUMERS + part), (done >> 1) & 1)
-    return is_job(held.agenda, done)
+def wait_resident(wg: gl.constexpr, resident, tile_iter):
+    """Wait for a consumer's part of the slot of tile `tile_iter`. Returns whether there is such a tile."""
+    mbarrier.wait(resident.full.index((tile_iter & 1) * NUM_CONSUMERS + wg), (tile_iter >> 1) & 1)
+    return is_valid_tile(resident.mailbox, tile_iter)
 
 
 @gluon.jit
-def noted_share(part: gl.constexpr, held, done, call, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
-    """A consumer's share of the `done`-th job. Little of it, because it stays in registers for as long."""
-    job = noted_job(held.agenda, done, call, tiles, TRANSPOSED)
+def load_consumer_tile(wg: gl.constexpr, resident, tile_iter, problem, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
+    """Consumer `wg`'s part of tile `tile_iter`: few values, because they stay in registers."""
+    scheduled = load_scheduled_tile(resident.mailbox, tile_iter, problem, tiles, TRANSPOSED)
     key_origin = 0
-    if call.work is not None:
-        key_origin = shared(job.item.key_origin)
-    begin = shared(job.item.begin) + part * ROWS
-    partial = shared(job.partial)
-    if (call.work is None) & (call.rules.mask.window_left is None) & (call.rules.mask.window_right is None):
-        # One block of each head at most, where the other side ends. Told of that, the compiler leaves no masking in
-        # the loop over further blocks.
-        partial = gl.minimum(partial, call.group if TRANSPOSED else 1)
-    return Share(done, begin, key_origin, partial, shared(job.count))
+    if problem.schedule is not None:
+        key_origin = warp_uniform(scheduled.work_tile.key_origin)
+    begin = warp_uniform(scheduled.work_tile.begin) + wg * CONSUMER_M
+    num_partial = warp_uniform(scheduled.num_partial)
+    if (
+        (problem.schedule is None)
+        & (problem.mods.bounds.window_left is None)
+        & (problem.mods.bounds.window_right is None)
+    ):
+        # At most the last block of each head is masked. Knowing that, the compiler drops masks from the loop.
+        num_partial = gl.minimum(num_partial, problem.group if TRANSPOSED else 1)
+    return ConsumerTile(tile_iter, begin, key_origin, num_partial, warp_uniform(scheduled.num_blocks))
 
 
 @gluon.jit
-def has_no_rows(share, held, call):
-    """Whether a tile ends before a consumer's share of it begins."""
-    item, _ = noted_item(held.agenda, share.number, call)
-    return share.begin >= shared(item.end)
+def is_empty(consumer, resident, problem):
+    """Whether the tile ends before this consumer's rows."""
+    work_tile, _ = load_tile_info(resident.mailbox, consumer.tile_iter, problem)
+    return consumer.begin >= warp_uniform(work_tile.end)
 
 
 @gluon.jit
-def leave(tile, values, rows, share, held, call, DIM: gl.constexpr):
-    """Leaves 64 rows of results in a held tile that is done with, for the producer to send off. `rows` is an Operand
-    of the tensor that they belong to.
+def stage_results(tile, result, view, consumer, resident, problem, DIM: gl.constexpr):
+    """Epilogue: put 64 rows of results where a resident operand was, for the producer to store. `view` is the
+    TensorView of their tensor.
     """
-    tile = tile.reshape([ROWS, DIM])
-    tile.store(values.to(tile.dtype))
-    if call.work is not None:
-        item, head = noted_item(held.agenda, share.number, call)
-        if share.begin + ROWS > item.end:
-            # Rows of another sequence follow, which the producer would overwrite.
-            store_shared(rows, item.row, head, share.begin, item.end, tile, DIM)
+    tile = tile.reshape([CONSUMER_M, DIM])
+    tile.store(result.to(tile.dtype))
+    if problem.schedule is not None:
+        work_tile, head = load_tile_info(resident.mailbox, consumer.tile_iter, problem)
+        if consumer.begin + CONSUMER_M > work_tile.end:
+            # The TMA box extends into the next sequence: store only this one's rows.
+            store_smem_rows(view, work_tile.batch, head, consumer.begin, work_tile.end, tile, DIM)
     fence_async_shared()
 
 
 @gluon.jit
-def fill(stream, i, first, second, row, head, begin, noted, BLOCK: gl.constexpr, DIM: gl.constexpr):
-    """Loads block `i` of a stream, rows from `begin` on, once its stage is empty; if it is to be `noted`, notes it."""
-    stage, phase = i % stream.stages, (i // stream.stages) & 1
-    full = stream.full.index(stage)
-    mbarrier.wait(stream.empty.index(stage), phase ^ 1)
-    if noted:
-        write_note(stream.notes, stage * BLOCK_NOTES, begin)
-        write_note(stream.notes, stage * BLOCK_NOTES + 1, head)
+def produce(pipeline, i, first, second, batch, head, start, publish, BLOCK: gl.constexpr, DIM: gl.constexpr):
+    """Acquire the stage of block `i`, publish its first row and head if `publish`, and load both tiles."""
+    stage, phase = i % pipeline.stages, (i // pipeline.stages) & 1
+    full = pipeline.full.index(stage)
+    mbarrier.wait(pipeline.empty.index(stage), phase ^ 1)
+    if publish:
+        smem_store(pipeline.block_info, stage * BLOCK_INFO_WORDS, start)
+        smem_store(pipeline.block_info, stage * BLOCK_INFO_WORDS + 1, head)
         barrier()
     mbarrier.expect(full, 2 * BLOCK * DIM * 2)
-    tma.async_copy_global_to_shared(first, [row, head, begin, 0], full, stream.first.index(stage))
-    tma.async_copy_global_to_shared(second, [row, head, begin, 0], full, stream.second.index(stage))
+    tma.async_copy_global_to_shared(first, [batch, head, start, 0], full, pipeline.first.index(stage))
+    tma.async_copy_global_to_shared(second, [batch, head, start, 0], full, pipeline.second.index(stage))
 
 
 @gluon.jit
-def wait_for(stream, i):
-    """Waits until block `i` of a stream is there."""
-    mbarrier.wait(stream.full.index(i % stream.stages), (i // stream.stages) & 1)
+def consumer_wait(pipeline, i):
+    """Wait until block `i` is full."""
+    mbarrier.wait(pipeline.full.index(i % pipeline.stages), (i // pipeline.stages) & 1)
 
 
 @gluon.jit
-def noted_block(stream, i):
-    """First row and head of block `i` of a stream, which must be there, and noted."""
-    place = i % stream.stages * BLOCK_NOTES
-    return read_note(stream.notes, place), read_note(stream.notes, place + 1)
+def load_block_info(pipeline, i):
+    """First row and head of block `i`, which must be full and have been published."""
+    word = i % pipeline.stages * BLOCK_INFO_WORDS
+    return smem_load(pipeline.block_info, word), smem_load(pipeline.block_info, word + 1)
 
 
 @gluon.jit
-def block_of_queries(job, call, i, PARTIAL: gl.constexpr, tiles: gl.constexpr):
-    """Head and first query of a job's `i`-th block of those that need masking, or of the others: those of the first
-    head come first."""
-    span, head = job.span, job.head
-    if call.group != 1:
-        blocks = span.partial if PARTIAL else (span.full_end - span.full_begin) // tiles.m
-        head = job.head * call.group + i // blocks
-        i = i % blocks
+def q_block(scheduled, problem, i, PARTIAL: gl.constexpr, tiles: gl.constexpr):
+    """Head and first query of the `i`-th masked (PARTIAL) or full block of a key tile; heads of the group in turn."""
+    block_range, head = scheduled.block_range, scheduled.head
+    if problem.group != 1:
+        blocks_per_head = (
+            block_range.num_partial if PARTIAL else (block_range.full_end - block_range.full_begin) // tiles.m
+        )
+        head = scheduled.head * problem.group + i // blocks_per_head
+        i = i % blocks_per_head
     if PARTIAL:
-        position = partial_position(span, i, tiles.m, tiles)
+        position = partial_block_position(block_range, i, tiles.m, tiles)
     else:
-        position = span.full_begin + i * tiles.m
-    return head, place_of(span, call.rules.blocks, position, tiles)
+        position = block_range.full_begin + i * tiles.m
+    return head, block_start(block_range, problem.mods.blocks, position, tiles)
 
 
 @gluon.jit
-def tile_of(tiles, stream, i, BLOCK: gl.constexpr, DIM: gl.constexpr):
-    """Block `i` of a stream, of its `first` or `second` tiles."""
-    return tiles.index(i % stream.stages).reshape([BLOCK, DIM])
+def stage_tile(tiles, pipeline, i, BLOCK: gl.constexpr, DIM: gl.constexpr):
+    """Tile of block `i` in `tiles`, the `first` or `second` of a pipeline."""
+    return tiles.index(i % pipeline.stages).reshape([BLOCK, DIM])
 
 
 @gluon.jit
-def release(stream, i):
-    """Gives back the stage of block `i`."""
-    mbarrier.arrive(stream.empty.index(i % stream.stages), count=1)
+def consumer_release(pipeline, i):
+    """Release the stage of block `i`."""
+    mbarrier.arrive(pipeline.empty.index(i % pipeline.stages), count=1)
 
 
 @gluon.jit
-def pass_over(stream, begin, end):
-    """Waits for blocks `[begin, end)` of a stream and gives them back."""
+def drain(pipeline, begin, end):
+    """Wait for blocks `[begin, end)` and release them unused."""
     for i in range(begin, end):
-        wait_for(stream, i)
-        release(stream, i)
+        consumer_wait(pipeline, i)
+        consumer_release(pipeline, i)
 
 
 @gluon.jit
-def clear_outside(stream, i, agenda, share, call, BLOCK: gl.constexpr, DIM: gl.constexpr):
-    """Waits for block `i` of a stream, one that needs masking, and clears rows that the job does not meet."""
-    wait_for(stream, i)
-    begin, _ = noted_block(stream, i)
-    item, _ = noted_item(agenda, share.number, call)
-    if (begin < item.lo) | (begin + BLOCK > item.hi):
-        clear(tile_of(stream.first, stream, i, BLOCK, DIM), begin, item.lo, item.hi, BLOCK, DIM)
-        clear(tile_of(stream.second, stream, i, BLOCK, DIM), begin, item.lo, item.hi, BLOCK, DIM)
+def zero_outside(pipeline, i, mailbox, consumer, problem, BLOCK: gl.constexpr, DIM: gl.constexpr):
+    """Wait for block `i`, a masked one, and zero the rows that the tile does not see."""
+    consumer_wait(pipeline, i)
+    start, _ = load_block_info(pipeline, i)
+    work_tile, _ = load_tile_info(mailbox, consumer.tile_iter, problem)
+    if (start < work_tile.lo) | (start + BLOCK > work_tile.hi):
+        zero_rows(stage_tile(pipeline.first, pipeline, i, BLOCK, DIM), start, work_tile.lo, work_tile.hi, BLOCK, DIM)
+        zero_rows(stage_tile(pipeline.second, pipeline, i, BLOCK, DIM), start, work_tile.lo, work_tile.hi, BLOCK, DIM)
 
 
 @gluon.jit
-def start_products(
-    i, step, first, second, zero, share, ring, call, MASKED: gl.constexpr, BLOCK: gl.constexpr, DIM: gl.constexpr
+def issue_s_dp(
+    i, step, first, second, zero, consumer, smem, problem, MASKED: gl.constexpr, BLOCK: gl.constexpr, DIM: gl.constexpr
 ):
-    """Starts the products of two held tiles with those of a job's `i`-th block, transposed. It is block `step` of the
-    stream, and without `MASKED` none that needs masking.
+    """Issue S^T or S, and dP^T or dP: the two resident tiles times those of the tile's `i`-th block, block `step` of
+    the pipeline, transposed. Without `MASKED` it must be a full block.
     """
-    stream = ring.stream
-    if MASKED and (i < share.partial):
-        clear_outside(stream, step, ring.held.agenda, share, call, BLOCK, DIM)
-    wait_for(stream, step)
-    tile = tile_of(stream.first, stream, step, BLOCK, DIM)
+    pipeline = smem.pipeline
+    if MASKED and (i < consumer.num_partial):
+        zero_outside(pipeline, step, smem.resident.mailbox, consumer, problem, BLOCK, DIM)
+    consumer_wait(pipeline, step)
+    tile = stage_tile(pipeline.first, pipeline, step, BLOCK, DIM)
     s = warpgroup_mma(first, tile.permute((1, 0)), zero, use_acc=False, is_async=True)
-    tile = tile_of(stream.second, stream, step, BLOCK, DIM)
+    tile = stage_tile(pipeline.second, pipeline, step, BLOCK, DIM)
     dp = warpgroup_mma(second, tile.permute((1, 0)), zero, use_acc=False, is_async=True)
     return s, dp

@@ -1,12 +1,13 @@
-"""What the scouting warp does: it finds out which tiles a program has and what each of them visits.
+"""The scheduler warp: finds a program's next work tile and what it visits, one tile ahead of everyone else.
 
-That takes answers from memory, one after the other: the claim of a tile, its entry of a work table, its list of
-blocks. The scout asks for them ahead of the loading warp, and notes in shared memory what that warp and the consumers
-need, who have neither time nor registers for it.
+That takes dependent loads (tile counter, tile schedule, block list), for which the producer and the consumers have
+neither time nor registers. The scheduler warp publishes each tile in a mailbox in shared memory, on an mbarrier; the
+producer asks for the next one by a named barrier (`prefetch_next_tile`).
 """
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import NamedTuple
 
 from triton.experimental import gluon
@@ -14,177 +15,249 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from hf_flashbsa.kernels.hopper.common import (
-    ROWS,
-    await_others,
+    CONSUMER_M,
+    NEXT_TILE,
     barrier,
-    read_note,
-    shared,
-    span_met,
-    tell_others,
-    write_note,
+    named_barrier_arrive,
+    named_barrier_sync,
+    smem_load,
+    smem_store,
+    uniform_block_range,
+    warp_uniform,
 )
-from hf_flashbsa.kernels.hopper.turns import place_at, places, tile_at
-from hf_flashbsa.kernels.primitives import list_of
-from hf_flashbsa.kernels.records import Item, Span
+from hf_flashbsa.kernels.hopper.turns import locate_tile, num_tile_indices, tile_index_at
+from hf_flashbsa.kernels.primitives import block_list
+from hf_flashbsa.kernels.records import BlockRange, WorkTile
 
 
-class Job(NamedTuple):
-    """A tile of own rows, its head (of keys, if it is one of keys), and what it visits: `count` blocks of the other
-    side, of all heads that share the keys; the first `partial` of them need masking.
+class ScheduledTile(NamedTuple):
+    """A work tile, its head (key head if it tiles keys) and the blocks it visits: `num_blocks` in all, over all query
+    heads of the group where it tiles keys; the first `num_partial` are masked.
     """
 
-    item: object
+    work_tile: object
     head: object
-    span: object
-    partial: object
-    count: object
+    block_range: object
+    num_partial: object
+    num_blocks: object
 
 
-class Agenda(NamedTuple):
-    """Shared memory: `notes` of a program's jobs, the `n`-th in place `n % KEPT`, and the barrier that tells that the
-    next one is `found`.
+class TileMailbox(NamedTuple):
+    """Shared memory: MAILBOX_DEPTH entries of MAILBOX_WORDS ints, and the mbarrier that publishes the next one."""
+
+    words: object
+    full: object
+
+
+#: Entries of the mailbox. A tile is asked for when nobody reads the entry that it overwrites any more.
+MAILBOX_DEPTH = gl.constexpr(4)
+#: Words of an entry, a multiple of 4 for vector loads.
+MAILBOX_WORDS = gl.constexpr(20)
+
+
+class MailboxSlot(IntEnum):
+    """Words of a mailbox entry: a WorkTile, its head and its BlockRange. Words that only schedules or block lists need
+    are written only with those.
     """
 
-    notes: object
-    found: object
+    BATCH = 0
+    HEAD = 1
+    BEGIN = 2
+    END = 3
+    LO = 4
+    HI = 5
+    OTHER_BATCH = 6
+    QUERY_OFFSET = 7
+    QUERY_ORIGIN = 8
+    KEY_ORIGIN = 9
+    RANGE_BEGIN = 10
+    LEFT_END = 11
+    NUM_PARTIAL = 12
+    FULL_BEGIN = 13
+    FULL_END = 14
+    RIGHT_END = 15
+    PARTIAL_BEGIN = 16
+    RANGE_ORIGIN = 17
+    VALID = 18
+    SEGMENTS_FULL = 19
 
 
-#: Jobs whose notes are kept. A job is wanted when nobody needs the notes of the one KEPT before it any more.
-KEPT = gl.constexpr(4)
-#: How many numbers are noted of a job, a multiple of four because loads take up to four; and which of them tells that
-#: there is one.
-NOTES = gl.constexpr(20)
-IS_JOB = gl.constexpr(18)
-#: The barrier at which the scout waits until a job is wanted.
-WANTED = gl.constexpr(12)
+AT_BATCH = gl.constexpr(int(MailboxSlot.BATCH))
+AT_HEAD = gl.constexpr(int(MailboxSlot.HEAD))
+AT_BEGIN = gl.constexpr(int(MailboxSlot.BEGIN))
+AT_END = gl.constexpr(int(MailboxSlot.END))
+AT_LO = gl.constexpr(int(MailboxSlot.LO))
+AT_HI = gl.constexpr(int(MailboxSlot.HI))
+AT_OTHER_BATCH = gl.constexpr(int(MailboxSlot.OTHER_BATCH))
+AT_QUERY_OFFSET = gl.constexpr(int(MailboxSlot.QUERY_OFFSET))
+AT_QUERY_ORIGIN = gl.constexpr(int(MailboxSlot.QUERY_ORIGIN))
+AT_KEY_ORIGIN = gl.constexpr(int(MailboxSlot.KEY_ORIGIN))
+AT_RANGE_BEGIN = gl.constexpr(int(MailboxSlot.RANGE_BEGIN))
+AT_LEFT_END = gl.constexpr(int(MailboxSlot.LEFT_END))
+AT_NUM_PARTIAL = gl.constexpr(int(MailboxSlot.NUM_PARTIAL))
+AT_FULL_BEGIN = gl.constexpr(int(MailboxSlot.FULL_BEGIN))
+AT_FULL_END = gl.constexpr(int(MailboxSlot.FULL_END))
+AT_RIGHT_END = gl.constexpr(int(MailboxSlot.RIGHT_END))
+AT_PARTIAL_BEGIN = gl.constexpr(int(MailboxSlot.PARTIAL_BEGIN))
+AT_RANGE_ORIGIN = gl.constexpr(int(MailboxSlot.RANGE_ORIGIN))
+AT_VALID = gl.constexpr(int(MailboxSlot.VALID))
+AT_SEGMENTS_FULL = gl.constexpr(int(MailboxSlot.SEGMENTS_FULL))
 
 
 @gluon.jit
-def allocate_agenda():
-    """An empty agenda. The first job is wanted, and further ones when `want` says so."""
-    notes = gl.allocate_shared_memory(gl.int32, [KEPT * NOTES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    found = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(found, count=1)
-    return Agenda(notes, found)
+def allocate_mailbox():
+    """An empty mailbox. The scheduler warp fetches the first tile at once, later ones on `prefetch_next_tile`."""
+    words = gl.allocate_shared_memory(
+        gl.int32, [MAILBOX_DEPTH * MAILBOX_WORDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
+    full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(full, count=1)
+    return TileMailbox(words, full)
 
 
 @gluon.jit
-def _job(call, item, head, span, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
+def _scheduled_tile(problem, work_tile, head, block_range, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
+    """Adds the numbers of blocks to a tile and its block range."""
     if TRANSPOSED:
-        partial, full = span.partial * call.group, (span.full_end - span.full_begin) // tiles.m * call.group
+        num_partial, num_full = (
+            block_range.num_partial * problem.group,
+            (block_range.full_end - block_range.full_begin) // tiles.m * problem.group,
+        )
     else:
-        partial, full = span.partial, (span.full_end - span.full_begin) // tiles.n
-    return Job(item, head, span, partial, partial + full)
+        num_partial, num_full = block_range.num_partial, (block_range.full_end - block_range.full_begin) // tiles.n
+    return ScheduledTile(work_tile, head, block_range, num_partial, num_partial + num_full)
 
 
 @gluon.jit
-def _note_job(agenda, n, item, head, span, call, tiles: gl.constexpr):
-    notes, place = agenda.notes, n % KEPT * NOTES
-    write_note(notes, place, item.row)
-    write_note(notes, place + 1, head)
-    write_note(notes, place + 2, item.begin)
-    write_note(notes, place + 3, item.end)
-    write_note(notes, place + 4, span.lo)
-    write_note(notes, place + 5, span.hi)
-    if call.work is not None:
-        write_note(notes, place + 6, item.other_row)
-        write_note(notes, place + 7, item.diagonal)
-        write_note(notes, place + 8, item.query_origin)
-        write_note(notes, place + 9, item.key_origin)
-    write_note(notes, place + 10, span.begin)
-    write_note(notes, place + 11, span.left)
-    write_note(notes, place + 12, span.partial)
-    write_note(notes, place + 13, span.full_begin)
-    write_note(notes, place + 14, span.full_end)
-    if tiles.listed > 0:
-        write_note(notes, place + 15, span.right)
-        write_note(notes, place + 16, span.listed)
-        write_note(notes, place + 17, span.origin)
-    write_note(notes, place + IS_JOB, 1)
-    if call.rules.mask.segment_ids_k is not None:
-        write_note(notes, place + 19, gl.where((item.full_lo <= item.lo) & (item.full_hi >= item.hi), 1, 0))
+def store_tile_info(mailbox, tile_iter, work_tile, head, block_range, problem, tiles: gl.constexpr):
+    """Write the `tile_iter`-th tile of this program to the mailbox. `publish` it afterwards."""
+    words, slot = mailbox.words, tile_iter % MAILBOX_DEPTH * MAILBOX_WORDS
+    smem_store(words, slot + AT_BATCH, work_tile.batch)
+    smem_store(words, slot + AT_HEAD, head)
+    smem_store(words, slot + AT_BEGIN, work_tile.begin)
+    smem_store(words, slot + AT_END, work_tile.end)
+    smem_store(words, slot + AT_LO, block_range.lo)
+    smem_store(words, slot + AT_HI, block_range.hi)
+    if problem.schedule is not None:
+        smem_store(words, slot + AT_OTHER_BATCH, work_tile.other_batch)
+        smem_store(words, slot + AT_QUERY_OFFSET, work_tile.query_offset)
+        smem_store(words, slot + AT_QUERY_ORIGIN, work_tile.query_origin)
+        smem_store(words, slot + AT_KEY_ORIGIN, work_tile.key_origin)
+    smem_store(words, slot + AT_RANGE_BEGIN, block_range.begin)
+    smem_store(words, slot + AT_LEFT_END, block_range.left_end)
+    smem_store(words, slot + AT_NUM_PARTIAL, block_range.num_partial)
+    smem_store(words, slot + AT_FULL_BEGIN, block_range.full_begin)
+    smem_store(words, slot + AT_FULL_END, block_range.full_end)
+    if tiles.sparse_block > 0:
+        smem_store(words, slot + AT_RIGHT_END, block_range.right_end)
+        smem_store(words, slot + AT_PARTIAL_BEGIN, block_range.partial_begin)
+        smem_store(words, slot + AT_RANGE_ORIGIN, block_range.origin)
+    smem_store(words, slot + AT_VALID, 1)
+    if problem.mods.bounds.segment_ids_k is not None:
+        smem_store(
+            words,
+            slot + AT_SEGMENTS_FULL,
+            gl.where((work_tile.full_lo <= work_tile.lo) & (work_tile.full_hi >= work_tile.hi), 1, 0),
+        )
 
 
 @gluon.jit
-def is_job(agenda, n):
-    """Whether a program has an `n`-th job, once that was found out."""
-    return shared(read_note(agenda.notes, n % KEPT * NOTES + IS_JOB)) != 0
+def is_valid_tile(mailbox, tile_iter):
+    """Whether the program has a `tile_iter`-th tile; it must have been published."""
+    return warp_uniform(smem_load(mailbox.words, tile_iter % MAILBOX_DEPTH * MAILBOX_WORDS + AT_VALID)) != 0
 
 
 @gluon.jit
-def noted_item(agenda, n, call):
-    """The tile and head of a job that was noted. Bounds of the Item are those of its span. As far as segments go, all
-    of it is full, or nothing is said to be."""
-    notes, place = agenda.notes, n % KEPT * NOTES
-    row, head = read_note(notes, place), read_note(notes, place + 1)
-    begin, end = read_note(notes, place + 2), read_note(notes, place + 3)
-    lo, hi = read_note(notes, place + 4), read_note(notes, place + 5)
-    other_row, diagonal, query_origin, key_origin = row, call.diagonal, 0, 0
-    if call.work is not None:
-        other_row, diagonal = read_note(notes, place + 6), read_note(notes, place + 7)
-        query_origin, key_origin = read_note(notes, place + 8), read_note(notes, place + 9)
+def load_tile_info(mailbox, tile_iter, problem):
+    """Work tile and head from the mailbox. Bounds are those of its block range; segments are recorded as one bit, so
+    the tile is either all full or not at all.
+    """
+    words, slot = mailbox.words, tile_iter % MAILBOX_DEPTH * MAILBOX_WORDS
+    batch, head = smem_load(words, slot + AT_BATCH), smem_load(words, slot + AT_HEAD)
+    begin, end = smem_load(words, slot + AT_BEGIN), smem_load(words, slot + AT_END)
+    lo, hi = smem_load(words, slot + AT_LO), smem_load(words, slot + AT_HI)
+    other_batch, query_offset, query_origin, key_origin = batch, problem.query_offset, 0, 0
+    if problem.schedule is not None:
+        other_batch, query_offset = smem_load(words, slot + AT_OTHER_BATCH), smem_load(words, slot + AT_QUERY_OFFSET)
+        query_origin, key_origin = smem_load(words, slot + AT_QUERY_ORIGIN), smem_load(words, slot + AT_KEY_ORIGIN)
     full_hi = hi
-    if call.rules.mask.segment_ids_k is not None:
-        full_hi = gl.where(read_note(notes, place + 19) != 0, hi, lo)
-    return Item(row, begin, end, other_row, lo, lo, full_hi, hi, diagonal, query_origin, key_origin), head
+    if problem.mods.bounds.segment_ids_k is not None:
+        full_hi = gl.where(smem_load(words, slot + AT_SEGMENTS_FULL) != 0, hi, lo)
+    return WorkTile(batch, begin, end, other_batch, lo, lo, full_hi, hi, query_offset, query_origin, key_origin), head
 
 
 @gluon.jit
-def noted_part(part: gl.constexpr, agenda, n, call):
-    """`noted_item` of the `part`-th 64 rows."""
-    item, head = noted_item(agenda, n, call)
-    begin = item.begin + part * ROWS
-    item = Item(
-        item.row, begin, item.end, item.other_row, item.lo, item.full_lo, item.full_hi, item.hi, item.diagonal,
-        item.query_origin, item.key_origin,
+def load_consumer_tile_info(wg: gl.constexpr, mailbox, tile_iter, problem):
+    """`load_tile_info` of the 64 rows of consumer `wg`."""
+    work_tile, head = load_tile_info(mailbox, tile_iter, problem)
+    begin = work_tile.begin + wg * CONSUMER_M
+    work_tile = WorkTile(
+        work_tile.batch, begin, work_tile.end, work_tile.other_batch, work_tile.lo, work_tile.full_lo,
+        work_tile.full_hi, work_tile.hi, work_tile.query_offset, work_tile.query_origin, work_tile.key_origin,
     )  # fmt: skip
-    return item, head
+    return work_tile, head
 
 
 @gluon.jit
-def noted_job(agenda, n, call, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
-    """The job that was noted."""
-    notes, place = agenda.notes, n % KEPT * NOTES
-    item, head = noted_item(agenda, n, call)
-    begin, left, partial = read_note(notes, place + 10), read_note(notes, place + 11), read_note(notes, place + 12)
-    full_begin, full_end = read_note(notes, place + 13), read_note(notes, place + 14)
-    right, listed, origin, index = left, 0, 0, 0
-    if tiles.listed > 0:
-        right, listed = read_note(notes, place + 15), read_note(notes, place + 16)
-        origin = read_note(notes, place + 17)
-        head_q = head * call.group if TRANSPOSED else head
-        index = list_of(item, call.rules.blocks, head_q, item.lo, item.hi, tiles, TRANSPOSED) + 2
-    span = Span(begin, left, right, partial, full_begin, full_end, listed, item.lo, item.hi, index, origin)
-    return _job(call, item, head, span, tiles, TRANSPOSED)
+def load_scheduled_tile(mailbox, tile_iter, problem, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
+    """The ScheduledTile in the mailbox."""
+    words, slot = mailbox.words, tile_iter % MAILBOX_DEPTH * MAILBOX_WORDS
+    work_tile, head = load_tile_info(mailbox, tile_iter, problem)
+    begin, left_end, num_partial = (
+        smem_load(words, slot + AT_RANGE_BEGIN),
+        smem_load(words, slot + AT_LEFT_END),
+        smem_load(words, slot + AT_NUM_PARTIAL),
+    )
+    full_begin, full_end = smem_load(words, slot + AT_FULL_BEGIN), smem_load(words, slot + AT_FULL_END)
+    right_end, partial_begin, origin, indices = left_end, 0, 0, 0
+    if tiles.sparse_block > 0:
+        right_end, partial_begin = smem_load(words, slot + AT_RIGHT_END), smem_load(words, slot + AT_PARTIAL_BEGIN)
+        origin = smem_load(words, slot + AT_RANGE_ORIGIN)
+        head_q = head * problem.group if TRANSPOSED else head
+        indices = block_list(work_tile, problem.mods.blocks, head_q, work_tile.lo, work_tile.hi, tiles, TRANSPOSED) + 2
+    block_range = BlockRange(
+        begin,
+        left_end,
+        right_end,
+        num_partial,
+        full_begin,
+        full_end,
+        partial_begin,
+        work_tile.lo,
+        work_tile.hi,
+        indices,
+        origin,
+    )
+    return _scheduled_tile(problem, work_tile, head, block_range, tiles, TRANSPOSED)
 
 
 @gluon.jit
-def want(n):
-    """Sends the scout for the job behind the `n`-th, which must have been found."""
-    tell_others(WANTED, 64, n)
+def prefetch_next_tile(tile_iter):
+    """Ask the scheduler warp for the tile after `tile_iter`, which must have been published."""
+    named_barrier_arrive(NEXT_TILE, 64, tile_iter)
 
 
 @gluon.jit
-def await_found(agenda, n):
-    """Waits until the `n`-th job is noted. Whether there is one."""
-    mbarrier.wait(agenda.found, n & 1)
-    return is_job(agenda, n)
+def wait_tile(mailbox, tile_iter):
+    """Wait until the `tile_iter`-th tile is published. Returns whether there is one."""
+    mbarrier.wait(mailbox.full, tile_iter & 1)
+    return is_valid_tile(mailbox, tile_iter)
 
 
 @gluon.jit
-def scout(agenda, call, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
-    """The scouting warp. Its jobs are tiles of queries, or with `TRANSPOSED` of keys."""
-    n = gl.to_tensor(0)
-    end, place = places(call), place_at(call, n)
-    while place < end:
-        head, item = tile_at(call, place, tiles, TRANSPOSED)
-        head_q = head * call.group if TRANSPOSED else head
-        span = span_met(item, call.rules, head_q, tiles, TRANSPOSED)
-        _note_job(agenda, n, item, head, span, call, tiles)
-        barrier()  # one thread tells of what all of them wrote
-        mbarrier.arrive(agenda.found, count=1)
-        n = await_others(WANTED, 64, n) + 1
-        place = place_at(call, n)
-    write_note(agenda.notes, n % KEPT * NOTES + IS_JOB, 0)
+def scheduler_warp(mailbox, problem, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
+    """The scheduler warp of a kernel that tiles queries or, `TRANSPOSED`, keys."""
+    tile_iter = gl.to_tensor(0)
+    end, tile_index = num_tile_indices(problem), tile_index_at(problem, tile_iter)
+    while tile_index < end:
+        head, work_tile = locate_tile(problem, tile_index, tiles, TRANSPOSED)
+        head_q = head * problem.group if TRANSPOSED else head
+        block_range = uniform_block_range(work_tile, problem.mods, head_q, tiles, TRANSPOSED)
+        store_tile_info(mailbox, tile_iter, work_tile, head, block_range, problem, tiles)
+        barrier()  # all threads have stored before one arrives
+        mbarrier.arrive(mailbox.full, count=1)
+        tile_iter = named_barrier_sync(NEXT_TILE, 64, tile_iter) + 1
+        tile_index = tile_index_at(problem, tile_iter)
+    smem_store(mailbox.words, tile_iter % MAILBOX_DEPTH * MAILBOX_WORDS + AT_VALID, 0)
     barrier()
-    mbarrier.arrive(agenda.found, count=1)
+    mbarrier.arrive(mailbox.full, count=1)

@@ -1,4 +1,4 @@
-"""What a consumer of the Hopper forward kernel makes of the scores of a block, and at the end of a tile."""
+"""Online softmax of the forward kernel, on the registers of a wgmma accumulator."""
 
 from __future__ import annotations
 
@@ -9,59 +9,85 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from hf_flashbsa.kernels.hopper.common import (
-    ROWS,
-    by_thread,
-    for_all_pairs,
-    hide_outside,
-    quad_of,
-    store_shared,
+    CONSUMER_M,
+    RESCALE_VOTE,
+    apply_window_mask,
+    as_fragments,
+    broadcast_pairs,
+    quad_layout,
+    store_smem_rows,
 )
-from hf_flashbsa.kernels.primitives import LN2, LOG2E, asks_ids, dropout_keep, hide_segments, log2_factor, shown
+from hf_flashbsa.kernels.primitives import (
+    LN2,
+    LOG2E,
+    apply_segment_mask,
+    block_bits,
+    dropout_keep,
+    needs_segment_mask,
+    softmax_scale_log2,
+)
 
 
-class State(NamedTuple):
-    """Of each row what its weights so far were taken relative to, the `pivot`, times log2(e), and their `sum`.
+class SoftmaxState(NamedTuple):
+    """Per row, in the shape (rows, 4) for the quad of threads that share it: `row_max` in log2 units, equal in the
+    quad, and each thread's part of `row_sum`.
 
-    Both have the shape (rows, 4), for the four threads that share a row: their pivots are equal, and each has a part
-    of the sum.
+    As in FlashAttention-4, `row_max` may lag behind the true maximum by up to 8 (a weight of 2^8).
     """
 
-    pivot: object
-    sum: object
+    row_max: object
+    row_sum: object
 
 
 @gluon.jit
-def no_state(QUAD: gl.constexpr):
-    """The state of rows that have met no key."""
-    return State(gl.full([ROWS, 4], float("-inf"), gl.float32, QUAD), gl.zeros([ROWS, 4], gl.float32, QUAD))
+def init_softmax(QUAD: gl.constexpr):
+    """row_max = -inf, row_sum = 0."""
+    return SoftmaxState(
+        gl.full([CONSUMER_M, 4], float("-inf"), gl.float32, QUAD), gl.zeros([CONSUMER_M, 4], gl.float32, QUAD)
+    )
 
 
 @gluon.jit
-def hide(s, rules, head, item, first, kind, tiles: gl.constexpr):
-    """The scores of the block from key `first` on, -inf where they do not exist. `kind` is what the grid of a layout
-    says of the block: `visible` would ask it once more."""
-    rows = item.begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout))
-    keys = first + gl.arange(0, tiles.n, layout=gl.SliceLayout(0, s.type.layout))
-    hi = gl.where(kind > 0, item.hi, item.lo)
-    s = hide_outside(s, rules, item.begin, first, item.lo, hi, item.diagonal, tiles, False)
-    s = hide_segments(s, rules.mask, item.row, item.other_row, asks_ids(item), rows[:, None], keys[None, :])
-    if tiles.listed > 0:
-        if rules.blocks.masks is not None:
-            if kind > 1:
-                place_q, place_k = item.begin - item.query_origin, first - item.key_origin
-                ok = shown(
-                    rules.blocks, kind, place_q, place_k, (rows - item.begin)[:, None], (keys - first)[None, :], tiles
+def apply_mask(s, mods, head, work_tile, start, block_kind, tiles: gl.constexpr):
+    """Scores of the block from key `start` on, -inf where hidden. `block_kind` is the grid entry of a layout, loaded
+    by the producer; `visible_mask` would load it again.
+    """
+    rows = work_tile.begin + gl.arange(0, CONSUMER_M, layout=gl.SliceLayout(1, s.type.layout))
+    keys = start + gl.arange(0, tiles.n, layout=gl.SliceLayout(0, s.type.layout))
+    hi = gl.where(block_kind > 0, work_tile.hi, work_tile.lo)
+    s = apply_window_mask(s, mods, work_tile.begin, start, work_tile.lo, hi, work_tile.query_offset, tiles, False)
+    s = apply_segment_mask(
+        s,
+        mods.bounds,
+        work_tile.batch,
+        work_tile.other_batch,
+        needs_segment_mask(work_tile),
+        rows[:, None],
+        keys[None, :],
+    )
+    if tiles.sparse_block > 0:
+        if mods.blocks.mask_words is not None:
+            if block_kind > 1:
+                pos_q, pos_k = work_tile.begin - work_tile.query_origin, start - work_tile.key_origin
+                ok = block_bits(
+                    mods.blocks,
+                    block_kind,
+                    pos_q,
+                    pos_k,
+                    (rows - work_tile.begin)[:, None],
+                    (keys - start)[None, :],
+                    tiles,
                 )
                 s = gl.where(ok, s, float("-inf"))
     return s
 
 
 @gluon.jit
-def _raised(pivot, largest):
-    """Pivots for scores of which each thread has met the `largest`, times log2(e).
+def _update_row_max(row_max, block_max):
+    """New row_max, given each thread's `block_max` in log2 units.
 
-    As in FlashAttention-4, they need not be the largest scores, if only weights stay in range: the 16 rows of a warp
-    keep theirs until the scores of one exceed it by 8, a weight of 2^8. So threads seldom exchange what they have met.
+    Conditional rescaling (FlashAttention-4): a warp keeps the maxima of its 16 rows until one is exceeded by more than
+    8, so that quads rarely exchange maxima and O is rarely rescaled.
     """
     return gl.inline_asm_elementwise(
         """
@@ -89,77 +115,84 @@ def _raised(pivot, largest):
         KEEP:
         }
         """,
-        "=&f,=&f,f,f,f,f", [pivot, largest], dtype=gl.float32, is_pure=True, pack=2,
+        "=&f,=&f,f,f,f,f", [row_max, block_max], dtype=gl.float32, is_pure=True, pack=2,
     )  # fmt: skip
 
 
 @gluon.jit
-def weights_by(pivot, s, rules):
-    """Weights of a block relative to pivots, and the threads' sums of them. With the pivots that rows have, unseen,
-    the sums `are_too_large` where a pivot was to be raised, or is none yet."""
-    parts = gl.exp2(by_thread(s) * log2_factor(rules) - for_all_pairs(pivot))
-    sums = gl.sum(gl.sum(parts, 1), 2)
-    return gl.convert_layout(parts.reshape([s.shape[0], s.shape[1]]), s.type.layout, assert_trivial=True), sums
+def exp_scores(row_max, s, mods):
+    """P = exp2(S * scale - row_max) and each thread's row sums of it. `needs_rescale` tells from the sums whether
+    row_max was too small or still -inf.
+    """
+    fragments = gl.exp2(as_fragments(s) * softmax_scale_log2(mods) - broadcast_pairs(row_max))
+    block_sum = gl.sum(gl.sum(fragments, 1), 2)
+    return gl.convert_layout(
+        fragments.reshape([s.shape[0], s.shape[1]]), s.type.layout, assert_trivial=True
+    ), block_sum
 
 
 @gluon.jit
-def softmax(s, state, rules):
-    """Weights of a block; what shrinks the sums so far; and the new state of the rows."""
-    pivot = _raised(state.pivot, gl.max(gl.max(by_thread(s), 1), 2) * log2_factor(rules))
-    # A row that has met no key yet has pivot -inf; any finite one gives it weights of 0 and not NaN.
-    finite = gl.where(pivot == float("-inf"), 0.0, pivot)
-    shrink = gl.exp2(state.pivot - finite)
-    s, sums = weights_by(finite, s, rules)
-    return s, shrink, State(pivot, state.sum * shrink + sums)
+def softmax(s, state, mods):
+    """P of a block, the factor `row_scale` for O and row_sum, and the new state."""
+    row_max = _update_row_max(state.row_max, gl.max(gl.max(as_fragments(s), 1), 2) * softmax_scale_log2(mods))
+    # Rows without a visible key so far have maximum -inf: exp2(-inf - 0) is 0, exp2(-inf + inf) would be NaN.
+    safe_max = gl.where(row_max == float("-inf"), 0.0, row_max)
+    row_scale = gl.exp2(state.row_max - safe_max)
+    s, block_sum = exp_scores(safe_max, s, mods)
+    return s, row_scale, SoftmaxState(row_max, state.row_sum * row_scale + block_sum)
 
 
 @gluon.constexpr_function
-def _note_too_large(part):
-    """PTX that notes, in a predicate of the whole kernel, whether one of two sums is NaN or above 2^13: where one of a
-    thread's 32 weights of a row is above 2^8, `_raised` raises the row's pivot."""
+def _flag_rescale_ptx(wg):
+    """PTX that sets a kernel-wide predicate if one of two sums is NaN or above 2^13: of a thread's 32 weights of a
+    row, one is above 2^8, where `_update_row_max` would raise the maximum.
+    """
     return f"""
-        .reg .pred too_large_{part};
-        setp.gtu.f32 too_large_{part}, $2, 0f46000000;
-        setp.gtu.or.f32 too_large_{part}, $3, 0f46000000, too_large_{part};
+        .reg .pred too_large_{wg};
+        setp.gtu.f32 too_large_{wg}, $2, 0f46000000;
+        setp.gtu.or.f32 too_large_{wg}, $3, 0f46000000, too_large_{wg};
         mov.f32 $0, $2;
         mov.f32 $1, $3;
     """
 
 
 @gluon.constexpr_function
-def _any_too_large(part):
-    """PTX for whether any thread of a consumer noted so, at one of the barriers that Triton leaves."""
+def _vote_rescale_ptx(wg, number):
+    """PTX that reduces the predicate over the threads of consumer `wg`, at a named barrier of its own."""
     return f"""
-        bar.red.or.pred too_large_{part}, {10 + part}, 128, too_large_{part};
-        selp.b32 $0, 1, 0, too_large_{part};
+        bar.red.or.pred too_large_{wg}, {number}, 128, too_large_{wg};
+        selp.b32 $0, 1, 0, too_large_{wg};
     """
 
 
 @gluon.jit
-def are_too_large(part: gl.constexpr, sums):
-    """Whether any of the `part`-th consumer's sums is too large, as a number that all its threads have.
+def needs_rescale(wg: gl.constexpr, block_sum):
+    """Whether a row sum of consumer `wg` calls for a rescale, as a uniform int.
 
-    In two statements, because Gluon makes a number of a tensor by way of shared memory only.
+    Two asm statements: Gluon turns a tensor into a scalar only by way of shared memory.
     """
-    gl.inline_asm_elementwise(_note_too_large(part), "=f,=f,f,f", [sums], dtype=gl.float32, is_pure=False, pack=2)
+    gl.inline_asm_elementwise(_flag_rescale_ptx(wg), "=f,=f,f,f", [block_sum], dtype=gl.float32, is_pure=False, pack=2)
     unused = gl.to_tensor(0)
-    return gl.inline_asm_elementwise(_any_too_large(part), "=r,r", [unused], dtype=gl.int32, is_pure=False, pack=1)
+    return gl.inline_asm_elementwise(
+        _vote_rescale_ptx(wg, RESCALE_VOTE + wg), "=r,r", [unused], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit
-def drop(s, place, pad, factor, rules, tiles: gl.constexpr):
-    """Weights of a block behind dropout, of which the first key has `place` in its sequence."""
-    score = rules.score
-    if score.seed is not None:
+def apply_dropout(s, key_pos, pad, factor, mods, tiles: gl.constexpr):
+    """P after dropout, without keep_scale; `key_pos` is the position of the first key in its sequence."""
+    score_mod = mods.score_mod
+    if score_mod.seed is not None:
         offsets = gl.arange(0, tiles.n, layout=gl.SliceLayout(0, s.type.layout))[None, :]
-        s = gl.where(dropout_keep(score, pad[:, None], factor[:, None], place, offsets), s, 0.0)
+        s = gl.where(dropout_keep(score_mod, pad[:, None], factor[:, None], key_pos, offsets), s, 0.0)
     return s
 
 
 @gluon.constexpr_function
-def _shrinking(count):
-    """PTX that multiplies `count` numbers of a thread, two of one row and two of the other in turn, by what shrinks
-    their rows, unless that is 1 for all rows of the warp."""
+def _rescale_ptx(count):
+    """PTX that multiplies a thread's `count` accumulators, alternating pairs of two rows, by their row scale; skipped
+    where that is 1 for all rows of the warp.
+    """
     lines = ["{", ".reg .pred p0, p1;"]
     lines += [f"setp.neu.f32 p0, ${2 * count}, 0f3f800000;", f"setp.neu.or.f32 p1, ${2 * count + 2}, 0f3f800000, p0;"]
     lines += [f"mov.f32 ${i}, ${count + i};" for i in range(count)]
@@ -169,29 +202,35 @@ def _shrinking(count):
 
 
 @gluon.constexpr_function
-def _shrinking_constraints(count):
-    """Of the operands of `_shrinking`: the results, the numbers, and what shrinks each."""
+def _rescale_constraints(count):
+    """Operand constraints of `_rescale_ptx`: results, accumulators, scales."""
     return ",".join(["=&f"] * count + ["f"] * (2 * count))
 
 
 @gluon.jit
-def shrunk(o, shrink):
-    """`o` for new pivots."""
-    COUNT: gl.constexpr = o.shape[1] // 2  # of each thread
+def rescale_o(o, row_scale):
+    """O * row_scale."""
+    COUNT: gl.constexpr = o.shape[1] // 2  # accumulators per thread
     O: gl.constexpr = o.type.layout
-    parts = by_thread(o)
-    shrink = gl.convert_layout(shrink, quad_of(parts.type.layout), assert_trivial=True)
-    parts, shrink = gl.broadcast(parts, for_all_pairs(shrink))
-    parts = gl.inline_asm_elementwise(
-        _shrinking(COUNT), _shrinking_constraints(COUNT), [parts, shrink], dtype=gl.float32, is_pure=True, pack=COUNT
+    fragments = as_fragments(o)
+    row_scale = gl.convert_layout(row_scale, quad_layout(fragments.type.layout), assert_trivial=True)
+    fragments, row_scale = gl.broadcast(fragments, broadcast_pairs(row_scale))
+    fragments = gl.inline_asm_elementwise(
+        _rescale_ptx(COUNT),
+        _rescale_constraints(COUNT),
+        [fragments, row_scale],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=COUNT,
     )
-    return gl.convert_layout(parts.reshape([o.shape[0], o.shape[1]]), O, assert_trivial=True)
+    return gl.convert_layout(fragments.reshape([o.shape[0], o.shape[1]]), O, assert_trivial=True)
 
 
 @gluon.jit
-def operand(s, LAYOUT: gl.constexpr, DTYPE: gl.constexpr):
-    """Weights as the left operand of a product. Rounded in pairs by hand: where an operand enters more than one loop,
-    LLVM rounds each number on its own."""
+def cast_p(s, LAYOUT: gl.constexpr, DTYPE: gl.constexpr):
+    """P as the register operand of P V. Rounds pairs explicitly: where an operand enters two loops, LLVM rounds the
+    elements one by one.
+    """
     if DTYPE == gl.bfloat16:
         p = gl.inline_asm_elementwise(
             "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [s], dtype=gl.bfloat16, is_pure=True, pack=2
@@ -204,32 +243,33 @@ def operand(s, LAYOUT: gl.constexpr, DTYPE: gl.constexpr):
 
 
 @gluon.jit
-def store(o, state, tile, rows_out, lse, sinks, head, item, call, S: gl.constexpr, tiles: gl.constexpr):
-    """Divides the weighted values by the sum of the weights, and writes its logarithm. The values go to `tile`, from
-    where the producer sends them on."""
+def epilogue(o, state, tile, out_view, lse, sinks, head, work_tile, problem, S: gl.constexpr, tiles: gl.constexpr):
+    """O / row_sum and lse = ln 2 * (row_max + log2(row_sum)). O goes to `tile` in shared memory, from where the
+    producer TMA-stores it; lse goes to global memory.
+    """
     O: gl.constexpr = o.type.layout
-    score = call.rules.score
-    pivot = gl.convert_layout(gl.max(state.pivot, 1), gl.SliceLayout(1, S))
-    row_sum = gl.convert_layout(gl.sum(state.sum, 1), gl.SliceLayout(1, S))
+    score_mod = problem.mods.score_mod
+    row_max = gl.convert_layout(gl.max(state.row_max, 1), gl.SliceLayout(1, S))
+    row_sum = gl.convert_layout(gl.sum(state.row_sum, 1), gl.SliceLayout(1, S))
     if sinks is not None:
-        # A row that sees no key stays without weights.
-        sink = gl.where(pivot == float("-inf"), float("-inf"), gl.load(sinks + head) * LOG2E)
-        top = gl.maximum(pivot, sink)
-        top = gl.where(top == float("-inf"), 0.0, top)
-        shrink = gl.exp2(pivot - top)
-        o = o * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
-        row_sum = row_sum * shrink + gl.exp2(sink - top)
-        pivot = top
+        # Rows without visible keys keep weight 0.
+        sink = gl.where(row_max == float("-inf"), float("-inf"), gl.load(sinks + head) * LOG2E)
+        new_max = gl.maximum(row_max, sink)
+        new_max = gl.where(new_max == float("-inf"), 0.0, new_max)
+        row_scale = gl.exp2(row_max - new_max)
+        o = o * gl.convert_layout(row_scale, gl.SliceLayout(1, O))[:, None]
+        row_sum = row_sum * row_scale + gl.exp2(sink - new_max)
+        row_max = new_max
     inverse = gl.where(row_sum > 0.0, 1.0 / row_sum, 0.0)
-    if score.seed is not None:
-        inverse = inverse * score.keep_scale
+    if score_mod.seed is not None:
+        inverse = inverse * score_mod.keep_scale
     o = o * gl.convert_layout(inverse, gl.SliceLayout(1, O))[:, None]
     tile.store(o.to(tile.dtype))
-    if call.work is not None:
-        if item.begin + ROWS > item.end:
-            # Rows of another sequence follow, which the producer would overwrite.
-            store_shared(rows_out, item.row, head, item.begin, item.end, tile, tiles.d)
+    if problem.schedule is not None:
+        if work_tile.begin + CONSUMER_M > work_tile.end:
+            # The TMA box extends into the next sequence: store only this one's rows.
+            store_smem_rows(out_view, work_tile.batch, head, work_tile.begin, work_tile.end, tile, tiles.d)
     fence_async_shared()
-    rows = item.begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
-    place = (item.row.to(gl.int64) * call.heads + head) * call.len_q + rows
-    gl.store(lse + place, (pivot + gl.log2(row_sum)) * LN2, mask=rows < item.end)
+    rows = work_tile.begin + gl.arange(0, CONSUMER_M, layout=gl.SliceLayout(1, S))
+    lse_offset = (work_tile.batch.to(gl.int64) * problem.heads + head) * problem.len_q + rows
+    gl.store(lse + lse_offset, (row_max + gl.log2(row_sum)) * LN2, mask=rows < work_tile.end)

@@ -1,8 +1,8 @@
-"""The gradient of the queries as sums in memory: what a third warpgroup adds to the kernel of dkdv.py.
+"""Fused dQ: a third consumer warpgroup of the dK/dV kernel computes dS K and accumulates it in fp32 with TMA
+reduce-add.
 
-Consumers hand it their gradients of scores, in shared memory. It multiplies them with the keys and adds the products,
-by TMA, to those that other programs have added for the same queries. Five products of a block, where two kernels need
-seven; but in which order programs add is left open, and with it how sums are rounded.
+Consumers put dS^T of each block into shared memory (DS_STAGES stages, full/empty mbarriers). Five matmuls per block
+where separate dQ and dK/dV kernels need seven; the order of the additions is not fixed, so dQ is not deterministic.
 """
 
 from __future__ import annotations
@@ -19,134 +19,136 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hf_flashbsa.kernels.hopper.common import CONSUMERS, ROWS, add_to_global, barrier
-from hf_flashbsa.kernels.hopper.jobs import await_job, block_of_queries
-from hf_flashbsa.kernels.hopper.scout import noted_job
+from hf_flashbsa.kernels.hopper.common import CONSUMER_M, NUM_CONSUMERS, barrier, tma_reduce_add
+from hf_flashbsa.kernels.hopper.jobs import q_block, wait_resident
+from hf_flashbsa.kernels.hopper.scout import load_scheduled_tile
 
-#: Blocks of gradients of scores, and of products, that there is room for.
-BUFFERS = gl.constexpr(2)
+#: Stages of dS, and of dS K.
+DS_STAGES = gl.constexpr(2)
 
 
-class Handover(NamedTuple):
-    """Shared memory: gradients of scores, keys by queries, 64 keys of each consumer, with the barriers that tell that
-    they are there and used; and products on their way to global memory."""
+class DsPipeline(NamedTuple):
+    """Shared memory: stages of dS^T, 64 keys of each consumer by BLOCK_M queries, with full and empty mbarriers; and
+    stages of dS K on their way to global memory.
+    """
 
-    scores: object
+    ds_tiles: object
     full: object
     empty: object
-    products: object
+    dq_tiles: object
 
 
-class Outbox(NamedTuple):
-    """A consumer's side of a Handover: the number of the consumer, and where the rows of its sequence end. Without a
-    third warpgroup a consumer has None, and what takes it does nothing."""
+class DsProducer(NamedTuple):
+    """A consumer's end of the DsPipeline: consumer index, and the end of its sequence. None without a dQ warpgroup,
+    and then its functions do nothing.
+    """
 
-    handover: object
-    part: object
+    ds_pipeline: object
+    wg: object
     end: object
 
 
 @gluon.jit
-def allocate_handover(sums, dtype: gl.constexpr, BLOCK: gl.constexpr, DIM: gl.constexpr):
-    """Room for blocks of BLOCK queries. `sums` is the descriptor that products go to."""
-    SCORES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK], dtype)
-    scores = gl.allocate_shared_memory(dtype, [BUFFERS * CONSUMERS, ROWS, BLOCK], SCORES)
-    products = gl.allocate_shared_memory(gl.float32, [BUFFERS, 1, 1, BLOCK, DIM], sums.layout)
-    full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
-    for buffer in gl.static_range(BUFFERS):
-        mbarrier.init(full.index(buffer), count=CONSUMERS)
-        mbarrier.init(empty.index(buffer), count=1)
-    return Handover(scores, full, empty, products)
+def allocate_ds_pipeline(dq_accum, dtype: gl.constexpr, BLOCK: gl.constexpr, DIM: gl.constexpr):
+    """Stages for blocks of BLOCK queries; `dq_accum` is the descriptor that dS K is added to."""
+    DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([CONSUMER_M, BLOCK], dtype)
+    ds_tiles = gl.allocate_shared_memory(dtype, [DS_STAGES * NUM_CONSUMERS, CONSUMER_M, BLOCK], DS)
+    dq_tiles = gl.allocate_shared_memory(gl.float32, [DS_STAGES, 1, 1, BLOCK, DIM], dq_accum.layout)
+    full = gl.allocate_shared_memory(gl.int64, [DS_STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [DS_STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(DS_STAGES):
+        mbarrier.init(full.index(stage), count=NUM_CONSUMERS)
+        mbarrier.init(empty.index(stage), count=1)
+    return DsPipeline(ds_tiles, full, empty, dq_tiles)
 
 
 @gluon.jit
-def of_own_keys(ds, share, outbox):
-    """Gradients of scores without those of rows behind the last key: nothing of these is in the sums."""
-    if outbox is not None:
-        if share.begin + ROWS > outbox.end:
-            keys = share.begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, ds.type.layout))
-            ds = gl.where((keys < outbox.end)[:, None], ds, gl.zeros_like(ds))
+def zero_past_end(ds, consumer, ds_producer):
+    """dS with 0 for rows past the last key: nothing else masks them in dS K."""
+    if ds_producer is not None:
+        if consumer.begin + CONSUMER_M > ds_producer.end:
+            keys = consumer.begin + gl.arange(0, CONSUMER_M, layout=gl.SliceLayout(1, ds.type.layout))
+            ds = gl.where((keys < ds_producer.end)[:, None], ds, gl.zeros_like(ds))
     return ds
 
 
 @gluon.jit
-def hand_over(step, ds, outbox):
-    """Hands over a consumer's gradients of scores with block `step` of the stream."""
-    if outbox is not None:
-        handover = outbox.handover
-        buffer = step % BUFFERS
-        mbarrier.wait(handover.empty.index(buffer), (step // BUFFERS & 1) ^ 1)
-        handover.scores.index(buffer * CONSUMERS + outbox.part).store(ds)
+def produce_ds(step, ds, ds_producer):
+    """Put a consumer's dS of block `step` into its stage."""
+    if ds_producer is not None:
+        ds_pipeline = ds_producer.ds_pipeline
+        stage = step % DS_STAGES
+        mbarrier.wait(ds_pipeline.empty.index(stage), (step // DS_STAGES & 1) ^ 1)
+        ds_pipeline.ds_tiles.index(stage * NUM_CONSUMERS + ds_producer.wg).store(ds)
         fence_async_shared()
-        mbarrier.arrive(handover.full.index(buffer), count=1)
+        mbarrier.arrive(ds_pipeline.full.index(stage), count=1)
 
 
 @gluon.jit
-def await_use(step, outbox):
-    """Waits until what was handed over up to block `step` is used, and the job's keys with it."""
-    if outbox is not None:
-        mbarrier.wait(outbox.handover.empty.index(step % BUFFERS), step // BUFFERS & 1)
+def wait_ds_consumed(step, ds_producer):
+    """Wait until dS up to block `step`, and with it K of the tile, is consumed."""
+    if ds_producer is not None:
+        mbarrier.wait(ds_producer.ds_pipeline.empty.index(step % DS_STAGES), step // DS_STAGES & 1)
 
 
 @gluon.jit
-def _start(step, slot, zero, held, handover, tiles: gl.constexpr):
-    """Waits for the gradients of scores with block `step`, and starts their product with the keys of a slot."""
-    buffer = step % BUFFERS
-    mbarrier.wait(handover.full.index(buffer), step // BUFFERS & 1)
+def _issue_dq(step, slot, zero, resident, ds_pipeline, tiles: gl.constexpr):
+    """Wait for dS of block `step` and issue dS K with K of a slot."""
+    stage = step % DS_STAGES
+    mbarrier.wait(ds_pipeline.full.index(stage), step // DS_STAGES & 1)
     dq = zero
-    for part in gl.static_range(CONSUMERS):
-        scores = handover.scores.index(buffer * CONSUMERS + part).permute((1, 0))
-        keys = held.first.index(slot * CONSUMERS + part).reshape([ROWS, tiles.d])
-        dq = warpgroup_mma(scores, keys, dq, use_acc=part > 0, is_async=True)
+    for wg in gl.static_range(NUM_CONSUMERS):
+        ds_tile = ds_pipeline.ds_tiles.index(stage * NUM_CONSUMERS + wg).permute((1, 0))
+        k_tile = resident.first.index(slot * NUM_CONSUMERS + wg).reshape([CONSUMER_M, tiles.d])
+        dq = warpgroup_mma(ds_tile, k_tile, dq, use_acc=wg > 0, is_async=True)
     return dq
 
 
 @gluon.jit
-def _finish(dq, step, handover):
-    """Waits for the product that `_start` began, and gives back what it was made of."""
+def _wait_dq(dq, step, ds_pipeline):
+    """Wait for dS K of block `step` and release its stage."""
     dq = warpgroup_mma_wait(0, deps=(dq,))
-    mbarrier.arrive(handover.empty.index(step % BUFFERS), count=1)
+    mbarrier.arrive(ds_pipeline.empty.index(step % DS_STAGES), count=1)
     return dq
 
 
 @gluon.jit
-def _add(sums, dq, i, step, job, handover, call, tiles: gl.constexpr):
-    """Adds the product of a job's `i`-th block, block `step` of the stream, to the sums."""
-    if i < job.partial:
-        head, first = block_of_queries(job, call, i, True, tiles)
+def _reduce_add_dq(dq_accum, dq, i, step, scheduled, ds_pipeline, problem, tiles: gl.constexpr):
+    """Add dS K of the tile's `i`-th block, block `step` of the pipeline, to `dq_accum`."""
+    if i < scheduled.num_partial:
+        head, start = q_block(scheduled, problem, i, True, tiles)
     else:
-        head, first = block_of_queries(job, call, i - job.partial, False, tiles)
-    tma.store_wait(BUFFERS - 1)  # one thread has to wait, and the others for it
+        head, start = q_block(scheduled, problem, i - scheduled.num_partial, False, tiles)
+    tma.store_wait(DS_STAGES - 1)  # one thread waits for the TMA, and the barrier for it
     barrier()
-    products = handover.products.index(step % BUFFERS)
-    products.reshape([tiles.m, tiles.d]).store(dq)
+    dq_tiles = ds_pipeline.dq_tiles.index(step % DS_STAGES)
+    dq_tiles.reshape([tiles.m, tiles.d]).store(dq)
     fence_async_shared()
     barrier()
-    add_to_global(sums, [job.item.other_row, head, first, 0], products)
+    tma_reduce_add(dq_accum, [scheduled.work_tile.other_batch, head, start, 0], dq_tiles)
 
 
 @gluon.jit
-def add_queries(sums, ring, call, tiles: gl.constexpr):
-    """The third warpgroup. `sums` is a descriptor of float32 `(B, H, S, D)` with boxes of `tiles.m` rows."""
+def dq_partition(dq_accum, smem, problem, tiles: gl.constexpr):
+    """The dQ warpgroup. `dq_accum` is a descriptor of float32 `(B, H, S, D)`, boxes of `tiles.m` rows."""
     DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tiles.d, 16])
-    held, handover = ring.held, ring.handover
+    resident, ds_pipeline = smem.resident, smem.ds_pipeline
     zero = gl.zeros([tiles.m, tiles.d], gl.float32, DQ)
-    step, done = gl.to_tensor(0), gl.to_tensor(0)
-    while await_job(0, held, done):
-        slot = done & 1
-        mbarrier.wait(held.full.index(slot * CONSUMERS + 1), (done >> 1) & 1)
-        job = noted_job(held.agenda, done, call, tiles, True)
-        if job.count > 0:
-            dq = _finish(_start(step, slot, zero, held, handover, tiles), step, handover)
-            for i in range(1, job.count):
-                following = _start(step + i, slot, zero, held, handover, tiles)
-                _add(sums, dq, i - 1, step + i - 1, job, handover, call, tiles)
-                dq = _finish(following, step + i, handover)
-            last = job.count - 1
-            _add(sums, dq, last, step + last, job, handover, call, tiles)
-        for part in gl.static_range(CONSUMERS):
-            mbarrier.arrive(held.empty.index(slot * CONSUMERS + part), count=1)
-        step += job.count
-        done += 1
+    step, tile_iter = gl.to_tensor(0), gl.to_tensor(0)
+    while wait_resident(0, resident, tile_iter):
+        slot = tile_iter & 1
+        mbarrier.wait(resident.full.index(slot * NUM_CONSUMERS + 1), (tile_iter >> 1) & 1)
+        scheduled = load_scheduled_tile(resident.mailbox, tile_iter, problem, tiles, True)
+        if scheduled.num_blocks > 0:
+            dq = _wait_dq(_issue_dq(step, slot, zero, resident, ds_pipeline, tiles), step, ds_pipeline)
+            for i in range(1, scheduled.num_blocks):
+                dq_next = _issue_dq(step + i, slot, zero, resident, ds_pipeline, tiles)
+                _reduce_add_dq(dq_accum, dq, i - 1, step + i - 1, scheduled, ds_pipeline, problem, tiles)
+                dq = _wait_dq(dq_next, step + i, ds_pipeline)
+            last = scheduled.num_blocks - 1
+            _reduce_add_dq(dq_accum, dq, last, step + last, scheduled, ds_pipeline, problem, tiles)
+        for wg in gl.static_range(NUM_CONSUMERS):
+            mbarrier.arrive(resident.empty.index(slot * NUM_CONSUMERS + wg), count=1)
+        step += scheduled.num_blocks
+        tile_iter += 1
     tma.store_wait(0)

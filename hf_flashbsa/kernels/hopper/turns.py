@@ -10,61 +10,72 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from hf_flashbsa.kernels.hopper.common import shared
-from hf_flashbsa.kernels.primitives import WORK_COLUMNS, scheduled, work_item
+from hf_flashbsa.kernels.hopper.common import warp_uniform
+from hf_flashbsa.kernels.primitives import NUM_TILES, decode_tile_index, load_work_tile
 
 
 @gluon.jit
-def _tiles(call):
-    """How many tiles each head has, or head and batch row."""
-    if call.work is None:
-        return call.num_tiles
+def _tiles_per_head(problem):
+    """Tiles of each head, or of each head and batch row."""
+    if problem.schedule is None:
+        return problem.num_tiles
     else:
-        return gl.load(call.work + WORK_COLUMNS - 1)  # as many as are used of those that there is room for
+        return gl.load(problem.schedule + NUM_TILES)
 
 
 @gluon.jit
-def places(call):
-    """How many places there are."""
-    if call.work is None:
-        return call.total
+def num_tile_indices(problem):
+    """Number of linear tile indices."""
+    if problem.schedule is None:
+        return problem.total_tiles
     else:
-        return call.total // call.num_tiles * _tiles(call)
+        return problem.total_tiles // problem.num_tiles * _tiles_per_head(problem)
 
 
 @gluon.jit
-def tile_at(call, place, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
-    """The head and tile that have a place."""
+def locate_tile(problem, tile_index, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
+    """Head and WorkTile of a linear tile index."""
     if TRANSPOSED:
-        row, head, tile = scheduled(call.work, place, _tiles(call), call.heads // call.group, tiles.n)
-        item = work_item(call.work, tile, row, call.len_k, call.len_q, call.diagonal, tiles.n)
+        batch, head, tile = decode_tile_index(
+            problem.schedule, tile_index, _tiles_per_head(problem), problem.heads // problem.group, tiles.n
+        )
+        work_tile = load_work_tile(
+            problem.schedule, tile, batch, problem.len_k, problem.len_q, problem.query_offset, tiles.n
+        )
     else:
-        row, head, tile = scheduled(call.work, place, _tiles(call), call.heads, tiles.m)
-        if call.work is None:
-            tile = call.num_tiles - 1 - tile  # those with the most work, where attention is causal
-        item = work_item(call.work, tile, row, call.len_q, call.len_k, call.diagonal, tiles.m)
-    return head, item
+        batch, head, tile = decode_tile_index(
+            problem.schedule, tile_index, _tiles_per_head(problem), problem.heads, tiles.m
+        )
+        if problem.schedule is None:
+            tile = problem.num_tiles - 1 - tile  # causal: longest first
+        work_tile = load_work_tile(
+            problem.schedule, tile, batch, problem.len_q, problem.len_k, problem.query_offset, tiles.m
+        )
+    return head, work_tile
 
 
 @gluon.jit
-def place_at(call, turn):
-    """The place of a program's `turn`-th tile. There is none if there are not so many `places`."""
-    own, programs = gl.program_id(0), gl.num_programs(0)
-    if call.claims is None:
-        # Every other turn of all programs runs backwards, which evens out long and short tiles.
-        place = turn * programs + gl.where(turn % 2 == 1, programs - 1 - own, own)
+def tile_index_at(problem, tile_iter):
+    """Linear index of a program's `tile_iter`-th tile; the program is done once it reaches `num_tile_indices`.
+
+    Static: grid-stride, every other round backwards, which balances long and short tiles. With a `tile_counter`, used
+    where a schedule orders unequal tiles: the next unclaimed tile. Results do not depend on which program computes a
+    tile.
+    """
+    program, num_programs = gl.program_id(0), gl.num_programs(0)
+    if problem.tile_counter is None:
+        tile_index = tile_iter * num_programs + gl.where(tile_iter % 2 == 1, num_programs - 1 - program, program)
     else:
-        place = own
-        if turn > 0:
-            place = programs + _claim(call.claims)
-    return place
+        tile_index = program
+        if tile_iter > 0:
+            tile_index = num_programs + _fetch_add(problem.tile_counter)
+    return tile_index
 
 
 @gluon.jit
-def _claim(claims):
-    """Counts one up, for the warp; what the counter was."""
-    # One of the threads asks, and tells the others.
-    return shared(
+def _fetch_add(counter):
+    """Atomic increment of the tile counter by lane 0; returns the old value in all lanes."""
+    return warp_uniform(
         gl.inline_asm_elementwise(
             """
             {
@@ -76,6 +87,6 @@ def _claim(claims):
                 @first atom.relaxed.gpu.global.add.u32 $0, [$1], 1;
             }
             """,
-            "=&r,l", [claims], dtype=gl.int32, is_pure=False, pack=1,
+            "=&r,l", [counter], dtype=gl.int32, is_pure=False, pack=1,
         )
     )  # fmt: skip
