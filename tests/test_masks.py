@@ -153,9 +153,8 @@ def test_slices(padding, extra):
     assert torch.equal(visible(mask[:, :, -4:, :]), whole[:, :, -4:])
     assert torch.equal(visible(mask[:, :, 2:9, 1:]), whole[:, :, 2:9, 1:])
     assert mask[:, :, 2:9, 1:].shape == (BATCH, 1, 7, LENGTH - 1)
-    for index in (0, (slice(None), slice(None), slice(0, 9, 2)), (slice(None), slice(None), None)):
-        with pytest.raises(TypeError, match="eager"):
-            mask[index]
+    for index in (0, (slice(None), slice(None), slice(0, 9, 2)), (slice(None), slice(None), None), (slice(None), 0)):
+        assert torch.equal(mask[index], whole[index]), "other parts are tensors"
 
 
 def test_it_looks_like_a_mask_and_survives_copies():
@@ -181,14 +180,55 @@ def test_a_mask_comes_back_unchanged_where_a_model_makes_its_masks(kind):
     assert again is mask
 
 
-def test_arithmetic_on_it_names_the_remedy():
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("kind", CREATORS)
+def test_a_model_may_compute_on_it(kind, padding):
+    mask, eager = create("bsa_dense", kind, padding), create("eager", kind, padding)
+    shown = visible(eager)
+    lowest = torch.finfo(torch.float32).min
+    scores = torch.randn(BATCH, 4, LENGTH, LENGTH, generator=torch.Generator().manual_seed(0))
+    added = torch.where(shown, scores, lowest)
+    in_place = scores.clone()
+    in_place += mask
+    for total in (scores + mask, mask + scores, torch.add(mask, scores), in_place):
+        assert total.dtype == torch.float32 and torch.equal(torch.where(shown, total, lowest), added)
+        assert (total[~shown.expand_as(total)] < lowest / 2).all(), "hidden scores are the lowest"
+    expected = {
+        "where": (torch.where(mask, scores, 7.0), torch.where(shown, scores, 7.0)),
+        "masked_fill": (scores.masked_fill(~mask, -1.0), scores.masked_fill(~shown, -1.0)),
+        "cat": (torch.cat([mask, mask[:, :, :, :3]], dim=-1), torch.cat([shown, shown[..., :3]], dim=-1)),
+        "repeat": (mask.repeat(1, 4, 1, 1), shown.repeat(1, 4, 1, 1)),
+        "expand": (mask.expand(-1, 4, -1, -1), shown.expand(-1, 4, -1, -1)),
+        "reshape": (mask.reshape(-1, LENGTH), shown.reshape(-1, LENGTH)),
+        "any": (mask.any(-1), shown.any(-1)),
+        "compare": (mask == 0, ~shown),
+        "and": (shown & mask, shown),
+        "or": (mask | ~shown, torch.ones_like(shown)),
+        "multiply": (scores * mask, scores * shown),
+        "float": (mask.float(), shown.float()),
+        "transpose": (mask.mT, shown.mT),
+    }
+    for name, (ours, wanted) in expected.items():
+        assert type(ours) is torch.Tensor and torch.equal(ours, wanted), name
+    assert mask.size() == shown.size() and mask.size(-1) == LENGTH and mask.dim() == 4
+    assert mask is not None and mask != "other" and len({mask, mask}) == 1
+
+
+def test_nobody_writes_to_the_mask_that_layers_share():
     mask = create("bsa_dense", "causal")
-    scores = torch.zeros(BATCH, 1, LENGTH, LENGTH)
-    for misuse in (lambda: scores + mask, lambda: mask + scores, lambda: torch.where(mask, scores, 0.0)):
-        with pytest.raises(NotImplementedError, match="attn_implementation='eager'"):
-            misuse()
-    with pytest.raises(AttributeError, match="attn_implementation='eager'"):
-        mask.masked_fill(mask, 0.0)
+    with pytest.raises(NotImplementedError, match="writes to its attention mask .*attn_implementation='sdpa'"):
+        mask[:, :, 0] = True
+    with pytest.raises(NotImplementedError, match="writes to its attention mask"):
+        mask.masked_fill_(~mask, True)
+    with pytest.raises(AttributeError, match="no attribute 'no_such_method'"):
+        mask.no_such_method()
+
+
+def test_functions_of_torch_get_a_tensor():
+    mask = create("bsa_dense", "causal", "right")
+    q, k, v = (torch.randn(BATCH, 2, LENGTH, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    function = torch.nn.functional.scaled_dot_product_attention
+    assert torch.equal(function(q, k, v, attn_mask=mask), function(q, k, v, attn_mask=mask.as_tensor()))
 
 
 #: Positions that are not those of one document, read as documents or not: what eager attention makes of them counts.

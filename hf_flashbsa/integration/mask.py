@@ -14,21 +14,17 @@ from typing import NamedTuple
 import torch
 from transformers import masking_utils
 
-from hf_flashbsa.integration.guard import computes_own_attention
+from hf_flashbsa.integration.guard import computes_own_attention, takes_tensor_masks
+from hf_flashbsa.integration.mask_tensor import TensorOnDemand, visible_entries
 from hf_flashbsa.spec import AttentionSpec
 
-_REMEDY = (
-    "This model does arithmetic on its attention mask instead of handing it to the attention function, so that its "
-    "attention cannot be replaced; load it with attn_implementation='eager'."
-)
 
-
-class MaskSpec:
+class MaskSpec(TensorOnDemand):
     """What a model holds in place of its `(B, 1, Q, K)` mask and hands to each attention layer.
 
     One object serves all layers of a forward pass. It has the attributes by which Transformers recognises a 4-D
     mask, may be sliced along queries and keys, and comes back unchanged where a model passes it as
-    `attention_mask`. Whoever does arithmetic on it gets an error that names the remedy.
+    `attention_mask`. A model that computes on it gets the tensor that it stands for, see `TensorOnDemand`.
 
     Args:
         spec: which scores exist.
@@ -76,16 +72,16 @@ class MaskSpec:
     def contiguous(self) -> MaskSpec:
         return self
 
-    def __getitem__(self, index) -> MaskSpec:
-        """A part of the queries and keys: `mask[:, :, q0:q1, k0:k1]`."""
-        index = index if isinstance(index, tuple) else (index,)
-        index = index + (slice(None),) * (4 - len(index))
-        whole = slice(None)
-        if len(index) != 4 or index[:2] != (whole, whole) or not all(isinstance(i, slice) for i in index[2:]):
-            raise TypeError(f"MaskSpec takes mask[:, :, q0:q1, k0:k1], not {index}. {_REMEDY}")
-        (q0, q1, q_step), (k0, k1, k_step) = (i.indices(n) for i, n in zip(index[2:], self.shape[2:], strict=True))
-        if q_step != 1 or k_step != 1:
-            raise TypeError(f"MaskSpec takes slices of step 1, not {index}. {_REMEDY}")
+    def as_tensor(self) -> torch.Tensor:
+        return self.derived("tensor", (), lambda: visible_entries(self.spec, self.shape, self.device))
+
+    def __getitem__(self, index) -> MaskSpec | torch.Tensor:
+        """A part of the queries and keys, `mask[:, :, q0:q1, k0:k1]`, without making a tensor. Any other index reads
+        the tensor."""
+        ranges = _ranges(index, self.shape)
+        if ranges is None:
+            return self.__torch_function__(torch.Tensor.__getitem__, (), (self, index))
+        (q0, q1), (k0, k1) = ranges
         cuts = {
             "segment_ids_q": lambda ids: ids[:, q0:q1],
             "segment_ids_k": lambda ids: ids[:, k0:k1],
@@ -127,16 +123,19 @@ class MaskSpec:
 
         return self.derived(("packed", dense), (cu_seqlens_q, cu_seqlens_k), packed)
 
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        # A TypeError would be swallowed by the operators of tensors.
-        raise NotImplementedError(f"{getattr(func, '__name__', func)}() was called on a MaskSpec. {_REMEDY}")
-
-    def __getattr__(self, name: str):
-        raise AttributeError(f"MaskSpec has no attribute {name!r}. {_REMEDY}")
-
     def __repr__(self) -> str:
         return f"MaskSpec({self.spec}, shape={self.shape}, device={self.device})"
+
+
+def _ranges(index, shape: tuple[int, int, int, int]) -> list[tuple[int, int]] | None:
+    """`(begin, end)` of queries and keys that an index takes, or None where it does anything else."""
+    index = index if isinstance(index, tuple) else (index,)
+    index = index + (slice(None),) * (4 - len(index))
+    whole = slice(None)
+    if len(index) != 4 or index[:2] != (whole, whole) or not all(isinstance(i, slice) for i in index[2:]):
+        return None
+    ranges = [i.indices(n) for i, n in zip(index[2:], shape[2:], strict=True)]
+    return [(begin, end) for begin, end, step in ranges] if all(step == 1 for _, _, step in ranges) else None
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(AttentionSpec) if field.init)
@@ -287,12 +286,13 @@ def bsa_mask(
         attention_mask: bool `(B, keys)`, False at padding; or a `MaskSpec`, which is returned as it is.
         use_vmap: whether `mask_function` must be evaluated under vmap.
         device: device of the queries.
-        config: the model's config. Models that do not dispatch attention get their eager mask.
+        config: the model's config. Models that do not dispatch attention, or that ask whether their mask is a
+            tensor, get their eager mask.
         kwargs: what other mask functions take (`dtype`, permissions to return None).
     """
     if isinstance(attention_mask, MaskSpec):
         return attention_mask
-    if config is not None and computes_own_attention(type(config)):
+    if config is not None and (computes_own_attention(type(config)) or takes_tensor_masks(type(config))):
         return masking_utils.eager_mask(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
             mask_function=mask_function, attention_mask=attention_mask, use_vmap=use_vmap, device=device, **kwargs,
