@@ -2,7 +2,7 @@
 
 from hf_flashbsa import patterns, selection
 from hf_flashbsa.attention import attention, choose_backend, use_deterministic
-from hf_flashbsa.config import BlockSparseConfig, configure
+from hf_flashbsa.config import BlockSparseConfig
 from hf_flashbsa.integration.register import register
 from hf_flashbsa.integration.usage import backends_used
 from hf_flashbsa.layout import BlockLayout
@@ -11,6 +11,7 @@ from hf_flashbsa.spec import AttentionSpec
 register()  # before what older releases of Transformers cannot import, so that its error names the remedy
 
 from hf_flashbsa.integration.padding_free import disable_padding_free, enable_padding_free, padding_free  # noqa: E402
+from hf_flashbsa.integration.sparse import configure  # noqa: E402
 from hf_flashbsa.integration.stacks import LayerStack, register_stack  # noqa: E402
 from hf_flashbsa.training.losses import enable_fused_loss  # noqa: E402
 

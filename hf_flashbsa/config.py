@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from hf_flashbsa.layout import BlockLayout, check_block_size
-from hf_flashbsa.pattern_tools import check_parameters, unknown
+from hf_flashbsa.pattern_tools import check_parameters, join_at_diagonal, unknown
 from hf_flashbsa.patterns import PATTERNS, has_diagonal, make_layout
 from hf_flashbsa.selection import SELECTIONS
 
@@ -169,11 +169,16 @@ class BlockSparseConfig:
         num_keys: int,
         num_heads: int,
         device: torch.device | str,
+        causal: bool = True,
     ) -> BlockLayout | None:
         """The layout of one attention layer on `device`, or None where it is dense.
 
         Layouts are made once for a rule and a number of blocks, and shared by all layers with equal rules. Those of a
-        decoder are causal, and need as many queries as keys.
+        decoder need as many queries as keys.
+
+        Args:
+            causal: of a decoder, whether its mask hides all later keys. Where it may show some, the layout has blocks
+                above the diagonal as well: those of the pattern's bidirectional form.
 
         Raises:
             ValueError: the rule selects blocks by queries and keys; see `select`.
@@ -187,7 +192,8 @@ class BlockSparseConfig:
             raise ValueError(f"A decoder's layout needs as many queries as keys, got {num_queries} and {num_keys}.")
         # Under torch.compile lengths may be symbols; a graph holds for one number of blocks.
         blocks = (operator.index(-(-length // rule.block_size)) for length in (num_queries, num_keys))
-        return getattr(_MADE, _name_of_layout(rule, role == "decoder", *blocks, num_heads, torch.device(device)))
+        form = "bidirectional" if role != "decoder" else "causal" if causal else "joined"
+        return getattr(_MADE, _name_of_layout(rule, form, *blocks, num_heads, torch.device(device)))
 
     def select(
         self,
@@ -197,15 +203,17 @@ class BlockSparseConfig:
         k: torch.Tensor,
         live_q: torch.Tensor | None = None,
         live_k: torch.Tensor | None = None,
+        causal: bool = True,
+        shown: torch.Tensor | None = None,
     ) -> BlockLayout:
-        """The layout that a selecting rule chooses for these queries and keys; arguments as in
+        """The layout that a selecting rule chooses for these queries and keys; arguments as in `layout` and
         `hf_flashbsa.selection`."""
         rule = self.rule(role, layer_index)
         if not rule.selects:
             raise ValueError(f"{rule.pattern} does not depend on queries and keys; call layout(), not select().")
-        causal, diagonal = role == "decoder", role != "cross"
+        causal, diagonal = causal and role == "decoder", role != "cross"
         choose = SELECTIONS[rule.pattern]
-        return choose(q, k, rule.block_size, causal, diagonal, live_q, live_k, **dict(rule.parameters))
+        return choose(q, k, rule.block_size, causal, diagonal, live_q, live_k, shown, **dict(rule.parameters))
 
     def to_dict(self) -> dict:
         """The arguments that make this config again, as JSON can hold them."""
@@ -275,36 +283,20 @@ def _name(key: tuple | str, make: Callable[[], object]) -> str:
     return _NAMES[key]
 
 
-def _make(rule: Rule, causal: bool, rows: int, columns: int, num_heads: int, device: torch.device) -> BlockLayout:
+def _make(rule: Rule, form: str, rows: int, columns: int, num_heads: int, device: torch.device) -> BlockLayout:
     if device.type != "cpu":
-        name = _name_of_layout(rule, causal, rows, columns, num_heads, torch.device("cpu"))
+        name = _name_of_layout(rule, form, rows, columns, num_heads, torch.device("cpu"))
         return getattr(_MADE, name).to(device)
-    size, parameters = rule.block_size, dict(rule.parameters)
-    layout = make_layout(
-        rule.pattern, rows * size, columns * size, size, causal=causal, num_heads=num_heads, **parameters
-    )
+    if form == "joined":
+        causal, bidirectional = (
+            _make(rule, part, rows, columns, num_heads, device) for part in ("causal", "bidirectional")
+        )
+        layout = join_at_diagonal(causal, bidirectional) if has_diagonal(rule.pattern) else bidirectional
+    else:
+        size, parameters = rule.block_size, dict(rule.parameters)
+        layout = make_layout(
+            rule.pattern, rows * size, columns * size, size, causal=form == "causal", num_heads=num_heads, **parameters
+        )
     for side in ("q", "k"):
         layout.lists(side)
     return layout
-
-
-def configure(model: torch.nn.Module, config: BlockSparseConfig) -> None:
-    """Stores block layouts in a Transformers model's config, so that "bsa_sparse" finds and `save_pretrained` keeps
-    them.
-
-    Encoder and decoder of some models hold copies of the config; all that the model's modules hold are written.
-    Attention modules whose `layer_idx` is None, as in mBART's encoder, get the number of the layer that they are in.
-    Rules for single layers need it, so call this again behind `from_pretrained` where there are any:
-    `configure(model, BlockSparseConfig.of(model.config))`.
-    """
-    if not isinstance(config, BlockSparseConfig):
-        raise ValueError(f"config: {config!r}; give a BlockSparseConfig.")
-    for module in model.modules():
-        held = getattr(module, "config", None)
-        if hasattr(held, "model_type"):
-            held.block_sparse = config.to_dict()
-        if isinstance(module, torch.nn.ModuleList):
-            for index, layer in enumerate(module):
-                for part in layer.modules():
-                    if getattr(part, "layer_idx", index) is None:
-                        part.layer_idx = index

@@ -119,6 +119,35 @@ def layout_by_block(visited: torch.Tensor, block_size: int, causal: bool) -> Blo
     return BlockLayout.from_block_mask(visited.tril() if causal else visited, block_size)
 
 
+def join_at_diagonal(below: BlockLayout, above: BlockLayout) -> BlockLayout:
+    """The layout that shows what `below` shows up to the diagonal, and beyond it what `above` shows.
+
+    Args:
+        below, above: of the same block size and as many block rows as columns, on the CPU.
+    """
+    size = below.block_size
+    constant = torch.zeros(2, size, size, dtype=torch.bool)
+    constant[FULL] = True
+
+    def kinds(layout: BlockLayout) -> torch.Tensor:
+        return constant if layout.tile_masks is None else torch.cat([constant, layout.tile_masks])
+
+    kinds_below, kinds_above = kinds(below), kinds(above)
+    grid_below, grid_above = torch.broadcast_tensors(below.grid, above.grid)
+    # One list of tile masks: those of `below`, those of `above`, then those of the diagonal.
+    moved = torch.where(grid_above >= PARTIAL, grid_above + len(kinds_below) - PARTIAL, grid_above)
+    row = torch.arange(grid_below.shape[-1])
+    grid = torch.where(row < row[:, None], grid_below, moved)
+    pairs = torch.stack([grid_below.diagonal(dim1=-2, dim2=-1), grid_above.diagonal(dim1=-2, dim2=-1)], dim=-1)
+    distinct, which = torch.unique(pairs.flatten(0, -2), dim=0, return_inverse=True)
+    on_diagonal = kinds_below[distinct[:, 0]].tril() | kinds_above[distinct[:, 1]].triu(1)
+    masks = torch.cat([kinds_below[PARTIAL:], kinds_above[PARTIAL:], on_diagonal])
+    kind = torch.arange(len(masks) - len(on_diagonal), len(masks), dtype=torch.int32) + PARTIAL
+    kind[on_diagonal.flatten(1).all(1)] = FULL
+    grid.diagonal(dim1=-2, dim2=-1).copy_(kind[which].view(pairs.shape[:-1]))
+    return BlockLayout(grid, size, masks)
+
+
 def deal(variants: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Deals `(variants, R, C)` out to the heads in turn; one variant stays one grid for all heads."""
     return variants if len(variants) == 1 else variants[torch.arange(num_heads) % len(variants)]

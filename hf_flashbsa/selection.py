@@ -11,6 +11,8 @@ Common arguments:
     keep_diagonal: every block row visits its own block, if that has live keys. False for cross-attention.
     live_q, live_k: which rows are no padding, bool `(B or 1, S)` or integer lengths `(B,)`. Dead rows have no say,
         blocks without a live row are not visited.
+    shown: bool `(B or 1, H or 1, query blocks, key blocks)`, False where a mask hides a whole block, see
+        `shown_blocks`.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ def top_k_blocks(
     keep_diagonal: bool = True,
     live_q: torch.Tensor | None = None,
     live_k: torch.Tensor | None = None,
+    shown: torch.Tensor | None = None,
     *,
     top_k: int,
 ) -> BlockLayout:
@@ -52,7 +55,7 @@ def top_k_blocks(
     _check(q, k, block_size, causal)
     queries, any_q = _pool(q, _live(live_q, q), block_size)
     keys, any_k = _pool(k, _live(live_k, k), block_size)
-    allowed, forced = _bounds(any_q, any_k, causal, keep_diagonal)
+    allowed, forced = _bounds(any_q, any_k, causal, keep_diagonal, shown)
     score = _grouped_scores(queries, keys).masked_fill(forced, math.inf).masked_fill(~allowed, -math.inf)
     best = torch.argsort(score, dim=-1, descending=True, stable=True)[..., :top_k]
     chosen = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, best, True)
@@ -68,6 +71,7 @@ def antidiagonal_blocks(
     keep_diagonal: bool = True,
     live_q: torch.Tensor | None = None,
     live_k: torch.Tensor | None = None,
+    shown: torch.Tensor | None = None,
     *,
     threshold: float = 0.9,
     stride: int = 16,
@@ -104,12 +108,14 @@ def antidiagonal_blocks(
         part = tiles_q[:, :, first : first + CHUNK * per_block]
         row = torch.arange(first, first + part.shape[2], device=k.device)
         hidden = ~tile_any_k[:, None, None] | ((column > row[:, None]) & causal)
+        if shown is not None:
+            hidden = hidden | ~shown[:, :, row // per_block].repeat_interleave(per_block, -1)
         share = torch.softmax((_grouped_scores(part, tiles_k) * scale).masked_fill(hidden, -math.inf), dim=-1)
         # A row without live keys is NaN, one without live queries has no say.
         share = share.masked_fill(hidden | ~tile_any_q[:, None, row, None], 0.0)
         masses.append(share.unflatten(-1, (-1, per_block)).sum(-1).unflatten(2, (-1, per_block)).sum(3))
     mass = torch.cat(masses, dim=2)
-    allowed, forced = _bounds(any_q, any_k, causal, keep_diagonal)
+    allowed, forced = _bounds(any_q, any_k, causal, keep_diagonal, shown)
     forced = forced | (allowed & (torch.arange(mass.shape[-1], device=k.device) == 0))
     order = torch.argsort(mass.masked_fill(forced, math.inf), dim=-1, descending=True, stable=True)
     sorted_mass = mass.gather(-1, order)
@@ -117,6 +123,14 @@ def antidiagonal_blocks(
     needed = before < threshold * mass.sum(-1, keepdim=True)
     chosen = torch.zeros_like(needed).scatter_(-1, order, needed)
     return BlockLayout.from_block_mask((chosen | forced) & allowed, block_size)
+
+
+def shown_blocks(mask: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Which blocks of a bool mask `(B or 1, H or 1, Sq, Sk)` show an entry."""
+    rows, columns = (-(-length // block_size) for length in mask.shape[2:])
+    missing_q, missing_k = rows * block_size - mask.shape[2], columns * block_size - mask.shape[3]
+    blocks = F.pad(mask, (0, missing_k, 0, missing_q)).unflatten(3, (columns, -1)).unflatten(2, (rows, -1))
+    return blocks.any(-1).any(3)
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, block_size: int, causal: bool) -> None:
@@ -175,14 +189,16 @@ def _grouped_scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
 
 
 def _bounds(
-    any_q: torch.Tensor, any_k: torch.Tensor, causal: bool, keep_diagonal: bool
+    any_q: torch.Tensor, any_k: torch.Tensor, causal: bool, keep_diagonal: bool, shown: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """bool `(B, 1, R, C)`: blocks that may be visited, and those of them that must be."""
+    """bool `(B, 1 or H, R, C)`: blocks that may be visited, and those of them that must be."""
     row = torch.arange(any_q.shape[1], device=any_q.device)[:, None]
     column = torch.arange(any_k.shape[1], device=any_k.device)
     allowed = any_q[:, None, :, None] & any_k[:, None, None]
     if causal:
         allowed = allowed & (column <= row)
+    if shown is not None:
+        allowed = allowed & shown
     return allowed, allowed & (row == column) & keep_diagonal
 
 

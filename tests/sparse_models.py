@@ -77,8 +77,14 @@ def _shown(module: nn.Module, query: torch.Tensor, key: torch.Tensor, mask: torc
         keep_diagonal, live_q = role != "cross", None if role == "cross" else live
         layout = top_k_blocks(query, key, rule.block_size, causal, keep_diagonal, live_q, live, **options)
         return layout.to_mask(len_q, len_k)
-    layout = make_layout(rule.pattern, len_q, len_k, rule.block_size, causal=causal, num_heads=heads, **options)
-    mask = layout.to_mask(len_q, len_k)
+    mask, both = (
+        make_layout(rule.pattern, len_q, len_k, rule.block_size, causal=c, num_heads=heads, **options).to_mask(
+            len_q, len_k
+        )
+        for c in (causal, False)
+    )
+    if causal:
+        mask = mask.tril() | both.triu(1)  # what the mask of the call shows of it
     shown = torch.zeros(batch, mask.shape[1], len_q, len_k, dtype=torch.bool)
     for row, first in enumerate(live.int().argmax(-1).tolist()):
         first_q = 0 if role == "cross" else first

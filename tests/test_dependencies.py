@@ -59,7 +59,7 @@ ALLOWED = {
     },
     "hf_flashbsa.integration": {
         "torch", "transformers", "packaging", "hf_flashbsa.attention", "hf_flashbsa.spec", "hf_flashbsa.integration",
-        "hf_flashbsa.layout", "hf_flashbsa.config",
+        "hf_flashbsa.layout", "hf_flashbsa.selection", "hf_flashbsa.config",
     },
     "hf_flashbsa.training": {
         "torch", "transformers", "rich", "matplotlib", "liger_kernel", "hf_flashbsa.attention",

@@ -10,7 +10,8 @@ import transformers
 from torch._dynamo.testing import CompileCounter
 
 from hf_flashbsa import config as config_module
-from hf_flashbsa.config import BlockSparseConfig, Rule, configure
+from hf_flashbsa import configure
+from hf_flashbsa.config import BlockSparseConfig, Rule
 from hf_flashbsa.patterns import make_layout
 from hf_flashbsa.selection import top_k_blocks
 

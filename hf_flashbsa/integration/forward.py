@@ -141,7 +141,7 @@ def _attend(
     else:
         spec = mask.spec
     if sparse is not None and not sparse.rule.is_dense:
-        call = Call(mask, spec, packed, position_bias is not None, max_length_q, max_length_k)
+        call = Call(mask, spec, packed, position_bias, max_length_q, max_length_k)
         spec = sparse.spec(module, call, query, key)
 
     out = attention(

@@ -5,8 +5,12 @@ so that no host waits for a device, and joins the spec that all layers of a forw
 
 Layouts count from the first token of each document: the first live token of a row of a padded batch, on whichever side
 it is padded, or the first token of a packed document. They are made for the padded length, packed or not; a shorter
-document has their top left corner. Run-time selections count from a row's first column. Those of a decoder have no
-blocks above the diagonal, whatever the mask shows there.
+document has their top left corner. Run-time selections, and layouts beside the caller's own 4-D mask, count from a
+row's first column.
+
+A decoder's layout has no blocks above the diagonal where its mask is known to be causal. Any other mask (image blocks,
+prefixes, the caller's own 4-D mask) may show later keys: there the layout continues above the diagonal, as the
+pattern's bidirectional form does.
 
 Self-attention of fewer queries than keys stays dense: those keys are cached, and a step of generation is bound by
 reading them. So the first forward of a generation follows the layouts, the steps behind it do not. Static caches have
@@ -15,7 +19,6 @@ room for tokens to come, so that their first forward is dense as well. Cross-att
 
 from __future__ import annotations
 
-import inspect
 from typing import NamedTuple
 
 import torch
@@ -25,7 +28,9 @@ from hf_flashbsa.config import BlockSparseConfig, Rule
 from hf_flashbsa.integration.guard import computes_own_attention
 from hf_flashbsa.integration.mask import MaskSpec, bsa_mask, replace_fields
 from hf_flashbsa.integration.packing import PackedMask
+from hf_flashbsa.integration.roles import role_of, watch_roles
 from hf_flashbsa.layout import BlockLayout
+from hf_flashbsa.selection import shown_blocks
 from hf_flashbsa.spec import AttentionSpec
 
 _SEVERAL_DOCUMENTS = (
@@ -43,7 +48,7 @@ class Call(NamedTuple):
     mask: MaskSpec
     spec: AttentionSpec
     has_cu_seqlens: bool
-    has_bias: bool
+    bias: torch.Tensor | None
     max_length_q: int | None
     max_length_k: int | None
 
@@ -70,7 +75,7 @@ class SparseLayer(NamedTuple):
                 "attn_implementation='bsa_dense' for this model."
             )
         config = BlockSparseConfig.of(model_config)
-        role = _role(module, is_causal)
+        role = role_of(module, is_causal)
         index = getattr(module, "layer_idx", None)
         if index is None and any(layer.startswith(role) for layer in config.layers):
             raise ValueError(
@@ -93,9 +98,10 @@ class SparseLayer(NamedTuple):
         spec = _by_row(call)
         if self.rule.selects:
             return replace_fields(spec, layout=self._selected(call, spec, query, key))
-        layout = self.config.layout(self.role, self.index, *_lengths(call, query, key), query.shape[1], query.device)
+        lengths, heads = _lengths(call, query, key), query.shape[1]
+        layout = self.config.layout(self.role, self.index, *lengths, heads, query.device, spec.causal)
         # A bias that is not one of distances belongs to the columns of a row.
-        by_distance = not call.has_bias or hasattr(module, "has_relative_attention_bias")
+        by_distance = call.bias is None or hasattr(module, "has_relative_attention_bias")
         starts_k = _starts(call.mask, spec, query.shape[0]) if by_distance else None
         starts_q = None if crosses else starts_k
         made = spec.kept("with layouts", (), list)
@@ -114,7 +120,19 @@ class SparseLayer(NamedTuple):
         live_q, live_k = (None if ids is None else ids >= 0 for ids in (spec.segment_ids_q, spec.segment_ids_k))
         if live_q is None and self.role != "cross":
             live_q = live_k
-        return self.config.select(self.role, self.index, query, key, live_q, live_k)
+        shown = _shown_blocks(call, spec, query, self.rule.block_size)
+        return self.config.select(self.role, self.index, query, key, live_q, live_k, spec.causal, shown)
+
+
+def _shown_blocks(call: Call, spec: AttentionSpec, query: torch.Tensor, size: int) -> torch.Tensor | None:
+    """Which blocks a mask of the call shows, where a selection must not lose its choice to hidden ones."""
+    if spec.mask is not None:
+        whole = spec.mask.expand(-1, -1, query.shape[2], -1)
+        return call.mask.derived(("shown", size), (spec.mask,), lambda: shown_blocks(whole, size))
+    if call.bias is None or spec.causal:
+        return None
+    visible = call.bias > torch.finfo(call.bias.dtype).min
+    return shown_blocks(visible.expand(-1, -1, query.shape[2], -1), size)
 
 
 def _has_cached_keys(call: Call, query: torch.Tensor, key: torch.Tensor) -> bool:
@@ -157,40 +175,6 @@ def _starts(mask: MaskSpec, spec: AttentionSpec, batch: int) -> torch.Tensor | N
     return mask.derived("starts", (ids,), lambda: (ids >= 0).int().argmax(-1).to(torch.int32).expand(batch))
 
 
-#: Whether classes of modules attend to the states of another stack; asked where their attributes do not say.
-_TAKES_OTHER_STATES: dict[type, bool] = {}
-
-
-@torch.compiler.assume_constant_result
-def _takes_other_states(cls: type) -> bool:
-    if cls not in _TAKES_OTHER_STATES:
-        names = inspect.signature(cls.forward).parameters
-        _TAKES_OTHER_STATES[cls] = "encoder_hidden_states" in names or "key_value_states" in names
-    return _TAKES_OTHER_STATES[cls]
-
-
-def _role(module: nn.Module, is_causal: bool | None) -> str:
-    """The role of an attention module, as `BlockSparseConfig` names it.
-
-    Causal attention is a decoder's. Other attention is cross-attention in modules that call themselves a decoder's
-    (BART, T5), or that take the states of an encoder and call themselves nothing (BERT); else it is an encoder's.
-
-    Raises:
-        ValueError: the module does not say whether it is causal.
-    """
-    causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
-    if causal is None:
-        raise ValueError(
-            f"bsa_sparse: {type(module).__name__} does not say whether it is an encoder's, a decoder's or "
-            "cross-attention; set `is_causal` and `is_decoder` on the module, or use attn_implementation='bsa_dense'."
-        )
-    if causal:
-        return "decoder"
-    is_decoder = getattr(module, "is_decoder", None)
-    crosses = _takes_other_states(type(module)) if is_decoder is None else is_decoder
-    return "cross" if crosses else "encoder"
-
-
 def bsa_sparse_mask(*args, config=None, **kwargs) -> MaskSpec | torch.Tensor:
     """The mask function of "bsa_sparse". Arguments as in `bsa_mask`.
 
@@ -203,3 +187,26 @@ def bsa_sparse_mask(*args, config=None, **kwargs) -> MaskSpec | torch.Tensor:
             "layout; use attn_implementation='eager'."
         )
     return bsa_mask(*args, config=config, **kwargs)
+
+
+def configure(model: nn.Module, config: BlockSparseConfig) -> None:
+    """Stores block layouts in a Transformers model's config, so that "bsa_sparse" finds and `save_pretrained` keeps
+    them.
+
+    Encoder and decoder of some models hold copies of the config; all that the model's modules hold are written.
+    Attention modules whose `layer_idx` is None, as in mBART's encoder, get the number of the layer that they are in.
+    Rules for single layers need it, so call this again behind `from_pretrained` where there are any:
+    `configure(model, BlockSparseConfig.of(model.config))`.
+    """
+    if not isinstance(config, BlockSparseConfig):
+        raise ValueError(f"config: {config!r}; give a BlockSparseConfig.")
+    for module in model.modules():
+        held = getattr(module, "config", None)
+        if hasattr(held, "model_type"):
+            held.block_sparse = config.to_dict()
+        if isinstance(module, nn.ModuleList):
+            for index, layer in enumerate(module):
+                for part in layer.modules():
+                    if getattr(part, "layer_idx", index) is None:
+                        part.layer_idx = index
+    watch_roles(model)
