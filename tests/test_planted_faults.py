@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import AttentionInterface
-from transformers_models import assert_dropout_is_applied, assert_matches_eager, batch_for
+from transformers_models import assert_dropout_is_applied, assert_matches_eager, assert_same, batch_for
+from unusual_models import COMPUTING, LATER_KEYS, NARROW, SHARED_CLASSES, WIDE, assert_matches_the_oracle
 
+from hf_flashbsa import BlockSparseConfig
+from hf_flashbsa.integration import sparse
 from hf_flashbsa.integration.mask import MaskSpec
 from hf_flashbsa.spec import AttentionSpec
 
@@ -148,3 +151,54 @@ def test_the_dropout_statistics_notice(plant, fault):
     plant(fault)
     with pytest.raises(AssertionError):
         assert_dropout_is_applied()
+
+
+# Faults of what surrounds the attention function: (object, attribute, what stands there instead), and a comparison.
+
+
+def bias_without_its_mask(mask, dtype):
+    return torch.zeros(mask.shape, dtype=dtype)
+
+
+def bool_mask_added_as_numbers(mask, dtype):
+    return mask.as_tensor().to(dtype)
+
+
+def tensor_that_shows_all(mask):
+    return torch.ones(mask.shape, dtype=torch.bool)
+
+
+def layout_cut_at_the_diagonal(*arguments, original=BlockSparseConfig.layout):
+    *place, causal = arguments
+    return original(*place)
+
+
+def every_layer_taken_for_cross_attention(module, is_causal):
+    return "cross"
+
+
+def assert_shows_later_keys() -> None:
+    case = LATER_KEYS["gemma3"]
+    assert_same(case.run(case.make("bsa_sparse", WIDE)), case.run(case.make("eager")))
+
+
+def assert_roles() -> None:
+    assert_matches_the_oracle(SHARED_CLASSES["blip2"], NARROW)
+
+
+SURROUNDING = [
+    (MaskSpec, "as_additive", bias_without_its_mask, COMPUTING["beit masked"].assert_matches_eager),
+    (MaskSpec, "as_additive", bool_mask_added_as_numbers, COMPUTING["beit masked"].assert_matches_eager),
+    (MaskSpec, "as_tensor", tensor_that_shows_all, COMPUTING["doge"].assert_matches_eager),
+    (MaskSpec, "as_tensor", tensor_that_shows_all, COMPUTING["t5gemma2"].assert_matches_eager),
+    (BlockSparseConfig, "layout", layout_cut_at_the_diagonal, assert_shows_later_keys),
+    (sparse, "role_of", every_layer_taken_for_cross_attention, assert_roles),
+]
+
+
+@pytest.mark.parametrize(("owner", "name", "fault", "compare"), SURROUNDING)
+def test_comparisons_of_unusual_models_notice(monkeypatch, owner, name, fault, compare):
+    compare()
+    monkeypatch.setattr(owner, name, fault)
+    with pytest.raises(AssertionError):
+        compare()

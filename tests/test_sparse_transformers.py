@@ -224,9 +224,9 @@ def test_a_model_without_layouts():
 
 @pytest.mark.parametrize("name", OWN_ATTENTION)
 def test_models_that_compute_their_own_attention(name):
-    model = tiny(name, "bsa_sparse")
-    configure(model, MIXED)
     with pytest.raises(ValueError, match="computes attention of its own"):
+        model = tiny(name, "bsa_sparse")
+        configure(model, MIXED)
         run(model, batch_for(name, "right"))
 
 

@@ -17,6 +17,7 @@ from transformers_models import (
     PADDINGS,
     SIZE,
     T5,
+    additive,
     assert_matches_eager,
     assert_same,
     batch_for,
@@ -98,10 +99,6 @@ def user_mask(batch: int = 3, length: int = 13) -> torch.Tensor:
     """bool `(B, 1, S, S)`, irregular, with every query seeing itself."""
     visible = torch.rand(batch, 1, length, length, generator=torch.Generator().manual_seed(3)) < 0.4
     return visible | torch.eye(length, dtype=torch.bool)
-
-
-def additive(visible: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "bert"])

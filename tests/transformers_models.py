@@ -151,6 +151,11 @@ def batch_for(name: str, padding: str, batch: int = 3, length: int = 13, target_
     return {key: value for key, value in inputs.items() if value is not None}
 
 
+def additive(visible: torch.Tensor) -> torch.Tensor:
+    """The float mask that hides what a bool mask hides."""
+    return torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+
+
 def live_logits(model: nn.Module, inputs: dict, **extra) -> torch.Tensor:
     """Logits with zeros at padding, whose values no implementation promises."""
     logits = model(**inputs, **extra).logits

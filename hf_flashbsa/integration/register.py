@@ -25,6 +25,7 @@ def register() -> None:
         )
     # Older releases may lack what these import.
     from hf_flashbsa.integration.forward import bsa_dense_forward, bsa_sparse_forward
+    from hf_flashbsa.integration.loading import watch_loading
     from hf_flashbsa.integration.mask import bsa_mask
     from hf_flashbsa.integration.sparse import bsa_sparse_mask
 
@@ -32,3 +33,4 @@ def register() -> None:
     transformers.AttentionMaskInterface.register(DENSE, bsa_mask)
     transformers.AttentionInterface.register(SPARSE, bsa_sparse_forward)
     transformers.AttentionMaskInterface.register(SPARSE, bsa_sparse_mask)
+    watch_loading()
