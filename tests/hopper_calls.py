@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterator
 from unittest import mock
 
-from hf_flashbsa.kernels import hopper, launch
+from hf_flashbsa.kernels import launch as launch_cache
+from hf_flashbsa.kernels.gluon_sm90 import dispatch
 
 #: Kernels of a call that has to repeat bit by bit, and of one that need not.
 KERNELS = ("forward", "dq", "dkdv")
@@ -16,15 +17,15 @@ FUSED_KERNELS = ("forward", "fused_backward")
 
 @contextlib.contextmanager
 def every_call_on_hopper(programs: int, choice: int = 0) -> Iterator[Counter]:
-    """Within, configs/hopper.json lists every call of its head dims, and `programs` programs share the tiles of a
+    """Within, configs/gluon_sm90.json lists every call of its head dims, and `programs` programs share the tiles of a
     forward call. Where the file has several options for a kernel and head dim, `choice` goes round them. Counts
     launches by kernel and whether it was the Hopper one."""
-    from hf_flashbsa.kernels.hopper import launchers
+    from hf_flashbsa.kernels.gluon_sm90 import launch
 
     entries = {}
     for kernel in {*KERNELS, *FUSED_KERNELS}:
         listed = {}
-        for entry in hopper._entries(kernel):
+        for entry in dispatch._entries(kernel):
             options = listed.setdefault(entry["head_dim"], [])
             if entry["options"] not in options:
                 options.append(entry["options"])
@@ -32,20 +33,20 @@ def every_call_on_hopper(programs: int, choice: int = 0) -> Iterator[Counter]:
             {"head_dim": head_dim, "min_seqlen": 1, "options": options[choice % len(options)]}
             for head_dim, options in listed.items()
         ]
-    launched, select_launcher = Counter(), hopper.select_launcher
+    launched, select_launcher = Counter(), dispatch.select_launcher
 
     def counted(kernel: str, *arguments):
         found = select_launcher(kernel, *arguments)
         launched[kernel, found is not None] += 1
         return found
 
-    launch._kept.cache_clear()
+    launch_cache._kept.cache_clear()
     try:
         with (
-            mock.patch.object(launchers, "_multiprocessors", lambda device: programs),
-            mock.patch.object(hopper, "_entries", entries.__getitem__),
-            mock.patch.object(hopper, "select_launcher", counted),
+            mock.patch.object(launch, "_multiprocessors", lambda device: programs),
+            mock.patch.object(dispatch, "_entries", entries.__getitem__),
+            mock.patch.object(dispatch, "select_launcher", counted),
         ):
             yield launched
     finally:
-        launch._kept.cache_clear()
+        launch_cache._kept.cache_clear()

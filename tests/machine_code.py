@@ -205,7 +205,7 @@ def launches(arch: int, gluon: bool, ir: bool) -> Iterator[list[dict]]:
         driver._active = active
 
 
-def compile_all(only: str, ir: bool) -> dict[str, dict]:
+def compile_all(only: str, ir: bool, out: Path | None) -> dict[str, dict]:
     # Kernels decide when they are imported whether they are for the interpreter.
     for module in pkgutil.walk_packages(hf_flashbsa.kernels.__path__, "hf_flashbsa.kernels."):
         importlib.import_module(module.name)
@@ -216,6 +216,8 @@ def compile_all(only: str, ir: bool) -> dict[str, dict]:
                 with launches(arch, gluon, ir) as found:
                     run()
                 results |= {f"{name} #{i}": result for i, result in enumerate(found)}
+                if out is not None:
+                    out.write_text(json.dumps(results, indent=1) + "\n")
                 print(f"{time.monotonic() - begin:.0f} s, {len(results)} kernels: {name}", file=sys.stderr, flush=True)
     return results
 
@@ -243,9 +245,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.ir:
         knobs.cache.dir = tempfile.mkdtemp()  # a cached kernel would go through no stage
-    results = compile_all(options.only, options.ir)
-    if options.out is not None:
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
+    results = compile_all(options.only, options.ir, options.out)
     if options.compare is None:
         return 0
     before = {name: x for name, x in json.loads(options.compare.read_text()).items() if re.search(options.only, name)}

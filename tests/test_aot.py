@@ -94,7 +94,7 @@ def test_every_entry_is_in_use(arch, kernel):
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_narrow_loads_feed_no_wgmma(kernel, head_dim, plain):
-    """`primitives.head_view` says why."""
+    """`triton.load.head_view` says why."""
     config = tuning.select(kernel, "sm_90", head_dim, 2, plain, aligned=False)
     assert not _fills_wgmma(kernel, config._asdict())
 

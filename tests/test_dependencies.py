@@ -30,28 +30,28 @@ ALLOWED = {
     "hf_flashbsa.reference": {"torch", "hf_flashbsa.spec"},
     "hf_flashbsa.kernels": {"torch", "hf_flashbsa.kernels"},
     "hf_flashbsa.kernels.autograd": {"torch", "hf_flashbsa.kernels", "hf_flashbsa.spec"},
-    "hf_flashbsa.kernels.records": set(),
     "hf_flashbsa.kernels.tables": set(),
-    "hf_flashbsa.kernels.primitives": {
-        "triton", "hf_flashbsa.kernels.dropout", "hf_flashbsa.kernels.records", "hf_flashbsa.kernels.tables",
-    },
-    "hf_flashbsa.kernels.rows": {"triton", "hf_flashbsa.kernels.primitives"},
-    "hf_flashbsa.kernels.sums": {"triton", "hf_flashbsa.kernels.rows"},
-    "hf_flashbsa.kernels.forward": {"triton", "hf_flashbsa.kernels.primitives", "hf_flashbsa.kernels.records"},
-    "hf_flashbsa.kernels.backward": {
-        "triton", "hf_flashbsa.kernels.primitives", "hf_flashbsa.kernels.records", "hf_flashbsa.kernels.rows",
-        "hf_flashbsa.kernels.tables",
+    "hf_flashbsa.kernels.structs": set(),
+    "hf_flashbsa.kernels.triton": {
+        "triton", "hf_flashbsa.kernels.dropout", "hf_flashbsa.kernels.structs", "hf_flashbsa.kernels.tables",
+        "hf_flashbsa.kernels.triton",
     },
     "hf_flashbsa.kernels.launch": {"torch", "triton", "hf_flashbsa.kernels.tuning"},
     "hf_flashbsa.kernels.arguments": {
-        "torch", "hf_flashbsa.kernels.dropout", "hf_flashbsa.kernels.records", "hf_flashbsa.kernels.state",
+        "torch", "hf_flashbsa.kernels.dropout", "hf_flashbsa.kernels.state", "hf_flashbsa.kernels.structs",
         "hf_flashbsa.kernels.tables",
     },
-    "hf_flashbsa.kernels.hopper": {
-        "torch", "triton", "hf_flashbsa.kernels.arguments", "hf_flashbsa.kernels.hopper", "hf_flashbsa.kernels.launch",
-        "hf_flashbsa.kernels.primitives", "hf_flashbsa.kernels.records", "hf_flashbsa.kernels.rows",
-        "hf_flashbsa.kernels.state", "hf_flashbsa.kernels.sums", "hf_flashbsa.kernels.tables",
+    "hf_flashbsa.kernels.gluon_sm90": {
+        "triton", "hf_flashbsa.kernels.gluon_sm90", "hf_flashbsa.kernels.structs", "hf_flashbsa.kernels.tables",
+        "hf_flashbsa.kernels.triton",
+    },
+    "hf_flashbsa.kernels.gluon_sm90.dispatch": {
+        "torch", "hf_flashbsa.kernels.arguments", "hf_flashbsa.kernels.launch", "hf_flashbsa.kernels.state",
         "hf_flashbsa.kernels.tuning",
+    },
+    "hf_flashbsa.kernels.gluon_sm90.launch": {
+        "torch", "triton", "hf_flashbsa.kernels.arguments", "hf_flashbsa.kernels.gluon_sm90",
+        "hf_flashbsa.kernels.state", "hf_flashbsa.kernels.tables", "hf_flashbsa.kernels.triton",
     },
     "hf_flashbsa.kernels.triton_backend": {"torch", "triton", "hf_flashbsa.kernels"},
     "hf_flashbsa.attention": {
@@ -73,7 +73,7 @@ ALLOWED = {
     },
 }  # fmt: skip
 #: Loaded by nobody who does not ask for them.
-HEAVY = ("hf_flashbsa.kernels.triton_backend", "hf_flashbsa.kernels.primitives", "hf_flashbsa.bench",
+HEAVY = ("hf_flashbsa.kernels.triton_backend", "hf_flashbsa.kernels.triton", "hf_flashbsa.bench",
          "datasets", "matplotlib", "rich", "liger_kernel", "transformers.models.bart.modeling_bart")  # fmt: skip
 
 

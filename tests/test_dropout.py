@@ -10,8 +10,8 @@ import triton.language as tl
 from hf_flashbsa.kernels import dropout
 from hf_flashbsa.kernels.arguments import _as_int32
 from hf_flashbsa.kernels.dropout import drop_threshold, keep_mask, keep_scale
-from hf_flashbsa.kernels.primitives import dropout_keep, dropout_row_words
-from hf_flashbsa.kernels.records import ScoreMod
+from hf_flashbsa.kernels.structs import ScoreMod
+from hf_flashbsa.kernels.triton.score import dropout_keep, dropout_row_words
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEEDS = (0, 1, 0x9E3779B97F4A7C15 >> 1, 2**63 - 1)

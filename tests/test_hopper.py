@@ -19,13 +19,14 @@ from aot import SHARED_LIMIT, compile_only
 from sass import lost_operands, overwritten_operands
 
 from hf_flashbsa import BlockLayout, attention
-from hf_flashbsa.kernels import hopper, tuning
+from hf_flashbsa.kernels import tuning
+from hf_flashbsa.kernels.gluon_sm90 import dispatch
 from hf_flashbsa.kernels.state import Extras, Params
 
 KERNELS = ("forward", "dq", "dkdv")
 #: Bytes that a kernel may spill: addresses and bounds, one of each thread, none of the tensors.
 SPILLS = 128
-UNLISTED = "what configs/hopper.json does not list"
+UNLISTED = "a shape or options that configs/gluon_sm90.json does not list"
 #: Kinds of calls that compile to code of their own. `length` is 4096 where they do not say.
 CALLS = {
     "plain": {},
@@ -43,7 +44,7 @@ CALLS = {
     "fused-dropout": {"causal": True, "dropout_p": 0.1, "deterministic": False},
     "fused-grouped": {"causal": True, "deterministic": False},
 }
-#: Those that leave some of the kernels to the portable ones: configs/hopper.json.
+#: Those that leave some of the kernels to the portable ones: configs/gluon_sm90.json.
 PORTABLE = {("packed", 64, "dq"), ("dropout", 64, "dq"), ("short", 64, "dq")}
 PORTABLE |= {("layout-packed", head_dim, "forward") for head_dim in (64, 128)}
 
@@ -84,19 +85,19 @@ def call(kind: str, head_dim: int) -> None:
 
 def main(head_dim: int) -> None:
     """Prints a JSON line for each kernel of each kind of call, what the compiler did, and at last the options that
-    configs/hopper.json had for them."""
+    configs/gluon_sm90.json had for them."""
     tuning.architecture = lambda device: "sm_90"
     tuning.is_hopper = lambda device: True
-    options_of, reached = hopper._options, []
+    options_of, reached = dispatch._options, []
 
     def noted(kernel: str, *arguments) -> dict | None:
         options = options_of(kernel, *arguments)
         reached.append((kernel, options))
         return options
 
-    hopper._options = noted
+    dispatch._options = noted
     for kind in kinds_for(head_dim):
-        with compile_only(90, within=hopper.__name__) as compiled:
+        with compile_only(90, within=dispatch.__package__) as compiled:
             call(kind, head_dim)
         for result in compiled:
             print(json.dumps({"kind": kind, **result._asdict()}), flush=True)
@@ -122,13 +123,13 @@ def test_calls_reach_the_kernels_which_compile_well(head_dim):
     reached = {(row["kind"], row["name"].removesuffix("_kernel")): row["module"] for row in rows}
     assert set(reached) == {(kind, name) for kind in kinds_for(head_dim) for name in kernels_of(kind)}
     for kernel in KERNELS if head_dim != 64 else (*KERNELS, "fused_backward"):
-        listed = [entry["options"] for entry in hopper._entries(kernel) if entry["head_dim"] == head_dim]
+        listed = [entry["options"] for entry in dispatch._entries(kernel) if entry["head_dim"] == head_dim]
         assert listed and all([kernel, entry] in options for entry in listed), kernel
     portable = {(kind, name) for kind, dim, name in PORTABLE if dim == head_dim}
     portable |= {call for call in reached if call[1].endswith("process")}
-    assert {call for call, module in reached.items() if ".hopper." not in module} == portable
+    assert {call for call, module in reached.items() if ".gluon_sm90." not in module} == portable
     wrong = []
-    for row in [row for row in rows if ".hopper." in row["module"]]:
+    for row in [row for row in rows if ".gluon_sm90." in row["module"]]:
         faults = {
             "shared memory": row["shared"] > SHARED_LIMIT[90],
             "spills": row["spills"] > SPILLS,
@@ -218,7 +219,7 @@ def test_only_tile_schedules_have_tile_counters(monkeypatch, ragged):
     """Each kernel has a counter of its own, at 0, that begins at a multiple of 16 bytes."""
     monkeypatch.setattr(tuning, "is_hopper", lambda device: True)
     extras = Extras(work_q=torch.zeros(3, 11, dtype=torch.int32) if ragged else None)
-    counters = tuple(hopper.new_tile_counters(extras, 2, torch.device("cpu")))
+    counters = tuple(dispatch.new_tile_counters(extras, 2, torch.device("cpu")))
     if not ragged:
         assert counters == (None, None)
         return
@@ -243,7 +244,7 @@ def on_hopper():
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_takes(on_hopper, kernel):
-    assert hopper.why_unsupported(kernel, *_arguments()) is None
+    assert dispatch.why_unsupported(kernel, *_arguments()) is None
 
 
 def test_packed_documents_are_taken_where_they_were_faster(on_hopper):
@@ -253,15 +254,15 @@ def test_packed_documents_are_taken_where_they_were_faster(on_hopper):
     causal = params._replace(window_right=0)
     for kernel, taken in (("forward", True), ("dkdv", True), ("dq", False)):
         for some in (params, causal):
-            assert hopper.why_unsupported(kernel, q, k, v, others, extras, some) == (None if taken else UNLISTED)
+            assert dispatch.why_unsupported(kernel, q, k, v, others, extras, some) == (None if taken else UNLISTED)
     for kernel, taken in (("forward", False), ("dkdv", True)):
-        assert hopper.why_unsupported(kernel, q[:, :, :1000], k, v, others, extras, params) == (
+        assert dispatch.why_unsupported(kernel, q[:, :, :1000], k, v, others, extras, params) == (
             None if taken else UNLISTED
         )
         dropout = causal._replace(drop_threshold=1)
-        assert hopper.why_unsupported(kernel, q, k, v, others, extras, dropout) == (None if taken else UNLISTED)
+        assert dispatch.why_unsupported(kernel, q, k, v, others, extras, dropout) == (None if taken else UNLISTED)
     padded = extras._replace(segment_ids_k=torch.zeros(1))
-    assert hopper.why_unsupported("dq", q, k, v, others, padded, params) is None
+    assert dispatch.why_unsupported("dq", q, k, v, others, padded, params) is None
 
 
 @pytest.mark.parametrize(("kernel", "min_window"), [("forward", 512), ("dq", 2048), ("dkdv", 0)])
@@ -269,9 +270,9 @@ def test_narrow_windows_are_left_where_that_was_faster(on_hopper, kernel, min_wi
     """At head dim 64."""
     for window_left in (0, 511, 512, 2047, 2048, -1):
         wide = window_left < 0 or window_left >= min_window
-        reason = hopper.why_unsupported(kernel, *_arguments(64, window_left=window_left, window_right=0))
+        reason = dispatch.why_unsupported(kernel, *_arguments(64, window_left=window_left, window_right=0))
         assert reason == (None if wide else UNLISTED)
-    assert hopper.why_unsupported(kernel, *_arguments(64, window_left=min_window // 2, window_right=-1)) is None
+    assert dispatch.why_unsupported(kernel, *_arguments(64, window_left=min_window // 2, window_right=-1)) is None
 
 
 @pytest.mark.parametrize(
@@ -285,16 +286,16 @@ def test_narrow_windows_are_left_where_that_was_faster(on_hopper, kernel, min_wi
     ],
 )
 def test_programs_stay_where_tiles_meet_little(tiles, window, stay):
-    from hf_flashbsa.kernels.hopper import launchers
+    from hf_flashbsa.kernels.gluon_sm90 import launch
 
     params = _arguments(window_left=window[0], window_right=window[1])[-1]
-    assert launchers._grid_size(1000, tiles, None, params, torch.device("cpu")) == (132 if stay else 1000)
-    assert launchers._grid_size(1000, tiles, torch.zeros(1), params, torch.device("cpu")) == 132
+    assert launch._grid_size(1000, tiles, None, params, torch.device("cpu")) == (132 if stay else 1000)
+    assert launch._grid_size(1000, tiles, torch.zeros(1), params, torch.device("cpu")) == 132
 
 
 @pytest.mark.parametrize(("length", "causal", "taken"), [(4096, 0, True), (2048, 0, False), (16384, -1, False)])
 def test_the_fused_backward_is_for_long_causal_sequences(on_hopper, length, causal, taken):
-    reason = hopper.why_unsupported("fused_backward", *_arguments(64, length, window_right=causal))
+    reason = dispatch.why_unsupported("fused_backward", *_arguments(64, length, window_right=causal))
     assert reason == (None if taken else UNLISTED)
 
 
@@ -311,12 +312,12 @@ def _layout_arguments(heads: int, heads_k: int, layout_heads: int, head_dim: int
 @pytest.mark.parametrize("kernel", ["dq", "dkdv"])
 @pytest.mark.parametrize("heads", [(4, 4, 1), (4, 4, 4), (4, 2, 1)])
 def test_takes_block_layouts(on_hopper, kernel, heads, head_dim):
-    assert hopper.why_unsupported(kernel, *_layout_arguments(*heads, head_dim)) is None
+    assert dispatch.why_unsupported(kernel, *_layout_arguments(*heads, head_dim)) is None
 
 
 def test_leaves_heads_that_share_keys_but_no_list(on_hopper):
     """Hopper's `dkdv` walks over the same blocks for each head that shares keys; the others have one head each."""
-    reasons = {kernel: hopper.why_unsupported(kernel, *_layout_arguments(4, 2, 4)) for kernel in KERNELS}
+    reasons = {kernel: dispatch.why_unsupported(kernel, *_layout_arguments(4, 2, 4)) for kernel in KERNELS}
     shared = "block layouts of their own for query heads that share keys"
     assert reasons == {"forward": None, "dq": None, "dkdv": shared}
 
@@ -336,7 +337,7 @@ def test_leaves_heads_that_share_keys_but_no_list(on_hopper):
     ],
 )
 def test_leaves_to_the_portable_kernels(on_hopper, kernel, reason, changes):
-    assert hopper.why_unsupported(kernel, *_arguments(**changes)) == reason
+    assert dispatch.why_unsupported(kernel, *_arguments(**changes)) == reason
 
 
 def test_leaves_what_tma_cannot_address(on_hopper):
@@ -344,27 +345,27 @@ def test_leaves_what_tma_cannot_address(on_hopper):
     odd = torch.zeros(1, 2, 2048, 129, dtype=torch.bfloat16)[..., :128]
     expanded = torch.zeros(1, 1, 2048, 128, dtype=torch.bfloat16).expand(1, 2, 2048, 128)
     for other in (odd, expanded):
-        assert "16 bytes" in hopper.why_unsupported("forward", q, other, v, *rest)
+        assert "16 bytes" in dispatch.why_unsupported("forward", q, other, v, *rest)
 
 
 def test_leaves_a_kernel_whose_configuration_is_set(on_hopper):
     config = tuning.select("dq", "sm_90", 128, 2, True)
     with tuning.override("dq", config):
         for kernel in ("dq", "fused_backward"):
-            assert "configuration" in hopper.why_unsupported(kernel, *_arguments())
-        assert hopper.why_unsupported("dkdv", *_arguments()) is None
+            assert "configuration" in dispatch.why_unsupported(kernel, *_arguments())
+        assert dispatch.why_unsupported("dkdv", *_arguments()) is None
 
 
 def test_other_gpus_have_portable_kernels_only():
-    assert hopper.why_unsupported("forward", *_arguments()) == "not a Hopper GPU"
+    assert dispatch.why_unsupported("forward", *_arguments()) == "not a Hopper GPU"
 
 
 def test_reasons_are_logged_once(on_hopper, caplog):
-    hopper._log_once.cache_clear()
+    dispatch._log_once.cache_clear()
     *tensors, extras, params = _arguments(softcap=5.0)
     with caplog.at_level(logging.INFO, logger="hf_flashbsa"):
         for _ in range(2):
-            assert hopper.select_launcher("forward", *tensors, None, extras, params) is None
+            assert dispatch.select_launcher("forward", *tensors, None, extras, params) is None
     assert [record.message for record in caplog.records] == [
         "Hopper kernels: the portable forward kernel takes calls with softcap"
     ]
@@ -372,23 +373,23 @@ def test_reasons_are_logged_once(on_hopper, caplog):
 
 @pytest.fixture
 def asked_anew():
-    hopper.unavailable_reason.cache_clear()
+    dispatch.unavailable_reason.cache_clear()
     yield
-    hopper.unavailable_reason.cache_clear()
+    dispatch.unavailable_reason.cache_clear()
 
 
 def test_another_gluon_is_a_reason(on_hopper, asked_anew, caplog):
     """Releases of Triton change Gluon: without what the kernels need, everything runs on the portable ones."""
     reason = "this release of Triton lacks what they need (no name 'tma')"
-    with mock.patch.object(hopper.importlib, "import_module", side_effect=ImportError("no name 'tma'")):
+    with mock.patch.object(dispatch.importlib, "import_module", side_effect=ImportError("no name 'tma'")):
         for _ in range(2):
-            assert hopper.why_unsupported("forward", *_arguments()) == reason
+            assert dispatch.why_unsupported("forward", *_arguments()) == reason
     assert [record.message for record in caplog.records] == [f"Hopper kernels: {reason}"]
 
 
 def test_an_unknown_triton_is_a_reason(on_hopper, asked_anew, monkeypatch):
-    monkeypatch.setattr(hopper.launch.triton, "__version__", "3.99.0")
-    assert hopper.why_unsupported("forward", *_arguments()) == "tested with Triton 3.6 and 3.7 only"
+    monkeypatch.setattr(dispatch.launch.triton, "__version__", "3.99.0")
+    assert dispatch.why_unsupported("forward", *_arguments()) == "tested with Triton 3.6 and 3.7 only"
 
 
 if __name__ == "__main__":

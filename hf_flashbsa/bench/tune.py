@@ -246,7 +246,7 @@ def _shared_bytes(device: torch.device) -> int:
 
 
 def _table(arch: str) -> dict[str, list[dict]]:
-    file = resources.files("hf_flashbsa.kernels").joinpath("configs", f"{arch}.json")
+    file = resources.files("hf_flashbsa.kernels").joinpath("configs", tuning.file_name(arch))
     return {kernel: entries for kernel, entries in json.loads(file.read_text()).items() if kernel in KERNELS}
 
 

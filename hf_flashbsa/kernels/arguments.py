@@ -1,4 +1,4 @@
-"""Packs the arguments of a call into the structs of records.py."""
+"""Packs the arguments of a call into the structs that kernels take (structs.py)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import functools
 import torch
 
 from hf_flashbsa.kernels.dropout import keep_scale
-from hf_flashbsa.kernels.records import AttnMods, BlockTable, MaskBounds, ScoreMod, StridedTensor, TensorView
 from hf_flashbsa.kernels.state import Extras, Params
+from hf_flashbsa.kernels.structs import AttnMods, BlockTable, MaskBounds, ScoreMod, StridedTensor, TensorView
 from hf_flashbsa.kernels.tables import SCHEDULE_TILE, BlockListColumn
 
 #: Stands in for a scale of 0, whose product with a hidden score's -inf would be NaN.

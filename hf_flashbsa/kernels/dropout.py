@@ -10,7 +10,7 @@ to a layout of threads. The hash is a handful of instructions on a weight's own 
 keys of a draw are 8 apart, because matrix instructions give a thread such pairs, whether keys run along rows or along
 columns: there the draw is made once. Tests hold rates and correlations against what chance gives. Query, batch row and
 head are absolute, the key counts from the first of its sequence. The Triton kernels draw the same numbers
-(`primitives.dropout_keep`).
+(`triton.score.dropout_keep`).
 """
 
 from __future__ import annotations

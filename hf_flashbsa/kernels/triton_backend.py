@@ -7,7 +7,7 @@ import logging
 
 import torch
 
-from hf_flashbsa.kernels import hopper, tuning
+from hf_flashbsa.kernels import tuning
 from hf_flashbsa.kernels.arguments import (
     attn_mods,
     cdiv,
@@ -18,10 +18,11 @@ from hf_flashbsa.kernels.arguments import (
     tensor_view,
     tiles_of,
 )
-from hf_flashbsa.kernels.backward import dbias_kernel, dkdv_kernel, dq_kernel
-from hf_flashbsa.kernels.forward import forward_kernel
+from hf_flashbsa.kernels.gluon_sm90 import dispatch
 from hf_flashbsa.kernels.launch import replay
 from hf_flashbsa.kernels.state import Extras, Params, carried, sinks_gradient
+from hf_flashbsa.kernels.triton.bwd import dbias_kernel, dkdv_kernel, dq_kernel
+from hf_flashbsa.kernels.triton.fwd import forward_kernel
 
 _log_once = functools.cache(logging.getLogger(__name__).info)
 
@@ -128,7 +129,7 @@ def _launch_dbias(launch, dout, dbias, q, k, v, stats, stats_stride: int, extras
 def _forward(launch, inputs, outputs, params: Params) -> None:
     (q, k, v), extras = inputs[:3], Extras(*inputs[3:])
     out, lse, tile_counter = outputs
-    run = hopper.select_launcher("forward", q, k, v, (), tile_counter, extras, params) or _launch_forward
+    run = dispatch.select_launcher("forward", q, k, v, (), tile_counter, extras, params) or _launch_forward
     run(launch, q, k, v, out, lse, extras, params)
 
 
@@ -137,14 +138,14 @@ def _backward(launch, inputs, outputs, params: Params) -> None:
     stats, dq_accum, dq, dk, dv, dbias, tile_counter_dq, tile_counter_dkdv = outputs
     stats_stride = lse.numel()
     if dq_accum is not None:
-        run = hopper.select_launcher("fused_backward", q, k, v, (dout, out), tile_counter_dkdv, extras, params)
+        run = dispatch.select_launcher("fused_backward", q, k, v, (dout, out), tile_counter_dkdv, extras, params)
         run(launch, dout, dq, dk, dv, q, k, v, out, lse, dlse, stats, stats_stride, dq_accum, extras, params)
         return
     if q.numel() > 0:  # before the others, which read what it makes of each query
-        run = hopper.select_launcher("dq", q, k, v, (dout, out), tile_counter_dq, extras, params) or _launch_dq
+        run = dispatch.select_launcher("dq", q, k, v, (dout, out), tile_counter_dq, extras, params) or _launch_dq
         run(launch, dout, dq, q, k, v, out, lse, dlse, stats, stats_stride, extras, params)
     if k.numel() > 0:
-        run = hopper.select_launcher("dkdv", q, k, v, (dout,), tile_counter_dkdv, extras, params) or _launch_dkdv
+        run = dispatch.select_launcher("dkdv", q, k, v, (dout,), tile_counter_dkdv, extras, params) or _launch_dkdv
         run(launch, dout, dk, dv, q, k, v, stats, stats_stride, extras, params)
     if dbias is not None:
         _launch_dbias(launch, dout, dbias, q, k, v, stats, stats_stride, extras, params)
@@ -153,7 +154,7 @@ def _backward(launch, inputs, outputs, params: Params) -> None:
 def forward(q, k, v, out, lse, extras: Extras, params: Params) -> None:
     """Fills `out` and `lse`, as `autograd` makes them for `q` and `v`."""
     if q.numel() > 0:
-        tile_counter = hopper.new_tile_counters(extras, 1, q.device)
+        tile_counter = dispatch.new_tile_counters(extras, 1, q.device)
         replay(_forward, (q, k, v, *carried(extras)), (out, lse, *tile_counter), params)
 
 
@@ -163,9 +164,9 @@ def backward(dout, dlse, q, k, v, out, lse, gradients, extras: Extras, params: P
     stats_stride = lse.numel()
     stats = lse.new_empty_strided((4 if params.drop_threshold > 0 else 2, stats_stride), (stats_stride, 1))
     dlse = None if dlse is None else dlse.contiguous()
-    tile_counter = hopper.new_tile_counters(extras, 2, q.device)
+    tile_counter = dispatch.new_tile_counters(extras, 2, q.device)
     dq_accum = None
-    if not params.deterministic and hopper.select_launcher(
+    if not params.deterministic and dispatch.select_launcher(
         "fused_backward", q, k, v, (dout, out), None, extras, params
     ):
         dq_accum = torch.empty(q.shape, dtype=torch.float32, device=q.device)

@@ -1,6 +1,4 @@
-"""Launch configurations as data: `configs/<arch>.json`. Each file lists entries in order; the first that fits is
-used.
-"""
+"""Launch configurations as data: `configs/triton_<arch>.json`. The first entry that fits is used."""
 
 from __future__ import annotations
 
@@ -23,9 +21,14 @@ class Config(NamedTuple):
     num_stages: int
 
 
+def file_name(arch: str) -> str:
+    """Name of the configuration file of `architecture`."""
+    return f"triton_{arch.replace('_', '')}.json"
+
+
 @functools.cache
 def _table(arch: str) -> dict:
-    return json.loads(resources.files("hf_flashbsa.kernels").joinpath("configs", f"{arch}.json").read_text())
+    return json.loads(resources.files("hf_flashbsa.kernels").joinpath("configs", file_name(arch)).read_text())
 
 
 @functools.cache
@@ -70,7 +73,7 @@ def select(kernel: str, arch: str, block_dim: int, itemsize: int, plain: bool, a
         plain: scores are only scaled and masked by bounds: no bias, softcap, dense mask or segment ids of packed
             documents, which need registers. Dropout does not count.
         aligned: every row is aligned to 16 bytes. Otherwise loads are narrow, their addresses take registers, and the
-            products must not use wgmma (`primitives.head_view`).
+            products must not use wgmma (`triton.load.head_view`).
 
     The first entry that fits is used. `plain_only` and `aligned_only` entries are for such calls alone.
     """
@@ -87,4 +90,4 @@ def _lookup(kernel: str, arch: str, block_dim: int, itemsize: int, plain: bool, 
             and (aligned or not entry.get("aligned_only", False))
         ):
             return Config(entry["block_m"], entry["block_n"], entry["num_warps"], entry["num_stages"])
-    raise LookupError(f"configs/{arch}.json lists no {kernel} for head dim {block_dim}, {itemsize} bytes.")
+    raise LookupError(f"configs/{file_name(arch)} lists no {kernel} for head dim {block_dim}, {itemsize} bytes.")

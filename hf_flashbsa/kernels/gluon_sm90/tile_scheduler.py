@@ -14,7 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from hf_flashbsa.kernels.hopper.common import (
+from hf_flashbsa.kernels.gluon_sm90.pipeline import (
     CONSUMER_M,
     NEXT_TILE,
     barrier,
@@ -22,12 +22,18 @@ from hf_flashbsa.kernels.hopper.common import (
     named_barrier_sync,
     smem_load,
     smem_store,
-    uniform_block_range,
     warp_uniform,
 )
-from hf_flashbsa.kernels.hopper.turns import locate_tile, num_tile_indices, tile_index_at
-from hf_flashbsa.kernels.primitives import block_list
-from hf_flashbsa.kernels.records import BlockRange, WorkTile
+from hf_flashbsa.kernels.structs import BlockRange, WorkTile
+from hf_flashbsa.kernels.triton.block_range import (
+    NUM_TILES,
+    block_list,
+    block_start,
+    decode_tile_index,
+    get_block_range,
+    load_work_tile,
+    partial_block_position,
+)
 
 
 class ScheduledTile(NamedTuple):
@@ -102,6 +108,123 @@ AT_PARTIAL_BEGIN = gl.constexpr(int(MailboxSlot.PARTIAL_BEGIN))
 AT_RANGE_ORIGIN = gl.constexpr(int(MailboxSlot.RANGE_ORIGIN))
 AT_VALID = gl.constexpr(int(MailboxSlot.VALID))
 AT_SEGMENTS_FULL = gl.constexpr(int(MailboxSlot.SEGMENTS_FULL))
+
+
+@gluon.jit
+def _tiles_per_head(problem):
+    """Tiles of each head, or of each head and batch row."""
+    if problem.schedule is None:
+        return problem.num_tiles
+    else:
+        return gl.load(problem.schedule + NUM_TILES)
+
+
+@gluon.jit
+def num_tile_indices(problem):
+    """Number of linear tile indices."""
+    if problem.schedule is None:
+        return problem.total_tiles
+    else:
+        return problem.total_tiles // problem.num_tiles * _tiles_per_head(problem)
+
+
+@gluon.jit
+def locate_tile(problem, tile_index, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
+    """Head and WorkTile of a linear tile index."""
+    if TRANSPOSED:
+        batch, head, tile = decode_tile_index(
+            problem.schedule, tile_index, _tiles_per_head(problem), problem.heads // problem.group, tiles.n
+        )
+        work_tile = load_work_tile(
+            problem.schedule, tile, batch, problem.len_k, problem.len_q, problem.query_offset, tiles.n
+        )
+    else:
+        batch, head, tile = decode_tile_index(
+            problem.schedule, tile_index, _tiles_per_head(problem), problem.heads, tiles.m
+        )
+        if problem.schedule is None:
+            tile = problem.num_tiles - 1 - tile  # causal: longest first
+        work_tile = load_work_tile(
+            problem.schedule, tile, batch, problem.len_q, problem.len_k, problem.query_offset, tiles.m
+        )
+    return head, work_tile
+
+
+@gluon.jit
+def tile_index_at(problem, tile_iter):
+    """Linear index of a program's `tile_iter`-th tile; the program is done once it reaches `num_tile_indices`.
+
+    Static: grid-stride, every other round backwards, which balances long and short tiles. With a `tile_counter`, used
+    where a schedule orders unequal tiles: the next unclaimed tile. Results do not depend on which program computes a
+    tile.
+    """
+    program, num_programs = gl.program_id(0), gl.num_programs(0)
+    if problem.tile_counter is None:
+        tile_index = tile_iter * num_programs + gl.where(tile_iter % 2 == 1, num_programs - 1 - program, program)
+    else:
+        tile_index = program
+        if tile_iter > 0:
+            tile_index = num_programs + _fetch_add(problem.tile_counter)
+    return tile_index
+
+
+@gluon.jit
+def _fetch_add(counter):
+    """Atomic increment of the tile counter by lane 0; returns the old value in all lanes."""
+    return warp_uniform(
+        gl.inline_asm_elementwise(
+            """
+            {
+                .reg .pred first;
+                .reg .u32 lane;
+                mov.u32 lane, %laneid;
+                setp.eq.u32 first, lane, 0;
+                mov.u32 $0, 0;
+                @first atom.relaxed.gpu.global.add.u32 $0, [$1], 1;
+            }
+            """,
+            "=&r,l", [counter], dtype=gl.int32, is_pure=False, pack=1,
+        )
+    )  # fmt: skip
+
+
+@gluon.jit
+def uniform_block_range(work_tile, mods, head, tiles: gl.constexpr, TRANSPOSED: gl.constexpr):
+    """`get_block_range`, warp-uniform.
+
+    With block lists its fields are reductions over threads, which ptxas takes for divergent: it would keep neither
+    them nor the TMA coordinates derived from them in uniform registers.
+    """
+    if tiles.sparse_block == 0:
+        return get_block_range(work_tile, mods, head, 0, tiles, TRANSPOSED)
+    else:
+        list_offsets = gl.arange(0, tiles.max_blocks, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+        block_range = get_block_range(work_tile, mods, head, list_offsets, tiles, TRANSPOSED)
+        return BlockRange(
+            warp_uniform(block_range.begin), warp_uniform(block_range.left_end), warp_uniform(block_range.right_end),
+            warp_uniform(block_range.num_partial), warp_uniform(block_range.full_begin),
+            warp_uniform(block_range.full_end), warp_uniform(block_range.partial_begin), block_range.lo,
+            block_range.hi, block_range.indices, block_range.origin,
+        )  # fmt: skip
+
+
+@gluon.jit
+def count_blocks(block_range, tiles: gl.constexpr):
+    """Number of key blocks that a query tile visits."""
+    return block_range.num_partial + (block_range.full_end - block_range.full_begin) // tiles.n
+
+
+@gluon.jit
+def kv_block_start(block_range, blocks, index, tiles: gl.constexpr):
+    """First key of the `index`-th block that a query tile visits: masked blocks first."""
+    full_position = block_range.full_begin + (index - block_range.num_partial) * tiles.n
+    position = gl.where(
+        index < block_range.num_partial, partial_block_position(block_range, index, tiles.n, tiles), full_position
+    )
+    if tiles.sparse_block > 0:
+        if count_blocks(block_range, tiles) == 0:
+            position = 0
+    return block_start(block_range, blocks, position, tiles)
 
 
 @gluon.jit

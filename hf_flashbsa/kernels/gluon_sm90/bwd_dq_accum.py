@@ -19,9 +19,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hf_flashbsa.kernels.hopper.common import CONSUMER_M, NUM_CONSUMERS, barrier, tma_reduce_add
-from hf_flashbsa.kernels.hopper.jobs import q_block, wait_resident
-from hf_flashbsa.kernels.hopper.scout import load_scheduled_tile
+from hf_flashbsa.kernels.gluon_sm90.bwd_pipeline import q_block, wait_resident
+from hf_flashbsa.kernels.gluon_sm90.pipeline import CONSUMER_M, NUM_CONSUMERS, barrier, tma_reduce_add
+from hf_flashbsa.kernels.gluon_sm90.tile_scheduler import load_scheduled_tile
 
 #: Stages of dS, and of dS K.
 DS_STAGES = gl.constexpr(2)

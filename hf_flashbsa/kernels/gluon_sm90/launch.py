@@ -9,13 +9,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from hf_flashbsa.kernels.arguments import attn_mods, cdiv, max_blocks_of, score_mod_of, tensor_view, tiles_of
-from hf_flashbsa.kernels.hopper.common import CONSUMER_M
-from hf_flashbsa.kernels.hopper.dkdv import dkdv_kernel
-from hf_flashbsa.kernels.hopper.dq import dq_kernel
-from hf_flashbsa.kernels.hopper.forward import forward_kernel
+from hf_flashbsa.kernels.gluon_sm90.bwd_dkdv import dkdv_kernel
+from hf_flashbsa.kernels.gluon_sm90.bwd_dq import dq_kernel
+from hf_flashbsa.kernels.gluon_sm90.fwd import forward_kernel
+from hf_flashbsa.kernels.gluon_sm90.pipeline import CONSUMER_M
 from hf_flashbsa.kernels.state import Extras, Params
-from hf_flashbsa.kernels.sums import bwd_postprocess_kernel, bwd_preprocess_kernel
 from hf_flashbsa.kernels.tables import SCHEDULE_TILE
+from hf_flashbsa.kernels.triton.dq_accum import bwd_postprocess_kernel, bwd_preprocess_kernel
 
 #: Registers per thread, so that 384 threads (two consumer warpgroups and one of producer and scheduler) fill an SM's
 #: register file, or 512 with the dQ warpgroup.
@@ -23,8 +23,6 @@ RESOURCES = {"num_warps": 4, "maxnreg": 168}
 FUSED_RESOURCES = {"num_warps": 4, "maxnreg": 128}
 #: Queries per program of the pre- and postprocess kernels.
 PREPROCESS_M = 64
-
-
 #: Up to this many tiles per sequence, or keys per window, the grid is persistent, which overlaps the prologue and
 #: epilogue of tiles. Longer tiles gain little from that, and the hardware's block order balances better. With a tile
 #: counter the grid is always persistent.

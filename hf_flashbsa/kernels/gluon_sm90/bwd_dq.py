@@ -3,7 +3,7 @@
 Warps: two consumer warpgroups, 64 queries each; one producer warp (TMA loads, TMA store of dQ); one scheduler warp
 (tile_scheduler.py). Q and dO are resident in two slots; O, then blocks of K and V, stream through STAGES stages
 (bwd_pipeline.py). Consumers first compute delta from O and dO, and store the row statistics for the kernels that
-follow (rows.py).
+follow (row_stats.py).
 
 dS feeds dS K from registers. That product is issued one block late, after S and dP of the next block, and overlaps the
 computation of that block's P.
@@ -17,8 +17,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from hf_flashbsa.kernels.hopper.common import CONSUMER_M, NUM_CONSUMERS, Problem, apply_window_mask
-from hf_flashbsa.kernels.hopper.jobs import (
+from hf_flashbsa.kernels.gluon_sm90.bwd_pipeline import (
     allocate_pipeline,
     allocate_resident,
     consumer_release,
@@ -35,19 +34,19 @@ from hf_flashbsa.kernels.hopper.jobs import (
     store_results,
     wait_resident,
 )
-from hf_flashbsa.kernels.hopper.scout import is_valid_tile, load_scheduled_tile, load_tile_info, scheduler_warp
-from hf_flashbsa.kernels.primitives import (
-    apply_segment_mask,
-    block_start,
-    dropout_keep,
-    needs_segment_mask,
-    partial_block_position,
-    softmax_scale_log2,
-    visible_mask,
-    window_mask,
+from hf_flashbsa.kernels.gluon_sm90.mask import apply_window_mask
+from hf_flashbsa.kernels.gluon_sm90.pipeline import CONSUMER_M, NUM_CONSUMERS, Problem
+from hf_flashbsa.kernels.gluon_sm90.tile_scheduler import (
+    is_valid_tile,
+    load_scheduled_tile,
+    load_tile_info,
+    scheduler_warp,
 )
-from hf_flashbsa.kernels.records import AttnMods, Tiles
-from hf_flashbsa.kernels.rows import load_row_stats, store_row_stats
+from hf_flashbsa.kernels.structs import AttnMods, Tiles
+from hf_flashbsa.kernels.triton.block_range import block_start, partial_block_position
+from hf_flashbsa.kernels.triton.mask import apply_segment_mask, needs_segment_mask, visible_mask, window_mask
+from hf_flashbsa.kernels.triton.row_stats import load_row_stats, store_row_stats
+from hf_flashbsa.kernels.triton.score import dropout_keep, softmax_scale_log2
 
 
 class DqStorage(NamedTuple):

@@ -1,6 +1,6 @@
 """Kernels for Hopper GPUs (compute capability 9.0) in Gluon, Triton's lower-level language, and which calls use them.
 
-`why_unsupported` lists the reasons to fall back to the portable kernels. `configs/hopper.json` lists the calls for
+`why_unsupported` lists the reasons to fall back to the portable kernels. `configs/gluon_sm90.json` lists the calls for
 which these kernels were faster on an H200 (on an H100 for packed documents by segment ids). Layouts of packed
 documents or with dropout are not benchmarked; they are listed because their neighbours are faster.
 """
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 _log_once = functools.cache(logger.info)
 
 #: The module that needs Gluon.
-_LAUNCHERS = "hf_flashbsa.kernels.hopper.launchers"
+_LAUNCH = "hf_flashbsa.kernels.gluon_sm90.launch"
 
 
 @functools.cache
@@ -35,7 +35,7 @@ def unavailable_reason() -> str | None:
         reason = f"tested with Triton {' and '.join(launch.KNOWN_TRITON)} only"
     else:
         try:
-            importlib.import_module(_LAUNCHERS)
+            importlib.import_module(_LAUNCH)
         except (ImportError, AttributeError) as error:
             reason = f"this release of Triton lacks what they need ({error})"
     if reason is not None:
@@ -45,7 +45,8 @@ def unavailable_reason() -> str | None:
 
 @functools.cache
 def _entries(kernel: str) -> list[dict]:
-    return json.loads(resources.files("hf_flashbsa.kernels").joinpath("configs", "hopper.json").read_text())[kernel]
+    file = resources.files("hf_flashbsa.kernels").joinpath("configs", "gluon_sm90.json")
+    return json.loads(file.read_text())[kernel]
 
 
 def _options(kernel: str, q: torch.Tensor, k: torch.Tensor, extras: Extras, params: Params) -> dict | None:
@@ -103,7 +104,7 @@ def why_unsupported(
     if 0 in (q.numel(), k.numel()):
         return "no tokens"
     if _options(kernel, q, k, extras, params) is None:
-        return "what configs/hopper.json does not list"
+        return "a shape or options that configs/gluon_sm90.json does not list"
     for x in (q, k, v, *others):
         # TMA needs 16-byte alignment and positive strides.
         if not is_aligned(x) or any(n > 1 and s <= 0 for n, s in zip(x.shape, x.stride(), strict=True)):
@@ -140,4 +141,4 @@ def select_launcher(
             _log_once("Hopper kernels: %s calls with %s", takers, reason)
         return None
     options = _options(kernel, q, k, extras, params)
-    return functools.partial(getattr(importlib.import_module(_LAUNCHERS), f"launch_{kernel}"), options, tile_counter)
+    return functools.partial(getattr(importlib.import_module(_LAUNCH), f"launch_{kernel}"), options, tile_counter)

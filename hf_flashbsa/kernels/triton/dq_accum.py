@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_flashbsa.kernels.rows import load_row_stats, store_row_stats
+from hf_flashbsa.kernels.triton.row_stats import load_row_stats, store_row_stats
 
 
 @triton.jit

@@ -14,10 +14,18 @@ from typing import NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from hf_flashbsa.kernels.hopper.common import CONSUMER_M, NUM_CONSUMERS, Problem, apply_window_mask, warp_uniform
-from hf_flashbsa.kernels.hopper.jobs import (
+from hf_flashbsa.kernels.gluon_sm90.bwd_dkdv_producer import load_partition
+from hf_flashbsa.kernels.gluon_sm90.bwd_dq_accum import (
+    DsProducer,
+    allocate_ds_pipeline,
+    dq_partition,
+    produce_ds,
+    wait_ds_consumed,
+    zero_past_end,
+)
+from hf_flashbsa.kernels.gluon_sm90.bwd_pipeline import (
     allocate_pipeline,
     allocate_resident,
     consumer_release,
@@ -26,31 +34,16 @@ from hf_flashbsa.kernels.hopper.jobs import (
     issue_s_dp,
     load_block_info,
     load_consumer_tile,
-    load_resident,
-    produce,
-    q_block,
     stage_results,
     stage_tile,
-    store_results,
     wait_resident,
 )
-from hf_flashbsa.kernels.hopper.scout import is_valid_tile, load_scheduled_tile, load_tile_info, scheduler_warp
-from hf_flashbsa.kernels.hopper.sums import (
-    DsProducer,
-    allocate_ds_pipeline,
-    dq_partition,
-    produce_ds,
-    wait_ds_consumed,
-    zero_past_end,
-)
-from hf_flashbsa.kernels.primitives import (
-    apply_segment_mask,
-    dropout_keep,
-    needs_segment_mask,
-    softmax_scale_log2,
-    visible_mask,
-)
-from hf_flashbsa.kernels.records import AttnMods, Tiles
+from hf_flashbsa.kernels.gluon_sm90.mask import apply_window_mask
+from hf_flashbsa.kernels.gluon_sm90.pipeline import CONSUMER_M, NUM_CONSUMERS, Problem, warp_uniform
+from hf_flashbsa.kernels.gluon_sm90.tile_scheduler import load_tile_info, scheduler_warp
+from hf_flashbsa.kernels.structs import AttnMods, Tiles
+from hf_flashbsa.kernels.triton.mask import apply_segment_mask, needs_segment_mask, visible_mask
+from hf_flashbsa.kernels.triton.score import dropout_keep, softmax_scale_log2
 
 
 class DkdvStorage(NamedTuple):
@@ -70,59 +63,6 @@ class OutputViews(NamedTuple):
 
     dk: object
     dv: object
-
-
-@gluon.jit
-def _produce_q(i, step, q, dout, stats, stats_stride, scheduled, tile_iter, smem, problem, tiles: gl.constexpr):
-    """Load the tile's `i`-th block of Q and dO and its row statistics, as block `step` of the pipeline."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([tiles.m // 32], [32], [1], [0])
-    is_partial = i < scheduled.num_partial
-    lo, hi = gl.to_tensor(0), gl.to_tensor(problem.len_q)
-    if is_partial:
-        # Reload the tile from the mailbox: the producer has few registers.
-        masked_tile = load_scheduled_tile(smem.resident.mailbox, tile_iter, problem, tiles, True)
-        head, start = q_block(masked_tile, problem, i, True, tiles)
-        lo, hi = masked_tile.block_range.lo, masked_tile.block_range.hi
-    else:
-        head, start = q_block(scheduled, problem, i - scheduled.num_partial, False, tiles)
-    queries = start + gl.arange(0, tiles.m, layout=LAYOUT)
-    row = stats + (scheduled.work_tile.other_batch.to(gl.int64) * problem.heads + head) * problem.len_q + queries
-    in_range = (queries >= lo) & (queries < hi)
-    # Queries outside the range get P = 0. Loaded before the wait for the stage, which hides the latency.
-    lse = gl.load(row, mask=in_range, other=float("inf"))
-    delta = gl.load(row + stats_stride, mask=in_range, other=0.0)
-    produce(smem.pipeline, step, q, dout, scheduled.work_tile.other_batch, head, start, is_partial, tiles.m, tiles.d)
-    stage = step % smem.pipeline.stages
-    word = stage * smem.stats_words
-    smem.row_stats.index(word).store(lse)
-    smem.row_stats.index(word + 1).store(delta)
-    if problem.mods.score_mod.seed is not None:
-        smem.row_stats.index(word + 2).store(gl.load(row + 2 * stats_stride, mask=in_range, other=0.0))
-        smem.row_stats.index(word + 3).store(gl.load(row + 3 * stats_stride, mask=in_range, other=0.0))
-    mbarrier.arrive(smem.pipeline.full.index(stage), count=1)
-
-
-@gluon.jit
-def _load_partition(q, dout, k, v, dk, dv, stats, stats_stride, smem, problem, tiles: gl.constexpr):
-    """The producer warp."""
-    resident = smem.resident
-    # Once consumers have released a block of this tile, the results of the previous tile are in place.
-    store_at = smem.pipeline.stages + 1
-    step, tile_iter = gl.to_tensor(0), gl.to_tensor(0)
-    load_resident(resident, tile_iter, k, v, problem, tiles)
-    while is_valid_tile(resident.mailbox, tile_iter):
-        scheduled = load_scheduled_tile(resident.mailbox, tile_iter, problem, tiles, True)
-        for i in range(gl.maximum(scheduled.num_blocks, store_at + 2)):
-            if i == store_at:
-                store_results(resident, tile_iter + 1, dk, dv, problem.len_k, problem)
-            if i == store_at + 1:
-                load_resident(resident, tile_iter + 1, k, v, problem, tiles)
-            if i < scheduled.num_blocks:
-                _produce_q(i, step + i, q, dout, stats, stats_stride, scheduled, tile_iter, smem, problem, tiles)
-        step += scheduled.num_blocks
-        tile_iter += 1
-    store_results(resident, tile_iter + 1, dk, dv, problem.len_k, problem)
-    tma.store_wait(0)
 
 
 @gluon.jit
@@ -440,7 +380,7 @@ def dkdv_kernel(
 ):  # fmt: skip
     """Writes `dk` and `dv`. They, `dout`, `q`, `k`, `v` are TMA descriptors of `(B, H, S, D)`, boxes of BLOCK_M (dout,
     q) or 64 rows; `dk_view` and `dv_view` are TensorViews, for tiles whose box extends into another sequence. `stats`
-    as in rows.py. With `dq_accum`, a descriptor as `dq_partition` takes it, dQ / scale is added there.
+    as in row_stats.py. With `dq_accum`, a descriptor as `dq_partition` takes it, dQ / scale is added there.
 
     OVERLAP_DKV: `_dkv_overlap_mainloop`, else `_sdp_overlap_mainloop`. PEEL_MASKED: full blocks run in a loop of their
     own. Grid: persistent programs that share `total_tiles` tiles of 128 keys.
@@ -472,7 +412,7 @@ def dkdv_kernel(
             [
                 (_consumer_0, (views, smem, problem, tiles, OVERLAP_DKV, PEEL_MASKED)),
                 (_consumer_1, (views, smem, problem, tiles, OVERLAP_DKV, PEEL_MASKED)),
-                (_load_partition, (q, dout, k, v, dk, dv, stats, stats_stride, smem, problem, tiles)),
+                (load_partition, (q, dout, k, v, dk, dv, stats, stats_stride, smem, problem, tiles)),
                 (scheduler_warp, (smem.resident.mailbox, problem, tiles, True)),
             ],
             [4, 1, 1],
@@ -484,7 +424,7 @@ def dkdv_kernel(
                 (_consumer_0, (views, smem, problem, tiles, OVERLAP_DKV, PEEL_MASKED)),
                 (_consumer_1, (views, smem, problem, tiles, OVERLAP_DKV, PEEL_MASKED)),
                 (dq_partition, (dq_accum, smem, problem, tiles)),
-                (_load_partition, (q, dout, k, v, dk, dv, stats, stats_stride, smem, problem, tiles)),
+                (load_partition, (q, dout, k, v, dk, dv, stats, stats_stride, smem, problem, tiles)),
                 (scheduler_warp, (smem.resident.mailbox, problem, tiles, True)),
             ],
             [4, 4, 1, 1],

@@ -14,17 +14,17 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from hf_flashbsa.kernels.hopper.common import (
+from hf_flashbsa.kernels.gluon_sm90.epilogue import epilogue
+from hf_flashbsa.kernels.gluon_sm90.mask import apply_mask, as_fragments, quad_layout
+from hf_flashbsa.kernels.gluon_sm90.pipeline import (
     CONSUMER_M,
     NUM_CONSUMERS,
     Problem,
-    as_fragments,
-    quad_layout,
     sched_barrier_arrive,
     sched_barrier_sync,
     smem_load,
 )
-from hf_flashbsa.kernels.hopper.feed import (
+from hf_flashbsa.kernels.gluon_sm90.producer import (
     BLOCK_INFO_WORDS,
     END_OF_WORK,
     LAST_BLOCK,
@@ -33,21 +33,19 @@ from hf_flashbsa.kernels.hopper.feed import (
     allocate_fwd_storage,
     load_partition,
 )
-from hf_flashbsa.kernels.hopper.scout import load_consumer_tile_info, load_tile_info, scheduler_warp
-from hf_flashbsa.kernels.hopper.softmax import (
+from hf_flashbsa.kernels.gluon_sm90.softmax import (
     SoftmaxState,
     apply_dropout,
-    apply_mask,
     cast_p,
-    epilogue,
     exp_scores,
     init_softmax,
     needs_rescale,
     rescale_o,
     softmax,
 )
-from hf_flashbsa.kernels.primitives import dropout_row_words
-from hf_flashbsa.kernels.records import AttnMods, Tiles
+from hf_flashbsa.kernels.gluon_sm90.tile_scheduler import load_consumer_tile_info, load_tile_info, scheduler_warp
+from hf_flashbsa.kernels.structs import AttnMods, Tiles
+from hf_flashbsa.kernels.triton.score import dropout_row_words
 
 
 @gluon.jit

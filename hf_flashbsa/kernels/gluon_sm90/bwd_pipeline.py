@@ -16,17 +16,17 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 
-from hf_flashbsa.kernels.hopper.common import (
+from hf_flashbsa.kernels.gluon_sm90.epilogue import store_smem_rows
+from hf_flashbsa.kernels.gluon_sm90.pipeline import (
     CONSUMER_M,
     NUM_CONSUMERS,
     barrier,
     smem_load,
     smem_store,
-    store_smem_rows,
     warp_uniform,
     zero_rows,
 )
-from hf_flashbsa.kernels.hopper.scout import (
+from hf_flashbsa.kernels.gluon_sm90.tile_scheduler import (
     allocate_mailbox,
     is_valid_tile,
     load_consumer_tile_info,
@@ -35,7 +35,7 @@ from hf_flashbsa.kernels.hopper.scout import (
     prefetch_next_tile,
     wait_tile,
 )
-from hf_flashbsa.kernels.primitives import block_start, partial_block_position
+from hf_flashbsa.kernels.triton.block_range import block_start, partial_block_position
 
 
 class ConsumerTile(NamedTuple):

@@ -6,26 +6,10 @@ from typing import NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from hf_flashbsa.kernels.hopper.common import (
-    CONSUMER_M,
-    RESCALE_VOTE,
-    apply_window_mask,
-    as_fragments,
-    broadcast_pairs,
-    quad_layout,
-    store_smem_rows,
-)
-from hf_flashbsa.kernels.primitives import (
-    LN2,
-    LOG2E,
-    apply_segment_mask,
-    block_bits,
-    dropout_keep,
-    needs_segment_mask,
-    softmax_scale_log2,
-)
+from hf_flashbsa.kernels.gluon_sm90.mask import as_fragments, broadcast_pairs, quad_layout
+from hf_flashbsa.kernels.gluon_sm90.pipeline import CONSUMER_M, RESCALE_VOTE
+from hf_flashbsa.kernels.triton.score import dropout_keep, softmax_scale_log2
 
 
 class SoftmaxState(NamedTuple):
@@ -45,41 +29,6 @@ def init_softmax(QUAD: gl.constexpr):
     return SoftmaxState(
         gl.full([CONSUMER_M, 4], float("-inf"), gl.float32, QUAD), gl.zeros([CONSUMER_M, 4], gl.float32, QUAD)
     )
-
-
-@gluon.jit
-def apply_mask(s, mods, head, work_tile, start, block_kind, tiles: gl.constexpr):
-    """Scores of the block from key `start` on, -inf where hidden. `block_kind` is the grid entry of a layout, loaded
-    by the producer; `visible_mask` would load it again.
-    """
-    rows = work_tile.begin + gl.arange(0, CONSUMER_M, layout=gl.SliceLayout(1, s.type.layout))
-    keys = start + gl.arange(0, tiles.n, layout=gl.SliceLayout(0, s.type.layout))
-    hi = gl.where(block_kind > 0, work_tile.hi, work_tile.lo)
-    s = apply_window_mask(s, mods, work_tile.begin, start, work_tile.lo, hi, work_tile.query_offset, tiles, False)
-    s = apply_segment_mask(
-        s,
-        mods.bounds,
-        work_tile.batch,
-        work_tile.other_batch,
-        needs_segment_mask(work_tile),
-        rows[:, None],
-        keys[None, :],
-    )
-    if tiles.sparse_block > 0:
-        if mods.blocks.mask_words is not None:
-            if block_kind > 1:
-                pos_q, pos_k = work_tile.begin - work_tile.query_origin, start - work_tile.key_origin
-                ok = block_bits(
-                    mods.blocks,
-                    block_kind,
-                    pos_q,
-                    pos_k,
-                    (rows - work_tile.begin)[:, None],
-                    (keys - start)[None, :],
-                    tiles,
-                )
-                s = gl.where(ok, s, float("-inf"))
-    return s
 
 
 @gluon.jit
@@ -240,36 +189,3 @@ def cast_p(s, LAYOUT: gl.constexpr, DTYPE: gl.constexpr):
             "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [s], dtype=gl.float16, is_pure=True, pack=2
         )
     return gl.convert_layout(p, LAYOUT)
-
-
-@gluon.jit
-def epilogue(o, state, tile, out_view, lse, sinks, head, work_tile, problem, S: gl.constexpr, tiles: gl.constexpr):
-    """O / row_sum and lse = ln 2 * (row_max + log2(row_sum)). O goes to `tile` in shared memory, from where the
-    producer TMA-stores it; lse goes to global memory.
-    """
-    O: gl.constexpr = o.type.layout
-    score_mod = problem.mods.score_mod
-    row_max = gl.convert_layout(gl.max(state.row_max, 1), gl.SliceLayout(1, S))
-    row_sum = gl.convert_layout(gl.sum(state.row_sum, 1), gl.SliceLayout(1, S))
-    if sinks is not None:
-        # Rows without visible keys keep weight 0.
-        sink = gl.where(row_max == float("-inf"), float("-inf"), gl.load(sinks + head) * LOG2E)
-        new_max = gl.maximum(row_max, sink)
-        new_max = gl.where(new_max == float("-inf"), 0.0, new_max)
-        row_scale = gl.exp2(row_max - new_max)
-        o = o * gl.convert_layout(row_scale, gl.SliceLayout(1, O))[:, None]
-        row_sum = row_sum * row_scale + gl.exp2(sink - new_max)
-        row_max = new_max
-    inverse = gl.where(row_sum > 0.0, 1.0 / row_sum, 0.0)
-    if score_mod.seed is not None:
-        inverse = inverse * score_mod.keep_scale
-    o = o * gl.convert_layout(inverse, gl.SliceLayout(1, O))[:, None]
-    tile.store(o.to(tile.dtype))
-    if problem.schedule is not None:
-        if work_tile.begin + CONSUMER_M > work_tile.end:
-            # The TMA box extends into the next sequence: store only this one's rows.
-            store_smem_rows(out_view, work_tile.batch, head, work_tile.begin, work_tile.end, tile, tiles.d)
-    fence_async_shared()
-    rows = work_tile.begin + gl.arange(0, CONSUMER_M, layout=gl.SliceLayout(1, S))
-    lse_offset = (work_tile.batch.to(gl.int64) * problem.heads + head) * problem.len_q + rows
-    gl.store(lse + lse_offset, (row_max + gl.log2(row_sum)) * LN2, mask=rows < work_tile.end)

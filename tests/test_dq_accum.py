@@ -11,7 +11,7 @@ from hf_flashbsa import attention, use_deterministic
 from hf_flashbsa.kernels import autograd
 from hf_flashbsa.kernels.arguments import score_mod_of, tensor_view
 from hf_flashbsa.kernels.state import NO_EXTRAS, Params
-from hf_flashbsa.kernels.sums import bwd_postprocess_kernel, bwd_preprocess_kernel
+from hf_flashbsa.kernels.triton.dq_accum import bwd_postprocess_kernel, bwd_preprocess_kernel
 
 BATCH, HEADS, LENGTH, DIM = 2, 3, 70, 64
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,7 +1,7 @@
 """Portable backward kernels. They recompute P from lse; none uses atomics, so results are deterministic.
 
 - `dq_kernel`: one program per query tile, loop over keys; computes delta and stores the row statistics first
-  (rows.py).
+  (row_stats.py).
 - `dkdv_kernel`: one program per key tile, loop over the query heads of its group and over queries; reads the
   statistics.
 - `dbias_kernel`: one program per bias tile, loop over the sequences and heads that the bias is broadcast over.
@@ -12,31 +12,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_flashbsa.kernels.primitives import (
-    apply_score_mod,
-    apply_segment_mask,
+from hf_flashbsa.kernels.structs import AttnMods, Tiles
+from hf_flashbsa.kernels.tables import SequenceColumn
+from hf_flashbsa.kernels.triton.block_range import (
     block_list_offsets,
-    block_pointer,
     block_start,
     decode_tile_index,
-    dot,
-    dropout_keep,
     get_block_range,
-    head_view,
-    load_bias,
-    load_tile,
     load_work_tile,
-    needs_segment_mask,
     partial_block_position,
-    softmax_scale_log2,
-    store_tile,
-    strided_pointers,
+)
+from hf_flashbsa.kernels.triton.load import head_view, load_tile, store_tile, strided_pointers
+from hf_flashbsa.kernels.triton.mask import (
+    apply_segment_mask,
+    block_pointer,
+    needs_segment_mask,
     visible_mask,
     window_mask,
 )
-from hf_flashbsa.kernels.records import AttnMods, Tiles
-from hf_flashbsa.kernels.rows import load_row_stats, read_row_stats, store_row_stats
-from hf_flashbsa.kernels.tables import SequenceColumn
+from hf_flashbsa.kernels.triton.row_stats import load_row_stats, read_row_stats, store_row_stats
+from hf_flashbsa.kernels.triton.score import apply_score_mod, dot, dropout_keep, load_bias, softmax_scale_log2
 
 SEQUENCE_COLUMNS: tl.constexpr = tl.constexpr(len(SequenceColumn))
 BATCH_Q: tl.constexpr = tl.constexpr(int(SequenceColumn.BATCH_Q))
@@ -234,7 +229,7 @@ def dq_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     SPARSE_BLOCK: tl.constexpr, MAX_BLOCKS_POW2: tl.constexpr,
 ):  # fmt: skip
-    """Writes `dq` and `stats` (rows.py). Grid: query tiles * heads * batch."""
+    """Writes `dq` and `stats` (row_stats.py). Grid: query tiles * heads * batch."""
     tiles: tl.constexpr = Tiles(
         BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, SPARSE_BLOCK, MAX_BLOCKS_POW2
     )

@@ -8,31 +8,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_flashbsa.kernels.primitives import (
-    LN2,
-    LOG2E,
-    apply_score_mod,
-    apply_segment_mask,
+from hf_flashbsa.kernels.structs import AttnMods, Tiles
+from hf_flashbsa.kernels.triton.block_range import (
     block_list_offsets,
     block_start,
     decode_tile_index,
+    first_full_block,
+    get_block_range,
+    load_work_tile,
+    partial_block_position,
+)
+from hf_flashbsa.kernels.triton.load import head_view, load_tile, store_tile
+from hf_flashbsa.kernels.triton.mask import apply_segment_mask, needs_segment_mask, visible_mask, window_mask
+from hf_flashbsa.kernels.triton.score import (
+    LN2,
+    LOG2E,
+    apply_score_mod,
     dot,
     dropout_keep,
     dropout_row_words,
-    first_full_block,
-    get_block_range,
-    head_view,
     load_bias,
-    load_tile,
-    load_work_tile,
-    needs_segment_mask,
-    partial_block_position,
     softmax_scale_log2,
-    store_tile,
-    visible_mask,
-    window_mask,
 )
-from hf_flashbsa.kernels.records import AttnMods, Tiles
 
 
 @triton.jit

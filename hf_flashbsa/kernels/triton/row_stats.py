@@ -12,7 +12,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from hf_flashbsa.kernels.primitives import LOG2E, dropout_row_words
+from hf_flashbsa.kernels.triton.score import LOG2E, dropout_row_words
 
 
 class SoftmaxStats(NamedTuple):

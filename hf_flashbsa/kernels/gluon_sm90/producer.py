@@ -15,25 +15,19 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from hf_flashbsa.kernels.hopper.common import (
-    CONSUMER_M,
-    NUM_CONSUMERS,
-    barrier,
-    count_blocks,
-    kv_block_start,
-    smem_store,
-    zero_rows,
-)
-from hf_flashbsa.kernels.hopper.scout import (
+from hf_flashbsa.kernels.gluon_sm90.pipeline import CONSUMER_M, NUM_CONSUMERS, barrier, smem_store, zero_rows
+from hf_flashbsa.kernels.gluon_sm90.tile_scheduler import (
     allocate_mailbox,
+    count_blocks,
     is_valid_tile,
+    kv_block_start,
     load_consumer_tile_info,
     load_scheduled_tile,
     load_tile_info,
     prefetch_next_tile,
     wait_tile,
 )
-from hf_flashbsa.kernels.primitives import block_pointer
+from hf_flashbsa.kernels.triton.mask import block_pointer
 
 
 class FwdStorage(NamedTuple):

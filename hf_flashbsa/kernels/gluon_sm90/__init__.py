@@ -1,0 +1,1 @@
+"""Gluon kernels for Hopper GPUs (sm_90): TMA, wgmma, warp specialisation. dispatch.py selects the calls."""
