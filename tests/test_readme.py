@@ -12,6 +12,7 @@ from pathlib import Path
 
 import doc_models
 import pytest
+import yaml
 
 import hf_flashbsa
 from hf_flashbsa.__main__ import COMMANDS as SUBCOMMANDS
@@ -167,6 +168,18 @@ def test_ci_runs_the_test_command():
 def test_hooks_run_the_ruff_that_ci_runs():
     version = re.search(r"^ruff==(.*)$", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE)[1]
     assert f"ruff-pre-commit\n    rev: v{version} " in (ROOT / ".pre-commit-config.yaml").read_text()
+
+
+def test_one_version():
+    version = hf_flashbsa.__version__
+    assert f'\nversion = "{version}"\n' in (ROOT / "pyproject.toml").read_text()
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## [{version}] - " in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob(".github/**/*.yml"), ROOT / "CITATION.cff"], ids=name_of)
+def test_repository_files_are_yaml(path):
+    assert yaml.safe_load(path.read_text())
 
 
 def test_api_reference_has_every_public_name():
