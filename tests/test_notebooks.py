@@ -1,4 +1,4 @@
-"""The notebooks run from start to end, show what their words promise, and lie in the repository without outputs."""
+"""The notebooks run from start to end, show what their words promise, and hold outputs of just this code."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
-from nbclient import NotebookClient
+from notebook_outputs import HASH, code_cells, execute, source_hash, texts, words
 from test_recipe_report import make_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,16 +24,10 @@ class Shown:
     """What an executed notebook shows: `text` with Markdown, rows of its `tables`, number of `pictures`."""
 
     def __init__(self, name, folder):
-        notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)
-        resources = {"metadata": {"path": str(folder)}}
-        NotebookClient(notebook, kernel_name="python3", timeout=300, resources=resources).execute()
-        outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-        data = [output.get("data", {}) for output in outputs]
-        texts = [output.get("text", "") for output in outputs] + [
-            part.get("text/markdown", part.get("text/plain", "")) for part in data
-        ]
-        self.text = "\n\n".join(texts)
-        self.pictures = sum("image/png" in part for part in data)
+        self.cells = {cell.id: cell for cell in code_cells(execute(ROOT / "notebooks" / name, folder))}
+        found = [text for cell in self.cells.values() for text in texts(cell)]
+        self.text = "\n\n".join(found)
+        self.pictures = found.count("picture")
 
     def table(self, *header):
         """Rows of the table whose first columns these are."""
@@ -49,9 +43,20 @@ class Shown:
         return rows
 
 
+def assert_stored(name, shown, but=()):
+    """The stored outputs say what a run says, numbers aside. They are those of a machine without a GPU."""
+    if torch.cuda.is_available():
+        return
+    for cell in code_cells(nbformat.read(ROOT / "notebooks" / name, as_version=4)):
+        if cell.id not in but:
+            found = words(shown.cells[cell.id])
+            assert words(cell) == found, f"{cell.id}: run python tests/notebook_outputs.py notebooks/{name}"
+
+
 @pytest.mark.parametrize("folder", [ROOT, ROOT / "notebooks"], ids=["root", "notebooks"])
 def test_quickstart(folder):
     shown = Shown("quickstart.ipynb", folder)
+    assert_stored("quickstart.ipynb", shown)
     backend = "triton" if torch.cuda.is_available() else "torch"
     layers = [line.split() for line in shown.text.splitlines() if "attn" in line]
     assert [line[2] for line in layers] == [backend] * 8  # six of BART, two of Llama
@@ -60,6 +65,7 @@ def test_quickstart(folder):
 
 def test_block_layouts():
     shown = Shown("block_layouts.ipynb", ROOT / "notebooks")
+    assert_stored("block_layouts.ipynb", shown)
     density = {name: [float(share.strip("%")) for share in row] for name, *row in shown.table("density", "512")}
     assert set(density.pop("all_blocks")) == {100.0}
     for name, shares in density.items():
@@ -74,6 +80,7 @@ def test_block_layouts():
 def test_study_trains_two_small_runs_where_there_are_none(tmp_path, monkeypatch):
     monkeypatch.setenv("XSUM_RUNS", str(tmp_path / "*"))
     shown = Shown("xsum_study.ipynb", ROOT / "notebooks")
+    assert_stored("xsum_study.ipynb", shown, but=("runs",))  # which shows progress
     assert f"No run matches {tmp_path}/*: training two very small ones." in shown.text
     for _, written_out, ours, window, flash in shown.table("length"):
         assert ours == window == flash and float(written_out) > float(ours)
@@ -108,13 +115,19 @@ def test_study_reads_given_runs(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_repository_holds_no_outputs(path):
+def test_outputs_belong_to_the_code(path):
+    """Code that changed since its outputs were stored changes the hash."""
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
-    for cell in notebook.cells:
-        assert not cell.metadata
-        if cell.cell_type == "code":
-            assert cell.outputs == [] and cell.execution_count is None, f"{cell.id}: clear all outputs before saving"
+    assert notebook.metadata.get(HASH) == source_hash(notebook), f"run: python tests/notebook_outputs.py {path}"
+    assert [cell.execution_count for cell in code_cells(notebook)] == list(range(1, len(code_cells(notebook)) + 1))
+    assert str(ROOT) not in path.read_text() and "/tmp/" not in path.read_text()
+
+
+def test_a_changed_cell_is_noticed():
+    notebook = nbformat.read(NOTEBOOKS[0], as_version=4)
+    code_cells(notebook)[0].source += "\n"
+    assert notebook.metadata[HASH] != source_hash(notebook)
 
 
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=["lint", "format"])
