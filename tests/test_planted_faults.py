@@ -4,6 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from eager_comparisons import (
+    assert_cross_attention_matches,
+    assert_encoder_matches,
+    assert_positions_match,
+    assert_rewritten_masks_match,
+    assert_window_of_zero_matches,
+)
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface
 from transformers_models import assert_dropout_is_applied, assert_matches_eager, assert_same, batch_for
 from unusual_models import COMPUTING, LATER_KEYS, NARROW, SHARED_CLASSES, WIDE, assert_matches_the_oracle
@@ -101,6 +109,42 @@ def cross_queries_unpadded_with_the_key_mask(module, query, key, value, mask, **
     return out, weights
 
 
+def positions_taken_for_documents(module, query, key, value, mask, position_ids=None, **kwargs):
+    """A document begins at the lowest position of its row, whatever the mask says."""
+    ids = (position_ids == position_ids.amin(-1, keepdim=True)).cumsum(-1, dtype=torch.int32)
+    dead = mask.spec.segment_ids_k is not None and mask.spec.segment_ids_k < 0
+    ids_k = ids if dead is False else ids.masked_fill(dead, -1)
+    return EXACT(module, query, key, value, _spec(mask, segment_ids_q=ids, segment_ids_k=ids_k), **kwargs)
+
+
+def queries_on_padding_zeroed(module, query, key, value, mask, **kwargs):
+    ids = mask.spec.segment_ids_k
+    return EXACT(module, query, key, value, _spec(mask, segment_ids_q=ids, segment_ids_k=ids), **kwargs)
+
+
+def causality_guessed(module, query, key, value, mask, **kwargs):
+    """sdpa's rule: a module that says nothing is causal."""
+    return EXACT(module, query, key, value, mask, **{"is_causal": getattr(module, "is_causal", True)} | kwargs)
+
+
+def window_of_zero_obeyed(module, query, key, value, mask, **kwargs):
+    window = (module.config.sliding_window, None)
+    return EXACT(module, query, key, value, _spec(mask, window_size=window), **kwargs)
+
+
+def masks_of_the_last_batch():
+    """A mask is read when it is met first, and again where its version counter says that it was written."""
+    known = WeakTensorKeyDictionary()
+
+    def fault(module, query, key, value, mask, **kwargs):
+        version, _ = known.get(mask, (None, None))
+        if version != mask._version:
+            known[mask] = mask._version, mask.clone()
+        return EXACT(module, query, key, value, known[mask][1], **kwargs)
+
+    return fault
+
+
 FAULTS = [
     (padding_ignored, "bart", "right"),
     (padding_ignored, "bert", "left"),
@@ -143,6 +187,34 @@ def test_the_comparison_notices(plant, fault, name, padding):
     plant(fault)
     with pytest.raises(AssertionError):
         assert_matches_eager(name, inputs)
+
+
+#: A fault, a comparison of `eager_comparisons` and its arguments.
+OTHERS = [
+    (positions_taken_for_documents, assert_positions_match, ("llama", "right", "zeros")),
+    (positions_taken_for_documents, assert_positions_match, ("llama", "left", "descending")),
+    (positions_taken_for_documents, assert_encoder_matches, ("t5gemma", "right", "documents")),
+    (queries_on_padding_zeroed, assert_encoder_matches, ("t5gemma", "left", "clamped")),
+    (queries_on_padding_zeroed, assert_encoder_matches, ("modernbert", "left", "clamped")),
+    (causality_guessed, assert_cross_attention_matches, ()),
+    (window_of_zero_obeyed, assert_window_of_zero_matches, ()),
+]
+
+
+@pytest.mark.parametrize(("fault", "comparison", "arguments"), OTHERS)
+def test_comparisons_of_special_inputs_notice(plant, fault, comparison, arguments):
+    comparison(*arguments)
+    plant(fault)
+    with pytest.raises(AssertionError):
+        comparison(*arguments)
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_the_comparison_of_rewritten_masks_notices(plant, kind):
+    plant(masks_of_the_last_batch())
+    assert_rewritten_masks_match("bert", kind, torch.Tensor.copy_)
+    with pytest.raises(AssertionError):
+        assert_rewritten_masks_match("bert", kind, lambda mask, values: mask.data.copy_(values))
 
 
 @pytest.mark.parametrize("fault", [dropout_ignored, dropout_without_rescaling, dropout_of_whole_keys])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from eager_comparisons import additive, assert_rewritten_masks_match, random_mask
 from packed_models import labelled, losses, packed, widths
 from torch import nn
 from transformers import AttentionInterface
@@ -35,41 +36,21 @@ def in_place(mask: torch.Tensor, values: torch.Tensor) -> None:
 WRITES = [by_numpy, by_data, by_other_memory, in_place]
 
 
-def visible(kind: str, seed: int) -> torch.Tensor:
-    """A mask of `(3, 1, 13 or 1, 13)`, in which every query sees itself or the first key."""
-    queries = 1 if kind == "keys" else 13
-    seen = torch.rand(3, 1, queries, 13, generator=torch.Generator().manual_seed(seed)) < 0.5
-    seen |= torch.eye(13, dtype=torch.bool)[:queries]
-    return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min) if kind == "float" else seen
-
-
-def as_eager_takes_it(mask: torch.Tensor) -> torch.Tensor:
-    if mask.is_floating_point():
-        return mask.clone()
-    return torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
-
-
 @pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize("kind", ["bool", "float", "keys"])
 @pytest.mark.parametrize("name", ["bert", "gemma2"])
 def test_masks_of_four_dimensions(name, kind, write):
-    """In two models of ours, one behind the other, which share the buffer, and in one again."""
-    inputs, mask = batch_for(name, "none"), visible(kind, 0)
-    models = tiny(name, "bsa_dense"), tiny(name, "bsa_dense")
-    for seed, model in enumerate((models[0], models[1], models[0])):
-        write(mask, visible(kind, seed))
-        expected = run(tiny(name, "eager"), inputs, attention_mask=as_eager_takes_it(mask))
-        assert_same(run(model, inputs, attention_mask=mask), expected)
+    assert_rewritten_masks_match(name, kind, write)
 
 
 @pytest.mark.parametrize("kind", ["bool", "float", "keys"])
 def test_masks_made_in_inference_mode(kind):
     inputs, model, eager = batch_for("bert", "none"), tiny("bert", "bsa_dense").eval(), tiny("bert", "eager").eval()
     with torch.inference_mode():
-        mask = visible(kind, 0)
+        mask = random_mask(kind, 0)
         for seed in range(2):
-            mask.copy_(visible(kind, seed))
-            expected = eager(**inputs, attention_mask=as_eager_takes_it(mask)).logits
+            mask.copy_(random_mask(kind, seed))
+            expected = eager(**inputs, attention_mask=additive(mask)).logits
             torch.testing.assert_close(model(**inputs, attention_mask=mask).logits, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -78,11 +59,11 @@ def test_masks_made_in_inference_mode(kind):
 def test_layers_without_a_model(kind, write):
     """Any layer of any model may be the next to get the buffer."""
     q, k, v = torch.randn(3, 3, 4, 13, 8, generator=torch.Generator().manual_seed(0))
-    mask = visible(kind, 0)
+    mask = random_mask(kind, 0)
     for seed in range(3):
-        write(mask, visible(kind, seed))
+        write(mask, random_mask(kind, seed))
         out, _ = DENSE(nn.Module(), q, k, v, mask)
-        bias = as_eager_takes_it(mask)
+        bias = additive(mask)
         expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, bias)
         torch.testing.assert_close(out, expected.transpose(1, 2), rtol=1e-5, atol=1e-5)
 

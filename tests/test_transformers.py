@@ -80,6 +80,24 @@ def test_an_image_model_without_masks():
     assert_same(*results)
 
 
+def test_attention_between_channels():
+    """Florence-2's vision tower hands over transposed views, whose last dimension is not contiguous."""
+    config = transformers.Florence2VisionConfig(
+        embed_dim=[16, 32], num_heads=[2, 4], num_groups=[2, 4], depths=[1, 1], window_size=4, patch_size=[7, 3],
+        patch_stride=[4, 2], patch_padding=[3, 1], patch_prenorm=[False, True], projection_dim=32, drop_path_rate=0.0,
+        max_position_embeddings=8,
+    )  # fmt: skip
+    image = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    results = []
+    for how in ("bsa_dense", "eager"):
+        model = transformers.Florence2VisionBackbone._from_config(config, attn_implementation=how)
+        strengthen(model)
+        states = model(image).last_hidden_state
+        states.square().mean().backward()
+        results.append((states.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    assert_same(*results)
+
+
 def test_backends_used_lists_the_layers_that_came_here():
     bart = tiny("bart", "bsa_dense")
     assert backends_used(bart) == {}
