@@ -319,11 +319,11 @@ def test_a_model_without_source_is_taken_to_dispatch():
 
 def test_models_with_their_own_attention_get_the_eager_mask(caplog):
     call = dict(batch_size=BATCH, q_length=5, kv_length=5, attention_mask=mask_of(BATCH, 5, "left").bool())
-    config = transformers.GPTJModel.config_class()  # no other test asks about it
+    config = transformers.GPTNeoModel.config_class()  # no other test asks about it
     mask = bsa_mask(**call, config=config, dtype=torch.float32)
     assert torch.equal(mask, masking_utils.eager_mask(**call, dtype=torch.float32))
     bsa_mask(**call, config=config, dtype=torch.float32)
-    assert [r.message for r in caplog.records if "GPTJ" in r.message] == caplog.messages[:1], "one line, once"
+    assert [r.message for r in caplog.records if "GPTNeo" in r.message] == caplog.messages[:1], "one line, once"
 
 
 def test_a_spec_is_not_changed_by_what_is_derived_from_it():

@@ -134,7 +134,7 @@ def _attend(
     packed = cu_seq_lens_q is not None or cu_seq_lens_k is not None
     if attention_mask is None or attention_mask.ndim == 2:
         is_causal = _is_causal(module, is_causal, attention_mask is not None or packed)
-    mask = _as_mask_spec(attention_mask, query, key, is_causal, sliding_window)
+    mask = _as_mask_spec(attention_mask, query, key, is_causal, sliding_window, sparse is not None)
     if packed:
         _check_packing(module, is_causal, query, key, cu_seq_lens_q, cu_seq_lens_k)
         spec = mask.packed_by(cu_seq_lens_q, cu_seq_lens_k, dense=position_bias is not None)
@@ -239,15 +239,21 @@ def _aligned_bias(bias: torch.Tensor, mask: MaskSpec | torch.Tensor | None) -> t
 _SPECS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _spec_of(mask: torch.Tensor) -> AttentionSpec:
+def _spec_of(mask: torch.Tensor, heads: int, len_q: int) -> AttentionSpec:
     """The spec of a bool mask of four dimensions, one for all layers that get it."""
-    is_padding = mask.shape[1] == mask.shape[2] == 1  # becomes segment ids, which are a copy
-    if is_padding or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return AttentionSpec(mask=mask)
     known = _SPECS.get(mask)
-    if known is None or not known.mask.is_set_to(mask):  # `mask.data = other` moves a tensor to other memory
-        known = _SPECS[mask] = AttentionSpec(mask=mask.detach())
+    if known is None or not known.mask.is_set_to(_by_query(mask, heads, len_q)):  # `mask.data = other` moves it
+        known = AttentionSpec(mask=_by_query(mask.detach(), heads, len_q))
+        if known.mask is not None:
+            _SPECS[mask] = known
     return known
+
+
+def _by_query(mask: torch.Tensor, heads: int, len_q: int) -> torch.Tensor:
+    """A padding mask `(B, 1, 1, K)` for all heads and queries, without a copy; a spec would make segment ids of it."""
+    return mask.expand(-1, heads, len_q, -1) if mask.shape[1] == mask.shape[2] == 1 else mask
 
 
 def _as_mask_spec(
@@ -256,6 +262,7 @@ def _as_mask_spec(
     key: torch.Tensor,
     is_causal: bool | None,
     sliding_window: int | None,
+    is_sparse: bool = False,
 ) -> MaskSpec:
     shape = (query.shape[0], 1, query.shape[2], key.shape[2])
     if isinstance(mask, MaskSpec):
@@ -278,7 +285,9 @@ def _as_mask_spec(
         return MaskSpec(spec, shape, query.device)
     if mask.ndim != 4 or mask.dtype != torch.bool:
         raise ValueError(f"attention_mask: {tuple(mask.shape)} {mask.dtype}; give 4-D bool or float, or 2-D padding.")
-    return MaskSpec(_spec_of(mask), shape, query.device)
+    # Layouts count from the first live key, which segment ids tell.
+    spec = AttentionSpec(mask=mask) if is_sparse else _spec_of(mask, query.shape[1], query.shape[2])
+    return MaskSpec(spec, shape, query.device)
 
 
 def _check_packing(
