@@ -19,6 +19,7 @@ from recipe_runs import (
 from recipes.xsum import train as script
 from recipes.xsum.config import load_config
 from recipes.xsum.corpus import generate_corpus
+from recipes.xsum.manifest import write_manifest
 from recipes.xsum.tokenizer import load_tokenizer
 
 BERT = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -110,6 +111,7 @@ def test_errors_of_the_run_directory(capsys, tmp_path):
         ("metrics_bytes", 10**6, "metrics.jsonl is shorter than it was at step_00000004"),
     ):
         state.write_text(json.dumps(record | {key: wrong}))
+        write_manifest(state.parent)
         assert words in error_of(capsys, config, out, "--resume")
     (out / "checkpoints").rename(out / "elsewhere")
     assert "holds no complete checkpoint; start again with --overwrite" in error_of(capsys, config, out, "--resume")

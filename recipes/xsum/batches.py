@@ -23,6 +23,7 @@ from recipes.xsum.data import (
     tokenize_records,
 )
 from recipes.xsum.model import IGNORED_LABEL
+from recipes.xsum.processes import main_first
 from recipes.xsum.records import load_records
 from recipes.xsum.tokenizer import load_tokenizer
 
@@ -45,7 +46,8 @@ class RunData:
         config.check_prompt()
         if config.seed + accelerator.num_processes > 2**32:
             raise ConfigError(f"seed {config.seed}: each process adds its rank, beyond 2**32 - 1; lower it")
-        with accelerator.main_process_first():
+
+        def load() -> None:
             self.records = {split: load_records(config, split) for split in config.splits}
             name = config.tokenizer if tokenizer_folder is None else str(tokenizer_folder)
             self.tokenizer = load_tokenizer(replace(config, tokenizer=name), self.records["train"])
@@ -53,6 +55,8 @@ class RunData:
                 split: tokenize_records(records, self.tokenizer, config, architecture)
                 for split, records in self.records.items()
             }
+
+        main_first(accelerator, load)
         self.lengths = list(self.tokens["train"]["length"])
         self._per_step = config.gradient_accumulation_steps * accelerator.num_processes
         self._starts = [0]  # the first step of each epoch, as far as they are known

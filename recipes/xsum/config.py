@@ -15,8 +15,10 @@ from typing import Any
 
 import yaml
 
+from recipes.xsum.errors import RecipeError
 
-class ConfigError(ValueError):
+
+class ConfigError(RecipeError, ValueError):
     """A setting that cannot work; the message names it and what to do."""
 
 

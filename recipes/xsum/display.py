@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from datetime import timedelta
 from typing import Any
 
@@ -29,6 +30,13 @@ def quiet_libraries() -> None:
         datasets.disable_progress_bars()
     # A tied weight is saved once, as it should be; Accelerate warns of it each time.
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
+    threading.excepthook = _thread_error
+
+
+def _thread_error(details: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writing thread hands its errors to the thread that logs, so they need not be shown twice."""
+    if not (issubclass(details.exc_type, OSError) and type(details.thread).__module__.startswith("tensorboard.")):
+        threading.__excepthook__(details)
 
 
 class _Numbers(ProgressColumn):

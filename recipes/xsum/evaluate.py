@@ -3,8 +3,8 @@
     python recipes/xsum/evaluate.py runs/xsum                          # final model, test split
     accelerate launch recipes/xsum/evaluate.py runs/xsum --split validation --max_eval_examples 500
 
-It writes RUN_DIR/rouge.json and RUN_DIR/predictions.jsonl; `--checkpoint untrained` adds the scores of the model
-before its first step to rouge.json.
+It writes rouge.json and predictions.jsonl to RUN_DIR, or to `--out` where that cannot be written; `--checkpoint
+untrained` adds the scores of the model before its first step to rouge.json.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,9 +35,10 @@ from transformers import (
 from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
 import hf_flashbsa  # noqa: F401 - registers bsa_dense
-from recipes.xsum.checkpoint import write_atomically
 from recipes.xsum.config import Config, ConfigError, load_config
 from recipes.xsum.data import tokenize_records
+from recipes.xsum.errors import WriteError, run_script
+from recipes.xsum.files import read_json, write_atomically, write_files
 from recipes.xsum.model import (
     IGNORED_LABEL,
     apply_layouts,
@@ -47,8 +49,10 @@ from recipes.xsum.model import (
     summed_loss,
     transformers_config,
 )
-from recipes.xsum.records import DataError, load_records
+from recipes.xsum.processes import on_main, start_accelerator
+from recipes.xsum.records import load_records
 from recipes.xsum.rouge import rouge_scores
+from recipes.xsum.run_lock import RunLock
 from recipes.xsum.tokenizer import pretrained_tokenizer
 
 # Loss
@@ -189,8 +193,8 @@ def write_scores(run_dir: Path, split: str, records: Dataset, predictions: list[
         json.dumps({"id": name, "prediction": prediction, "reference": reference}, ensure_ascii=False) + "\n"
         for name, prediction, reference in rows
     ]
-    write_atomically(run_dir / "predictions.jsonl", "".join(lines))
-    write_atomically(run_dir / "rouge.json", json.dumps(result, indent=2) + "\n")
+    texts = {"predictions.jsonl": "".join(lines), "rouge.json": json.dumps(result, indent=2) + "\n"}
+    write_files({run_dir / name: text for name, text in texts.items()})
 
 
 def write_untrained_scores(run_dir: Path, split: str, records: Dataset, scores: dict[str, dict]) -> None:
@@ -204,7 +208,7 @@ def write_untrained_scores(run_dir: Path, split: str, records: Dataset, scores: 
 
 def _read_scores(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "rouge.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path, "remove it and score the run again") if path.is_file() else {}
 
 
 def load_trained(
@@ -237,46 +241,67 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run_dir", type=Path, help="folder that train.py wrote")
     parser.add_argument("--split", choices=("validation", "test"), help="held-out split [the run's final_split]")
     parser.add_argument("--checkpoint", choices=("last", "untrained"), default="last", help="which weights [last]")
+    parser.add_argument("--out", type=Path, help="folder to write to [RUN_DIR]")
     parser.add_argument("--max_eval_examples", help="use only the first documents [the run's max_eval_examples]")
     arguments = parser.parse_args(argv)
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
-    try:
-        _evaluate_run(arguments, console)
-    except (ConfigError, DataError) as error:
-        console.print(f"error: {error}", markup=False)
-        return 2
-    return 0
+    return run_script(lambda: _evaluate_run(arguments))
 
 
-def _evaluate_run(arguments: argparse.Namespace, console: Console) -> None:
+def _evaluate_run(arguments: argparse.Namespace) -> None:
+    """Everything that can fail is tried before summaries are generated, which may take hours: writing, too."""
     run_dir, untrained = arguments.run_dir, arguments.checkpoint == "untrained"
+    out = arguments.out or run_dir
     limit = arguments.max_eval_examples
     config = load_config(run_dir / "config.yaml", {} if limit is None else {"max_eval_examples": limit})
     split = arguments.split or config.final_split
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    console.quiet = not accelerator.is_main_process
+    accelerator = start_accelerator(config)
     check_attention(config, accelerator.device)
-    model, tokenizer = load_trained(run_dir, config, untrained=untrained)
-    model.to(accelerator.device)
-    records = load_records(config, split)
-    dataset = tokenize_records(records, tokenizer, config, config.architecture)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        predictions = generate_summaries(model, tokenizer, dataset, config, accelerator, progress)
-    accelerator.end_training()  # a process that just stops can make the others abort
-    if not accelerator.is_main_process:
-        return
-    scores = rouge_scores(
-        predictions, records["summary"], bootstrap_samples=config.bootstrap_samples, seed=config.seed
-    )
-    if untrained:
-        write_untrained_scores(run_dir, split, records, scores)
-    else:
-        write_scores(run_dir, split, records, predictions, scores)
+    with RunLock(out) as lock:
+        on_main(accelerator, lambda: lock.acquire() or _read_scores(out))
+        model, tokenizer = load_trained(run_dir, config, untrained=untrained)
+        model.to(accelerator.device)
+        records = load_records(config, split)
+        dataset = tokenize_records(records, tokenizer, config, config.architecture)
+        predictions = _generate(model, tokenizer, dataset, config, accelerator)
+        accelerator.end_training()  # a process that just stops can make the others abort
+        if not accelerator.is_main_process:
+            return
+        scores = rouge_scores(
+            predictions, records["summary"], bootstrap_samples=config.bootstrap_samples, seed=config.seed
+        )
+        if untrained:
+            _write_or_rescue(out, lambda folder: write_untrained_scores(folder, split, records, scores))
+        else:
+            _write_or_rescue(out, lambda folder: write_scores(folder, split, records, predictions, scores))
     table = Table("", "ROUGE", "95 % interval", title=f"{run_dir.name}: {len(records)} {split} documents")
     for kind, points in scores.items():
         table.add_row(kind, f"{points['score']:.2f}", f"{points['low']:.2f} to {points['high']:.2f}")
     Console().print(table)
+
+
+def _generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    dataset: Dataset,
+    config: Config,
+    accelerator: Accelerator,
+) -> list[str]:
+    """`generate_summaries` with a progress bar on the main process' stderr."""
+    console = Console(stderr=True, soft_wrap=True, quiet=not accelerator.is_main_process)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        return generate_summaries(model, tokenizer, dataset, config, accelerator, progress)
+
+
+def _write_or_rescue(out: Path, write: Callable[[Path], None]) -> None:
+    """Write scores to `out`, elsewhere if it cannot be written any more: summaries that took hours are not lost."""
+    try:
+        write(out)
+    except WriteError as error:
+        rescue = Path(tempfile.mkdtemp(prefix=f"{out.resolve().name}_scores_"))
+        write(rescue)
+        remedy = f"{error.remedy}; what was to be written there is in {rescue}"
+        raise WriteError(error.path, error.reason, remedy) from error
 
 
 if __name__ == "__main__":

@@ -1,20 +1,16 @@
-"""Parts of the training loop that know nothing of models: schedule, signals, work of the main process."""
+"""Parts of the training loop that know nothing of models: schedule and signals."""
 
 from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
 
-from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import broadcast_object_list
 
 from recipes.xsum.config import Config, ConfigError
-
-T = TypeVar("T")
+from recipes.xsum.errors import Interrupted
 
 
 def learning_rate_at(step: int, total_steps: int, config: Config) -> float:
@@ -36,14 +32,6 @@ def check_trackers(config: Config) -> None:
     for name in config.report_to:
         if name not in known:
             raise ConfigError(f"report_to: {name!r} is not installed or unknown; installed: {', '.join(known) or '-'}")
-
-
-class Interrupted(Exception):
-    """SIGINT or SIGTERM ended the run; the message says what is saved."""
-
-    def __init__(self, signum: int, message: str) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}: {message}")
-        self.exit_code = 128 + signum
 
 
 class StopSignal:
@@ -80,17 +68,3 @@ class StopSignal:
             yield
         finally:
             self._message = None
-
-
-def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
-    """Run `action` on the main process alone; every process gets its result, or its `ConfigError`."""
-    outcome: list[tuple[T | None, str | None]] = [(None, None)]
-    if accelerator.is_main_process:
-        try:
-            outcome = [(action(), None)]
-        except ConfigError as error:
-            outcome = [(None, str(error))]
-    result, error = broadcast_object_list(outcome)[0]
-    if error is not None:
-        raise ConfigError(error)
-    return result

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from hf_flashbsa import enable_fused_loss, enable_padding_free
 from hf_flashbsa.training.ledger import measure_step
-from recipes.xsum.checkpoint import write_atomically
 from recipes.xsum.config import Config, ConfigError
+from recipes.xsum.files import write_atomically
 from recipes.xsum.model import training_loss
 
 OPTIONS = ("padding_free", "fused_linear_cross_entropy", "token_budget", "group_by_length", "gradient_checkpointing")

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from recipes.xsum.files import writing
 from recipes.xsum.model import IGNORED_LABEL
 
 GIB = 2**30
@@ -82,19 +83,33 @@ class Window:
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object per line, flushed as it is written.
+    """metrics.jsonl: one JSON object per line, on its way to the disk once written; a line is whole or not there.
 
     `keep_bytes` is the file's size at the checkpoint a run resumes from; what was written later is cut off, so
     that no step stands twice.
     """
 
     def __init__(self, path: Path, keep_bytes: int = 0) -> None:
-        self._file = open(path, "ab")
-        self._file.truncate(keep_bytes)
+        self.path = path
+        with writing(path):
+            self._file = open(path, "ab", buffering=0)
+            self._file.truncate(keep_bytes)
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        """Append a line. Raises `WriteError`, with the file as before, where it cannot."""
+        rest, size = json.dumps(record, allow_nan=False).encode() + b"\n", self.size
+        with writing(self.path):
+            try:
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+            except OSError:
+                self._file.truncate(size)
+                raise
+
+    def sync(self) -> None:
+        """Wait until all lines are on the disk, where a checkpoint that counts them must find them."""
+        with writing(self.path):
+            os.fsync(self._file.fileno())
 
     @property
     def size(self) -> int:

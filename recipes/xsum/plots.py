@@ -13,6 +13,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from recipes.xsum.files import new_file
+
 if TYPE_CHECKING:
     from recipes.xsum.report import Run
 
@@ -228,7 +230,8 @@ def draw_plots(runs: Sequence[Run], out: Path) -> list[tuple[str, str, str]]:
             figure, axes = plt.subplots()
             axes.set_title(title, loc="left")
             if draw(axes, runs):
-                figure.savefig(out / name)
+                with new_file(out / name) as partial:
+                    figure.savefig(partial, format="png")
                 made.append((name, title, caption))
             plt.close(figure)
     return made

@@ -17,6 +17,7 @@ from datasets.exceptions import DatasetsError
 
 from recipes.xsum.config import Config, first_line
 from recipes.xsum.corpus import generate_corpus
+from recipes.xsum.errors import RecipeError
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ JSON_KINDS = {
 }
 
 
-class DataError(ValueError):
+class DataError(RecipeError, ValueError):
     """Data or a tokenizer that cannot be used; the message names the place and the remedy."""
 
 

@@ -20,7 +20,10 @@ import yaml
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from recipes.xsum.errors import RecipeError, run_script
+from recipes.xsum.files import read_json, write_atomically
 from recipes.xsum.plots import GIB, ROUGE_LABELS, draw_plots, part_names
+from recipes.xsum.run_lock import RunLock
 
 COUNTERS = ("examples", "source_tokens", "target_tokens")
 MEMORY_NOTE = (
@@ -30,8 +33,8 @@ MEMORY_NOTE = (
 )
 
 
-class ReportError(ValueError):
-    """The arguments name no run."""
+class ReportError(RecipeError, ValueError):
+    """The arguments name no run, or a file of one is damaged."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,10 @@ def read_run(path: Path) -> Run:
     """Read a run directory, finished or not. Raises `ReportError` where it has no config.yaml."""
     if not (path / "config.yaml").is_file():
         raise ReportError(f"{path} is no run directory: it has no config.yaml")
-    config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    try:
+        config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ReportError(f"{path / 'config.yaml'} is no valid YAML: {' '.join(str(error).split())}") from error
     missing, records = [], []
     if not (path / "metrics.jsonl").is_file():
         missing.append("no metrics.jsonl: training never started")
@@ -86,7 +92,7 @@ def read_run(path: Path) -> Run:
         if lines and not lines[-1].endswith("\n"):
             lines.pop()
             missing.append("the last line of metrics.jsonl is cut: killed while writing")
-        records = [json.loads(line) for line in lines]
+        records = [_parse(path / "metrics.jsonl", number, line) for number, line in enumerate(lines, start=1)]
         if not any("loss" in record for record in records):
             missing.append("no training step logged")
     train = [record for record in records if "loss" in record]
@@ -107,14 +113,28 @@ def read_run(path: Path) -> Run:
 
 
 def _read_json(path: Path) -> dict | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path, "remove it to report without it") if path.is_file() else None
+
+
+def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ReportError(f"{path}, line {number} is damaged: {error}; train.py --resume mends it") from error
 
 
 def write_report(paths: Sequence[Path], out: Path) -> Path:
     """Write `out`/report.md and its figures; returns the report's path."""
     runs = _unique_names([read_run(path) for path in paths])
-    out.mkdir(parents=True, exist_ok=True)
-    plots = draw_plots(runs, out)
+    with RunLock(out) as lock:
+        lock.acquire()
+        report = out / "report.md"
+        write_atomically(report, _text(runs, draw_plots(runs, out)))
+    return report
+
+
+def _text(runs: Sequence[Run], plots: Sequence[tuple[str, str, str]]) -> str:
+    """The report in Markdown; `plots` is what `draw_plots` returned."""
     parts = [
         "# Runs compared",
         "## Summary",
@@ -139,9 +159,7 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
     parts += [f"### {title}\n\n![{title}]({name})\n\n{caption}" for name, title, caption in plots] or [
         "Nothing was logged to plot."
     ]
-    report = out / "report.md"
-    report.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    return report
+    return "\n\n".join(parts) + "\n"
 
 
 def _unique_names(runs: list[Run]) -> list[Run]:
@@ -282,12 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", type=Path, help="run directories; the first one is the reference")
     parser.add_argument("--out", type=Path, default=Path("report"), help="folder to write to [report]")
     arguments = parser.parse_args(argv)
-    try:
-        print(write_report(arguments.runs, arguments.out))
-    except ReportError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_script(lambda: print(write_report(arguments.runs, arguments.out)))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -30,9 +29,10 @@ from accelerate.utils import DistributedType, ProjectConfiguration, send_to_devi
 
 import hf_flashbsa  # noqa: F401 - registers bsa_dense
 from recipes.xsum.batches import RunData
-from recipes.xsum.checkpoint import check_run_dir, load_checkpoint, open_run_dir, save_checkpoint
+from recipes.xsum.checkpoint import NEWEST, check_run_dir, load_checkpoint, open_run_dir, save_checkpoint
 from recipes.xsum.config import Config, ConfigError, load_config, parse_arguments
 from recipes.xsum.display import Display, quiet_libraries
+from recipes.xsum.errors import Interrupted, RecipeError, WriteError, run_script
 from recipes.xsum.evaluate import (
     evaluate_loss,
     generate_summaries,
@@ -40,7 +40,8 @@ from recipes.xsum.evaluate import (
     write_scores,
     write_untrained_scores,
 )
-from recipes.xsum.loop import Interrupted, StopSignal, check_trackers, learning_rate_at, on_main
+from recipes.xsum.files import new_folder, writing
+from recipes.xsum.loop import StopSignal, check_trackers, learning_rate_at
 from recipes.xsum.memory import apply_options, options_record, write_ledger
 from recipes.xsum.metrics import GIB, Meter, MetricsLog, TrainingState, Window, environment
 from recipes.xsum.model import (
@@ -52,44 +53,50 @@ from recipes.xsum.model import (
     prepare,
     training_loss,
 )
-from recipes.xsum.records import DataError
+from recipes.xsum.processes import on_main, start_accelerator, together
 from recipes.xsum.rouge import rouge_scores
+from recipes.xsum.run_lock import RunLock
 
 #: What gloo's threads are given to end their work; they take microseconds.
 GLOO_SECONDS = 0.5
 
 
-class TrainingError(RuntimeError):
+class TrainingError(RecipeError):
     """Training cannot go on; the message says why and what to change."""
 
 
-def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> Path:
+def train(config: Config, *, resume: str | None = None, overwrite: bool = False) -> Path:
     """Train, save and evaluate as `config` says; returns the run directory.
 
-    Nothing is written, and with `overwrite` nothing deleted, before device, data, tokenizer and model are known
-    to fit together.
+    `resume` names the checkpoint to go on from, `NEWEST` takes the last one. Nothing is written but the lock of the
+    run directory, and with `overwrite` nothing deleted, before device, data, tokenizer and model are known to fit
+    together.
 
     Raises:
-        ConfigError, DataError: something does not fit; the message names it.
-        TrainingError: the loss is no longer a number.
+        RecipeError: something does not fit, another process writes this run, a checkpoint is damaged, the loss is no
+            longer a number; the message names it. Every process raises the same.
+        WriteError: a file cannot be written; the message says what is saved.
         Interrupted: SIGINT or SIGTERM came; the message names the checkpoint to resume from.
     """
     quiet_libraries()
     check_trackers(config)
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
+    accelerator = start_accelerator(
+        config,
         log_with=config.report_to or None,
         project_config=ProjectConfiguration(logging_dir=str(Path(config.output_dir) / "trackers")),
     )
     check_attention(config, accelerator.device)
-    checkpoint = on_main(accelerator, lambda: check_run_dir(config, resume=resume, overwrite=overwrite))
-    training = Training(config, accelerator, checkpoint)
-    try:
-        training.open()
-        training.fit()
-        training.finish()
-    finally:
-        training.close()
+    with RunLock(Path(config.output_dir)) as lock:
+
+        def claim() -> Path | None:
+            lock.acquire()
+            return check_run_dir(config, resume=resume, overwrite=overwrite)
+
+        checkpoint = on_main(accelerator, claim)
+        with Training(config, accelerator, checkpoint) as training:
+            training.open()
+            training.fit()
+            training.finish()
     return training.run_dir
 
 
@@ -102,14 +109,16 @@ class Training:
         self.data = RunData(config, accelerator, self.run_dir / "tokenizer" if checkpoint else None)
         self.total_steps = config.max_steps or self.data.steps_in(config.num_epochs)
         set_seed(config.seed)
-        model = build_model(config, self.data.tokenizer)
+        model = together(accelerator, lambda: build_model(config, self.data.tokenizer))
         apply_options(config, model)
         self.collator = self.data.collator(model)
         self.model, self.optimizer = prepare(accelerator, model, build_optimizer(config, model))
         set_seed(config.seed, device_specific=True)  # the same weights on every process, but not the same dropout
         self.state, self.metrics_bytes = TrainingState(), 0
         if checkpoint is not None:
-            self.state, self.metrics_bytes = load_checkpoint(accelerator, checkpoint, self.data.lengths)
+            self.state, self.metrics_bytes = together(
+                accelerator, lambda: load_checkpoint(accelerator, checkpoint, self.data.lengths)
+            )
         if self.state.step > self.total_steps:
             raise ConfigError(f"{checkpoint} has more steps than this run is to have, {self.total_steps}")
         self.window = Window()
@@ -119,24 +128,50 @@ class Training:
         self.log: MetricsLog | None = None  # the main process'
         self.attention: dict[str, Any] | None = None  # known once the model has run
 
+    def __enter__(self) -> Training:
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        try:
+            self.close()
+        except OSError:  # of a tracker
+            if error is None:
+                raise
+        if isinstance(error, WriteError):
+            then = (
+                f"continue with --resume: {self.checkpoint} is whole"
+                if self.checkpoint
+                else "start again with --overwrite"
+            )
+            raise WriteError(error.path, error.reason, f"{error.remedy}, then {then}") from error
+
     # Phases
 
     def open(self) -> None:
         """Begin or continue the run directory, and score the untrained model if asked to."""
         config, accelerator, resume = self.config, self.accelerator, self.checkpoint is not None
-        if accelerator.is_main_process:
-            open_run_dir(config, environment(accelerator.device, accelerator.num_processes), resume=resume)
-            self.data.tokenizer.save_pretrained(self.run_dir / "tokenizer")
+
+        def open_files() -> None:
+            open_run_dir(config, environment(accelerator.device, accelerator.num_processes), self.checkpoint)
+            if not resume:
+                with new_folder(self.run_dir / "tokenizer") as folder:
+                    self.data.tokenizer.save_pretrained(folder)
             self.log = MetricsLog(self.run_dir / "metrics.jsonl", self.metrics_bytes)
-        # TensorBoard drops what it holds from this step on: the steps that were taken after the checkpoint.
-        accelerator.init_trackers("xsum", init_kwargs={"tensorboard": {"purge_step": self.state.step + 1}})
+
+        def open_trackers() -> None:
+            # TensorBoard drops what it holds from this step on: the steps that were taken after the checkpoint.
+            with writing(self.run_dir / "trackers"):
+                accelerator.init_trackers("xsum", init_kwargs={"tensorboard": {"purge_step": self.state.step + 1}})
+
+        on_main(accelerator, open_files)
+        together(accelerator, open_trackers)
         self.display.start(asdict(self.state))
         if config.eval_untrained and not resume:
             self.display.say(f"scoring the untrained model on the {config.final_split} split")
             with self.stop, self._aside():
                 _, scores = self._score(config.final_split)
-            if accelerator.is_main_process:
-                write_untrained_scores(self.run_dir, config.final_split, self.data.records[config.final_split], scores)
+            split, records = config.final_split, self.data.records[config.final_split]
+            on_main(accelerator, lambda: write_untrained_scores(self.run_dir, split, records, scores))
 
     def fit(self) -> None:
         """Every optimiser step still to take, with log lines, evaluations and checkpoints."""
@@ -166,14 +201,14 @@ class Training:
 
     def finish(self) -> None:
         """Save model/, with the tokenizer that it needs, and score it on the held-out split."""
-        self.accelerator.unwrap_model(self.model).save_pretrained(
-            self.run_dir / "model",
-            state_dict=self.accelerator.get_state_dict(self.model),
-            is_main_process=self.accelerator.is_main_process,
-            save_function=self.accelerator.save,
-        )
-        if self.accelerator.is_main_process:
-            self.data.tokenizer.save_pretrained(self.run_dir / "model")
+        state_dict = self.accelerator.get_state_dict(self.model)
+
+        def save() -> None:
+            with new_folder(self.run_dir / "model") as folder:
+                self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
+                self.data.tokenizer.save_pretrained(folder)
+
+        on_main(self.accelerator, save)
         with self.stop:
             self._evaluate(self.config.final_split, with_rouge=self.config.rouge != "never", final=True)
         self.display.say(f"finished: {self.run_dir}")
@@ -252,9 +287,14 @@ class Training:
         self.display.log(record)
 
     def _write(self, record: dict[str, Any], tracked: dict[str, float], prefix: str) -> None:
-        if self.log is not None:
+        def write() -> None:
             self.log.write(record)
-        self.accelerator.log({f"{prefix}/{name}": value for name, value in tracked.items()}, step=self.state.step)
+            with writing(self.run_dir / "trackers"):
+                self.accelerator.log(
+                    {f"{prefix}/{name}": value for name, value in tracked.items()}, step=record["step"]
+                )
+
+        on_main(self.accelerator, write)
 
     def _measure_memory(self, batch: dict[str, Any]) -> None:
         """Write ledger.json once, when the optimiser has a state; models spread over processes have no ledger."""
@@ -267,6 +307,7 @@ class Training:
     def _save_checkpoint(self) -> None:
         self.meter.pause()
         self._count()
+        on_main(self.accelerator, lambda: self.log.sync())
         size = self.log.size if self.log is not None else 0
         self.checkpoint = save_checkpoint(self.accelerator, self.config, self.state, self.data.lengths, size)
         self.meter.start()
@@ -313,34 +354,33 @@ class Training:
         points = {kind: value["score"] for kind, value in (scores or {}).items()}
         self._write(record, {"loss": loss, **points}, f"eval_{split}")
         self.display.say("  ".join([f"{split} loss {loss:.3f}", *(f"{kind} {x:.2f}" for kind, x in points.items())]))
-        if final and scores is not None and self.accelerator.is_main_process:
-            write_scores(self.run_dir, split, records, predictions, scores)
+        if final and scores is not None:
+            on_main(self.accelerator, lambda: write_scores(self.run_dir, split, records, predictions, scores))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        usage="train.py --config FILE [--resume | --overwrite] [--OPTION VALUE ...]",
+        usage="train.py --config FILE [--resume [CHECKPOINT] | --overwrite] [--OPTION VALUE ...]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, type=Path, help="YAML file, see recipes/xsum/configs")
-    parser.add_argument("--resume", action="store_true", help="continue the run in output_dir")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const=NEWEST,
+        metavar="CHECKPOINT",
+        help="continue the run in output_dir, from its newest checkpoint or the one named, as step_00000500",
+    )
     parser.add_argument("--overwrite", action="store_true", help="remove the earlier run in output_dir first")
-    speaks = os.environ.get("RANK", "0") == "0"  # torchrun's; every process meets the same error
-    try:
+
+    def run() -> None:
         arguments, overrides = parse_arguments(parser, argv)
         config = load_config(arguments.config, overrides)
         train(config, resume=arguments.resume, overwrite=arguments.overwrite)
-    except (ConfigError, DataError, TrainingError) as error:
-        if speaks:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (Interrupted, KeyboardInterrupt) as stop:
-        if speaks:
-            print(stop if isinstance(stop, Interrupted) else "stopped", file=sys.stderr)
-        return stop.exit_code if isinstance(stop, Interrupted) else 130
-    return 0
+
+    return run_script(run)
 
 
 if __name__ == "__main__":
