@@ -71,8 +71,8 @@ def command(config, out, *argv):
     return [sys.executable, str(TRAIN), "--config", str(config), "--output_dir", str(out), *argv]
 
 
-def start(*argv):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+def start(*argv, **variables):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | variables
     return subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

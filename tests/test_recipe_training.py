@@ -1,11 +1,13 @@
 """The course of training: splitting a batch changes nothing, nor does evaluation; loss, schedule, model families."""
 
+import json
 import sys
 
 import pytest
 import torch
 from recipe_runs import (
     BART,
+    ROOT,
     command,
     curve,
     finish,
@@ -51,9 +53,11 @@ def test_two_processes_equal_one(tmp_path):
     values = {"dropout": 0.0, "label_smoothing": 0.1, "rouge": "end"}
     one = run_main(tmp_path, name="one", per_device_batch_size=8, **values)
     config = write_config(tmp_path, per_device_batch_size=4, **values)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    code, _, err = finish(start(*launch, *command(config, tmp_path / "two")[1:]))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    launch += ["--config_file", str(ROOT / "recipes" / "accelerate" / "multi_cpu.yaml")]
+    code, _, err = finish(start(*launch, *command(config, tmp_path / "two")[1:], ACCELERATE_USE_CPU="false"))
     assert code == 0, err
+    assert json.loads((tmp_path / "two" / "env.json").read_text())["processes"] == 2
     close(tmp_path / "two", one)
     assert lines(tmp_path / "two")[-1]["eval_loss"] == pytest.approx(lines(one)[-1]["eval_loss"], rel=1e-5)
 

@@ -18,7 +18,9 @@ from recipes.xsum.errors import REMEDIES, RecipeError, WriteError
 #: safetensors and tokenizers are written in Rust, whose errors end like this.
 RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 #: torch.save does not say why it could not write.
-TORCH_ERROR = re.compile(r"inline_container|PytorchStreamWriter|cannot be opened|Parent directory .* does not exist")
+TORCH_ERROR = re.compile(
+    r"inline_container|PytorchStreamWriter|iostream error|cannot be opened|Parent directory .* does not exist"
+)
 PROBE_BYTES = 2**20
 
 
@@ -57,8 +59,9 @@ def _probe(path: Path) -> int | None:
     folder = next(parent for parent in path.absolute().parents if parent.is_dir())
     try:
         with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-            if file.write(bytes(PROBE_BYTES)) < PROBE_BYTES:
-                return errno.ENOSPC
+            rest = bytes(PROBE_BYTES)
+            while rest:  # a first write may fit in part; the next one says why no more does
+                rest = rest[file.write(rest) :]
             os.fsync(file.fileno())
     except OSError as error:
         return error.errno

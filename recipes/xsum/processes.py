@@ -20,12 +20,14 @@ def start_accelerator(config: Config, **options: Any) -> Accelerator:
     """Accelerate for this process. Raises `ConfigError` where it would not see the processes that were launched."""
     world_size = int(os.environ.get("WORLD_SIZE") or 1)
     _check_launch(world_size)
+    if world_size > 1 and _gpus_are_hidden():
+        options["cpu"] = True  # which Accelerate needs to be told only where there are several processes
     accelerator = Accelerator(mixed_precision=config.mixed_precision, **options)
     if accelerator.num_processes != world_size:
         raise ConfigError(
             f"WORLD_SIZE is {world_size}, but Accelerate sees {accelerator.num_processes} process on the "
-            f"{accelerator.device.type}: for several processes on the CPU set ACCELERATE_USE_CPU=true for torchrun or "
-            "for accelerate launch --config_file recipes/accelerate/multi_cpu.yaml; for a single one unset WORLD_SIZE"
+            f"{accelerator.device.type}: for several processes on the CPU set ACCELERATE_USE_CPU=true, or use "
+            "accelerate launch --config_file recipes/accelerate/multi_cpu.yaml; for a single one unset WORLD_SIZE"
         )
     return accelerator
 
@@ -40,6 +42,12 @@ def _check_launch(world_size: int) -> None:
     local, devices = int(os.environ.get("LOCAL_WORLD_SIZE") or 1), torch.cuda.device_count()
     if 0 < devices < local and not parse_flag_from_env("ACCELERATE_USE_CPU"):
         raise ConfigError(f"{local} processes on this machine, but it shows {devices} GPUs: launch one on each")
+
+
+def _gpus_are_hidden() -> bool:
+    """Whether CUDA_VISIBLE_DEVICES is set and names no GPU, as recipes/accelerate/multi_cpu.yaml sets it."""
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return devices is not None and (not devices.strip() or devices.strip().startswith("-"))
 
 
 def together(accelerator: Accelerator, action: Callable[[], T]) -> T:
