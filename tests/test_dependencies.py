@@ -69,7 +69,7 @@ ALLOWED = {
     "hf_flashbsa.doctor": {"torch", "transformers", "packaging", "hf_flashbsa"},
     "recipes": {
         "torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "yaml", "rich", "matplotlib",
-        "rouge_score", "hf_flashbsa", "recipes",
+        "rouge_score", "safetensors", "hf_flashbsa", "recipes",
     },
 }  # fmt: skip
 #: Loaded by nobody who does not ask for them.

@@ -354,7 +354,7 @@ def test_damaged_files_of_a_run_are_named(run, tmp_path, capsys):
     shutil.copy(ROOT / "LICENSE", run / "env.json")
     assert f"{run / 'env.json'} is damaged" in error_of(capsys, script.main, *resume(tmp_path, max_steps=6))
     cut(run / "model" / "model.safetensors")
-    assert f"cannot load {run / 'model'}: " in error_of(capsys, evaluate.main, run)
+    assert f"cannot build {run / 'model'} with attn_implementation sdpa: " in error_of(capsys, evaluate.main, run)
 
 
 # Processes

@@ -19,29 +19,38 @@ T = TypeVar("T")
 def start_accelerator(config: Config, **options: Any) -> Accelerator:
     """Accelerate for this process. Raises `ConfigError` where it would not see the processes that were launched."""
     world_size = int(os.environ.get("WORLD_SIZE") or 1)
-    _check_launch(world_size)
-    if world_size > 1 and _gpus_are_hidden():
-        options["cpu"] = True  # which Accelerate needs to be told only where there are several processes
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or _gpus_are_hidden()
+    if world_size > 1:
+        _check_launch(world_size, on_cpu)
+        options["cpu"] = on_cpu  # Accelerate needs to be told only where there are several processes
     accelerator = Accelerator(mixed_precision=config.mixed_precision, **options)
     if accelerator.num_processes != world_size:
-        raise ConfigError(
-            f"WORLD_SIZE is {world_size}, but Accelerate sees {accelerator.num_processes} process on the "
-            f"{accelerator.device.type}: for several processes on the CPU set ACCELERATE_USE_CPU=true, or use "
-            "accelerate launch --config_file recipes/accelerate/multi_cpu.yaml; for a single one unset WORLD_SIZE"
-        )
+        raise _unseen(world_size, accelerator.device.type)
     return accelerator
 
 
-def _check_launch(world_size: int) -> None:
-    """Find what would make Accelerate wait for processes that never come, or fail on a device that is not there."""
-    if world_size > 1 and (missing := [name for name in ("RANK", "MASTER_ADDR") if name not in os.environ]):
+def _check_launch(world_size: int, on_cpu: bool) -> None:
+    """Find what would make Accelerate wait for processes that never come, or see none but this one."""
+    if missing := [name for name in ("RANK", "MASTER_ADDR") if name not in os.environ]:
         raise ConfigError(
             f"WORLD_SIZE is {world_size}, but {' and '.join(missing)} not set, so no launcher started this process: "
             "use torchrun or accelerate launch, or unset WORLD_SIZE for a single process"
         )
-    local, devices = int(os.environ.get("LOCAL_WORLD_SIZE") or 1), torch.cuda.device_count()
-    if 0 < devices < local and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+    if on_cpu:
+        return
+    if not torch.accelerator.is_available():
+        raise _unseen(world_size, "cpu")
+    local, devices = int(os.environ.get("LOCAL_WORLD_SIZE") or 1), torch.accelerator.device_count()
+    if local > devices:
         raise ConfigError(f"{local} processes on this machine, but it shows {devices} GPUs: launch one on each")
+
+
+def _unseen(world_size: int, device: str) -> ConfigError:
+    return ConfigError(
+        f"WORLD_SIZE is {world_size}, but Accelerate sees 1 process on the {device}: for several on the CPU set "
+        "ACCELERATE_USE_CPU=true, or use accelerate launch --config_file recipes/accelerate/multi_cpu.yaml; for a "
+        "single one unset WORLD_SIZE"
+    )
 
 
 def _gpus_are_hidden() -> bool:
