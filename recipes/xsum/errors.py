@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,10 @@ REMEDIES = {
     **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), "it is no folder: choose another"),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable or choose another folder"),
 }
+
+
+#: How long other processes wait with an error: launchers stop all once one has ended, and the first is to print it.
+RANK_0_SECONDS = 1.0
 
 
 class RecipeError(Exception):
@@ -61,6 +66,8 @@ def run_script(action: Callable[[], None]) -> int:
         return 0
     if os.environ.get("RANK", "0") == "0":  # torchrun's
         print(" ".join(message.splitlines()), file=sys.stderr)
+    else:
+        time.sleep(RANK_0_SECONDS)
     return code
 
 

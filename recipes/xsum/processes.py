@@ -66,24 +66,29 @@ def together(accelerator: Accelerator, action: Callable[[], T]) -> T:
     """
     if accelerator.num_processes == 1:
         return action()
-    result, error = None, None
-    try:
-        result = action()
-    except Exception as caught:
-        error = caught
-    errors = gather_object([_sendable(error, accelerator)])
-    if error is not None:
-        raise error
-    for other in errors:
-        if other is not None:
-            raise other
+    result, error = _attempt(action)
+    sent = [other for other in gather_object([_sendable(error, accelerator)]) if other is not None]
+    if sent:
+        raise error or sent[0]
     return result
 
 
 def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
     """Run `action` on the main process alone; every process gets its result, or its error."""
-    result = together(accelerator, action if accelerator.is_main_process else lambda: None)
-    return broadcast_object_list([result])[0] if accelerator.num_processes > 1 else result
+    if accelerator.num_processes == 1:
+        return action()
+    result, error = _attempt(action) if accelerator.is_main_process else (None, None)
+    result, sent = broadcast_object_list([(result, _sendable(error, accelerator))])[0]
+    if sent is not None:
+        raise error or sent
+    return result
+
+
+def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return action(), None
+    except Exception as error:
+        return None, error
 
 
 def main_first(accelerator: Accelerator, action: Callable[[], T]) -> T:
