@@ -43,6 +43,7 @@ from hf_flashbsa.kernels.gluon_sm90.pipeline import CONSUMER_M, NUM_CONSUMERS, P
 from hf_flashbsa.kernels.gluon_sm90.tile_scheduler import load_tile_info, scheduler_warp
 from hf_flashbsa.kernels.structs import AttnMods, Tiles
 from hf_flashbsa.kernels.triton.mask import apply_segment_mask, needs_segment_mask, visible_mask
+from hf_flashbsa.kernels.triton.row_stats import DELTA, DROPOUT_FACTOR, DROPOUT_PAD, LSE_LOG2
 from hf_flashbsa.kernels.triton.score import dropout_keep, softmax_scale_log2
 
 
@@ -67,7 +68,7 @@ class OutputViews(NamedTuple):
 
 @gluon.jit
 def _load_row_stat(i, word, smem, COLUMNS: gl.constexpr):
-    """Row statistics of block `i`: lse_log2 (word 0), delta (1), dropout pad (2) or factor (3)."""
+    """Row statistics of block `i`: the plane `word` of row_stats.py."""
     return smem.row_stats.index(i % smem.pipeline.stages * smem.stats_words + word).load(COLUMNS)
 
 
@@ -104,8 +105,8 @@ def _recompute_p(i, step, s, lse, consumer, smem, problem, MASKED: gl.constexpr,
         )
     p = gl.exp2(s * softmax_scale_log2(mods) - lse[None, :])
     if mods.score_mod.seed is not None:
-        pad = _load_row_stat(step, 2, smem, COLUMNS).to(gl.uint32, bitcast=True)
-        factor = _load_row_stat(step, 3, smem, COLUMNS).to(gl.uint32, bitcast=True)
+        pad = _load_row_stat(step, DROPOUT_PAD, smem, COLUMNS).to(gl.uint32, bitcast=True)
+        factor = _load_row_stat(step, DROPOUT_FACTOR, smem, COLUMNS).to(gl.uint32, bitcast=True)
         offsets = gl.arange(0, CONSUMER_M, layout=gl.SliceLayout(1, s.type.layout))[:, None]
         key_pos = consumer.begin - consumer.key_origin
         p = gl.where(dropout_keep(mods.score_mod, pad[None, :], factor[None, :], key_pos, offsets), p, -p)
@@ -163,7 +164,7 @@ def _first_block(step, k_tile, v_tile, zero, consumer, smem, problem, tiles: gl.
     """P^T, dP^T and delta of the first block, block `step` of the pipeline."""
     COLUMNS: gl.constexpr = gl.SliceLayout(0, zero.type.layout)
     s, dp = issue_s_dp(0, step, k_tile, v_tile, zero, consumer, smem, problem, True, tiles.m, tiles.d)
-    lse, delta = _load_row_stat(step, 0, smem, COLUMNS), _load_row_stat(step, 1, smem, COLUMNS)
+    lse, delta = _load_row_stat(step, LSE_LOG2, smem, COLUMNS), _load_row_stat(step, DELTA, smem, COLUMNS)
     s, dp = warpgroup_mma_wait(0, deps=(s, dp))
     return _recompute_p(0, step, s, lse, consumer, smem, problem, True, tiles), dp, delta
 
@@ -186,11 +187,11 @@ def _dkv_overlap_blocks(
         dk_next = warpgroup_mma(ds, _q_stage(smem, step_prev, tiles), dk, is_async=True)
         s, dp_next = issue_s_dp(i, step_i, k_tile, v_tile, zero, consumer, smem, problem, MASKED, tiles.m, tiles.d)
         produce_ds(step_prev, ds_cast, ds_producer)
-        lse = _load_row_stat(step_i, 0, smem, COLUMNS)
+        lse = _load_row_stat(step_i, LSE_LOG2, smem, COLUMNS)
         s, dv, dk, _, _ = warpgroup_mma_wait(1, deps=(s, dv_next, dk_next, p, ds))
         consumer_release(smem.pipeline, step_prev)
         signed_p = _recompute_p(i, step_i, s, lse, consumer, smem, problem, MASKED, tiles)
-        delta = _load_row_stat(step_i, 1, smem, COLUMNS)
+        delta = _load_row_stat(step_i, DELTA, smem, COLUMNS)
         dp = warpgroup_mma_wait(0, deps=(dp_next,))
     return signed_p, dp, delta, dk, dv
 
@@ -241,10 +242,10 @@ def _sdp_overlap_blocks(
         step_i, step_prev = step + i, step + i - 1
         s, dp = issue_s_dp(i, step_i, k_tile, v_tile, zero, consumer, smem, problem, MASKED, tiles.m, tiles.d)
         dk_next, dv_next = _issue_dk_dv(step_prev, p, ds, dk, dv, smem, tiles)
-        lse = _load_row_stat(step_i, 0, smem, COLUMNS)
+        lse = _load_row_stat(step_i, LSE_LOG2, smem, COLUMNS)
         s = warpgroup_mma_wait(3, deps=(s,))
         signed_p = _recompute_p(i, step_i, s, lse, consumer, smem, problem, MASKED, tiles)
-        delta = _load_row_stat(step_i, 1, smem, COLUMNS)
+        delta = _load_row_stat(step_i, DELTA, smem, COLUMNS)
         p_next = _dropped_p(signed_p, score_mod)
         dp = warpgroup_mma_wait(2, deps=(dp,))
         ds_next = _compute_ds(signed_p, dp, delta, score_mod)

@@ -8,6 +8,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from hf_flashbsa.kernels.gluon_sm90.bwd_pipeline import load_resident, produce, q_block, store_results
 from hf_flashbsa.kernels.gluon_sm90.tile_scheduler import is_valid_tile, load_scheduled_tile
+from hf_flashbsa.kernels.triton.row_stats import DELTA, DROPOUT_FACTOR, DROPOUT_PAD, LSE_LOG2
 
 
 @gluon.jit
@@ -32,11 +33,15 @@ def _produce_q(i, step, q, dout, stats, stats_stride, scheduled, tile_iter, smem
     produce(smem.pipeline, step, q, dout, scheduled.work_tile.other_batch, head, start, is_partial, tiles.m, tiles.d)
     stage = step % smem.pipeline.stages
     word = stage * smem.stats_words
-    smem.row_stats.index(word).store(lse)
-    smem.row_stats.index(word + 1).store(delta)
+    smem.row_stats.index(word + LSE_LOG2).store(lse)
+    smem.row_stats.index(word + DELTA).store(delta)
     if problem.mods.score_mod.seed is not None:
-        smem.row_stats.index(word + 2).store(gl.load(row + 2 * stats_stride, mask=in_range, other=0.0))
-        smem.row_stats.index(word + 3).store(gl.load(row + 3 * stats_stride, mask=in_range, other=0.0))
+        smem.row_stats.index(word + DROPOUT_PAD).store(
+            gl.load(row + DROPOUT_PAD * stats_stride, mask=in_range, other=0.0)
+        )
+        smem.row_stats.index(word + DROPOUT_FACTOR).store(
+            gl.load(row + DROPOUT_FACTOR * stats_stride, mask=in_range, other=0.0)
+        )
     mbarrier.arrive(smem.pipeline.full.index(stage), count=1)
 
 

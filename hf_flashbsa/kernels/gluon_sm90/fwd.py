@@ -27,6 +27,10 @@ from hf_flashbsa.kernels.gluon_sm90.pipeline import (
 from hf_flashbsa.kernels.gluon_sm90.producer import (
     BLOCK_INFO_WORDS,
     END_OF_WORK,
+    INFO_FLAGS,
+    INFO_KIND,
+    INFO_START,
+    INFO_UNMASKED,
     LAST_BLOCK,
     NEEDS_MASK,
     Q_STAGES,
@@ -121,10 +125,10 @@ def _consumer(
         mbarrier.wait(smem.q_full.index(q_slot), (tile_iter // Q_STAGES) & 1, pred=is_first)
         s, o_next = _issue_qk_pv(wg, step, q_slot, s, p, o, accumulate, smem, tiles, STAGES)
         s = warpgroup_mma_wait(1, deps=(s,))
-        start = smem_load(smem.block_info, stage * BLOCK_INFO_WORDS)
-        flags = smem_load(smem.block_info, stage * BLOCK_INFO_WORDS + 1)
-        block_kind = smem_load(smem.block_info, stage * BLOCK_INFO_WORDS + 2)
-        num_unmasked = smem_load(smem.block_info, stage * BLOCK_INFO_WORDS + 3)
+        start = smem_load(smem.block_info, stage * BLOCK_INFO_WORDS + INFO_START)
+        flags = smem_load(smem.block_info, stage * BLOCK_INFO_WORDS + INFO_FLAGS)
+        block_kind = smem_load(smem.block_info, stage * BLOCK_INFO_WORDS + INFO_KIND)
+        num_unmasked = smem_load(smem.block_info, stage * BLOCK_INFO_WORDS + INFO_UNMASKED)
         running = (flags & END_OF_WORK) == 0
         mbarrier.arrive(smem.k_empty.index(stage), count=1)
         prev_state = state
@@ -161,7 +165,7 @@ def _consumer(
             for _ in range(num_unmasked):
                 s, o_next = _issue_qk_pv(wg, step, q_slot, s, p, o, accumulate, smem, tiles, STAGES)
                 if mods.score_mod.seed is not None:
-                    start = smem_load(smem.block_info, step % STAGES * BLOCK_INFO_WORDS)
+                    start = smem_load(smem.block_info, step % STAGES * BLOCK_INFO_WORDS + INFO_START)
                 s = warpgroup_mma_wait(1, deps=(s,))
                 s, block_sum = exp_scores(state.row_max, s, mods)
                 redo = needs_rescale(wg, block_sum)
@@ -187,7 +191,6 @@ def _consumer(
 def _consumer_0(
     out_view, lse, sinks, smem, problem, tiles: gl.constexpr, STAGES: gl.constexpr, PEEL_MASKED: gl.constexpr
 ):
-    """"""
     _consumer(0, out_view, lse, sinks, smem, problem, tiles, STAGES, PEEL_MASKED)
 
 

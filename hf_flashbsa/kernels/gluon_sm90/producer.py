@@ -67,6 +67,10 @@ Q_PREFETCH = gl.constexpr(4)
 TILE_PREFETCH = gl.constexpr(4)
 #: Words of `block_info` per stage: first key, flags, grid entry, number of full blocks that follow unmasked.
 BLOCK_INFO_WORDS = gl.constexpr(4)
+INFO_START = gl.constexpr(0)
+INFO_FLAGS = gl.constexpr(1)
+INFO_KIND = gl.constexpr(2)
+INFO_UNMASKED = gl.constexpr(3)
 #: Flags: the block needs a mask; it, or the unmasked blocks after it, end the tile; no block, all tiles are done.
 NEEDS_MASK = gl.constexpr(1)
 LAST_BLOCK = gl.constexpr(2)
@@ -156,10 +160,10 @@ def _publish_block(start, flags, block_kind, num_unmasked, step, smem, STAGES: g
     """Acquire the stage of block `step` and write its `block_info`."""
     stage, phase = step % STAGES, (step // STAGES) & 1
     mbarrier.wait(smem.k_empty.index(stage), phase ^ 1)
-    smem_store(smem.block_info, stage * BLOCK_INFO_WORDS, start)
-    smem_store(smem.block_info, stage * BLOCK_INFO_WORDS + 1, flags)
-    smem_store(smem.block_info, stage * BLOCK_INFO_WORDS + 2, block_kind)
-    smem_store(smem.block_info, stage * BLOCK_INFO_WORDS + 3, num_unmasked)
+    smem_store(smem.block_info, stage * BLOCK_INFO_WORDS + INFO_START, start)
+    smem_store(smem.block_info, stage * BLOCK_INFO_WORDS + INFO_FLAGS, flags)
+    smem_store(smem.block_info, stage * BLOCK_INFO_WORDS + INFO_KIND, block_kind)
+    smem_store(smem.block_info, stage * BLOCK_INFO_WORDS + INFO_UNMASKED, num_unmasked)
     barrier()  # all threads have stored before one arrives
 
 

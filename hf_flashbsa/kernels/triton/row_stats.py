@@ -14,6 +14,12 @@ import triton.language as tl
 
 from hf_flashbsa.kernels.triton.score import LOG2E, dropout_row_words
 
+#: Planes of `stats`.
+LSE_LOG2: tl.constexpr = tl.constexpr(0)
+DELTA: tl.constexpr = tl.constexpr(1)
+DROPOUT_PAD: tl.constexpr = tl.constexpr(2)
+DROPOUT_FACTOR: tl.constexpr = tl.constexpr(3)
+
 
 class SoftmaxStats(NamedTuple):
     """Per query: `lse_log2 = lse * log2(e)`, +inf for a row without visible keys, so that p = exp2(s - lse_log2) is 0;
@@ -52,8 +58,8 @@ def store_row_stats(row_stats, out_dot_dout, stats, stats_stride, score_mod, bat
     tl.store(pointers, row_stats.lse_log2, mask=live)
     tl.store(pointers + stats_stride, delta, mask=live)
     if score_mod.seed is not None:
-        tl.store(pointers + 2 * stats_stride, row_stats.pad.to(tl.float32, bitcast=True), mask=live)
-        tl.store(pointers + 3 * stats_stride, row_stats.factor.to(tl.float32, bitcast=True), mask=live)
+        tl.store(pointers + DROPOUT_PAD * stats_stride, row_stats.pad.to(tl.float32, bitcast=True), mask=live)
+        tl.store(pointers + DROPOUT_FACTOR * stats_stride, row_stats.factor.to(tl.float32, bitcast=True), mask=live)
     return SoftmaxStats(row_stats.lse_log2, delta, row_stats.pad, row_stats.factor)
 
 
@@ -71,12 +77,16 @@ def read_row_stats(
         lse_log2 = tl.load(base + offsets, mask=live, other=float("inf"))
         delta = tl.load(base + stats_stride + offsets, mask=live, other=0.0)
         if score_mod.seed is not None:
-            pad = tl.load(base + 2 * stats_stride + offsets, mask=live, other=0.0).to(tl.uint32, bitcast=True)
-            factor = tl.load(base + 3 * stats_stride + offsets, mask=live, other=0.0).to(tl.uint32, bitcast=True)
+            pad = tl.load(base + DROPOUT_PAD * stats_stride + offsets, mask=live, other=0.0).to(
+                tl.uint32, bitcast=True
+            )
+            factor = tl.load(base + DROPOUT_FACTOR * stats_stride + offsets, mask=live, other=0.0).to(
+                tl.uint32, bitcast=True
+            )
     else:
         lse_log2 = tl.load(base + offsets)
         delta = tl.load(base + stats_stride + offsets)
         if score_mod.seed is not None:
-            pad = tl.load(base + 2 * stats_stride + offsets).to(tl.uint32, bitcast=True)
-            factor = tl.load(base + 3 * stats_stride + offsets).to(tl.uint32, bitcast=True)
+            pad = tl.load(base + DROPOUT_PAD * stats_stride + offsets).to(tl.uint32, bitcast=True)
+            factor = tl.load(base + DROPOUT_FACTOR * stats_stride + offsets).to(tl.uint32, bitcast=True)
     return SoftmaxStats(lse_log2, delta, pad, factor)
