@@ -51,7 +51,8 @@ class _Driver:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        # A device for each architecture: kernels keep what they compiled by device.
+        return self.target.arch
 
     def get_current_stream(self, device: int) -> int:
         return 0

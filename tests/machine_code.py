@@ -117,7 +117,7 @@ def calls(arch: int) -> Iterator[tuple[str, bool, Callable]]:
 
 
 def fingerprint(kernel) -> dict:
-    """What a compiled kernel is made of. `spilled` is its stack in bytes, `shared` its shared memory."""
+    """What a compiled kernel is made of. `stack` (spills and local arrays) and `shared` are bytes."""
     tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -133,7 +133,7 @@ def fingerprint(kernel) -> dict:
         "sass": hashlib.sha256(code.encode()).hexdigest()[:16],
         "instructions": len(re.findall(r";$", code, re.MULTILINE)),
         "registers": registers,
-        "spilled": stack,
+        "stack": stack,
         "shared": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,
     }
@@ -248,7 +248,11 @@ def main(arguments: list[str] | None = None) -> int:
     results = compile_all(options.only, options.ir, options.out)
     if options.compare is None:
         return 0
-    before = {name: x for name, x in json.loads(options.compare.read_text()).items() if re.search(options.only, name)}
+    before = {
+        name: x
+        for name, x in json.loads(options.compare.read_text()).items()
+        if re.search(options.only, name.rpartition(" ")[0])
+    }
     different = compare(before, results)
     print("\n".join([*different, f"{len(results)} kernels, {len(different)} differ"]))
     return 1 if different else 0
