@@ -50,7 +50,7 @@ def attention(
     layout: BlockLayout | None = None,
     bias: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
-    softmax_scale: float | None = None,
+    softmax_scale: float | torch.Tensor | None = None,
     softcap: float | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
@@ -59,9 +59,10 @@ def attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Exact softmax attention: `dropout(softmax(softcap(scale * q @ k.T) + bias)) @ v` over the visible keys.
 
-    Differentiable in `q`, `k`, `v`, `bias`, `sinks` and the returned `lse`. The same inputs give the same bits,
-    forward and, if `deterministic`, backward. Memory is linear in the lengths. A query that sees no key gives 0,
-    gradient 0 and `lse` -inf.
+    Differentiable once in `q`, `k`, `v`, `bias`, `sinks`, a tensor `softmax_scale` and the returned `lse`, in reverse
+    and in forward mode; the transforms of `torch.func` apply. The same inputs give the same bits, forward and, if
+    `deterministic`, backward. Memory is linear in the lengths. A query that sees no key gives 0, gradient 0 and `lse`
+    -inf.
 
     Args:
         q: queries `(B, Hq, Sq, D)`, float32, float16 or bfloat16 (float64 on the torch back end); any strides;
@@ -81,7 +82,8 @@ def attention(
             in memory and rows begin at multiples of 16 bytes.
         sinks: `(Hq,)` one extra logit for each query head that takes part in the softmax and has no value
             (gpt-oss). Part of `lse`.
-        softmax_scale: factor >= 0; default `1 / sqrt(D)`.
+        softmax_scale: factor >= 0; default `1 / sqrt(D)`. A tensor (a learned temperature) that broadcasts to
+            `(B, Hq, Sq, 1)` is multiplied into `q`, with gradient; it may be negative.
         softcap: `s -> softcap * tanh(s / softcap)` on the scaled scores (Gemma 2), > 0.
         dropout_p: probability in [0, 1) to drop a weight, in steps of 2**-16; kept weights are divided by the
             keep probability. The mask is a function of torch's generator
@@ -100,6 +102,10 @@ def attention(
     Raises:
         ValueError: an argument that does not fit; the message names it and the remedy.
     """
+    if isinstance(softmax_scale, torch.Tensor):
+        q, softmax_scale = _scaled(q, softmax_scale), 1.0
+    if isinstance(dropout_p, torch.Tensor) or isinstance(softcap, torch.Tensor):
+        raise ValueError("softcap, dropout_p: give Python numbers; tensors would lose their gradients.")
     masking = (
         causal, window_size, query_offset, seqlens_q, seqlens_k, starts_q, starts_k,
         cu_seqlens_q, cu_seqlens_k, segment_ids_q, segment_ids_k, mask, layout,
@@ -117,6 +123,7 @@ def attention(
         or v.requires_grad
         or (bias is not None and bias.requires_grad)
         or (sinks is not None and sinks.requires_grad)
+        or torch._C._are_functorch_transforms_active()  # inner transforms do not see what outer ones require
     )
     has_bias, repeats = bias is not None, _is_deterministic(deterministic)
     options = (softmax_scale, softcap, dropout_p, repeats, backend, has_bias, needs_grad)
@@ -130,7 +137,7 @@ def attention(
         bias = _broadcast_bias(bias, q, k, spec)
         if bias.dtype == torch.float64 and q.dtype != torch.float64:
             bias = bias.clamp(min=torch.finfo(torch.float32).min).to(torch.float32)
-        sequences = spec.sequence_table(_shape(q, k), q.device) if bias.requires_grad else None
+        sequences = spec.sequence_table(_shape(q, k), q.device) if needs_grad else None
         extras = extras._replace(bias=bias, sequences=sequences)
     if sinks is not None:
         if sinks.shape != (q.shape[1],) or not sinks.is_floating_point() or sinks.device != q.device:
@@ -158,7 +165,9 @@ def _spec_of(masking: tuple) -> AttentionSpec:
         and type(window_size) is tuple
         and len(window_size) == 2
         and not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()  # sizes may be symbols of something that traces
+        # Sizes may be symbols of something that traces.
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._get_tracing_state() is None
     ):
         return _bounds_spec(causal, *window_size, query_offset)
     return AttentionSpec(*masking)
@@ -225,6 +234,16 @@ def _with_unit_stride(name: str, x: torch.Tensor) -> torch.Tensor:
 @functools.cache
 def _log_copy(name: str) -> None:
     logger.info("attention copies %s, whose last dimension is not contiguous: kernels load it with stride 1", name)
+
+
+def _scaled(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """`q * scale`, rounded once."""
+    if scale.ndim > 4 or (scale.ndim > 0 and scale.shape[-1] != 1):
+        raise ValueError(
+            f"softmax_scale: {tuple(scale.shape)}; give a number, or a tensor that broadcasts to (B, Hq, Sq, 1)."
+        )
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return (q.to(dtype) * scale.to(dtype)).to(q.dtype)
 
 
 def _shape(q: torch.Tensor, k: torch.Tensor) -> Shape:

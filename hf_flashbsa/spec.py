@@ -91,7 +91,7 @@ class AttentionSpec:
         if not isinstance(window, (tuple, list)) or len(window) != 2:
             raise ValueError(f"window_size: {window!r}; give (left, right), None for unlimited.")
         for side, value in zip(("left", "right"), window, strict=True):
-            if value is not None and (isinstance(value, float) or value < 0):
+            if value is not None and (isinstance(value, (float, torch.Tensor)) or value < 0):
                 raise ValueError(f"window_size: {side} is {value}; give an integer >= 0, or None for unlimited.")
         if isinstance(self.query_offset, float):
             raise ValueError(f"query_offset: {self.query_offset}; give an integer, or a tensor with one.")
@@ -104,7 +104,7 @@ class AttentionSpec:
                 raise ValueError(
                     f"starts_{side} and cu_seqlens_{side} exclude each other; packed rows are not padded."
                 )
-            if (cu := self._get("cu_seqlens", side)) is not None and (cu.ndim != 1 or len(cu) < 1):
+            if (cu := self._get("cu_seqlens", side)) is not None and (cu.ndim != 1 or cu.shape[0] < 1):
                 raise ValueError(f"cu_seqlens_{side}: shape is {tuple(cu.shape)}; give (sequences + 1,).")
             if (ids := self._get("segment_ids", side)) is not None and ids.ndim != 2:
                 raise ValueError(f"segment_ids_{side}: shape is {tuple(ids.shape)}; give (B or 1, length).")
@@ -238,6 +238,8 @@ class AttentionSpec:
 
         Arguments are compared, not hashed: sizes may be symbolic under `torch.compile`, and a hash would fix them.
         """
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            return make()  # tensors that a transform wraps must not outlive it
         known = self._cache.get(name)
         if known is None or known[0] != arguments:
             known = self._cache[name] = (arguments, make())
@@ -309,9 +311,9 @@ class AttentionSpec:
         if self.layout is not None:
             listed = self.layout.lists(side).total.float().mean((0, 1)) * self.layout.block_size
             place = (table[:, 1] - table[:, 9 if side == "q" else 10]) // self.layout.block_size
-            amount = torch.minimum(amount, listed[place.clamp(max=len(listed) - 1)])
+            amount = torch.minimum(amount, listed[place.clamp(max=listed.shape[0] - 1)])
         order = torch.argsort(amount.masked_fill(~used, -1), descending=True, stable=True)
-        count = used.sum(dtype=torch.int32).expand(len(table), 1)
+        count = used.sum(dtype=torch.int32).expand(table.shape[0], 1)
         return torch.cat([table[order], count], dim=1)
 
     def _tiles_of_lengths(
@@ -366,7 +368,7 @@ class AttentionSpec:
         else:
             own, other, begin, lo, hi = ids_k, ids_q, s.k_begin, s.q_begin, s.q_end
         t = segment_tiles(own, other, begin, tile, divided)
-        used = torch.arange(len(t.row), device=own.device) < t.used
+        used = torch.arange(t.row.shape[0], device=own.device) < t.used
         row = t.row
         # What meets nothing stays empty; rows before the sequence meet nothing.
         hi = torch.where(t.begin < begin[row], 0, torch.minimum(hi[row], t.hi))

@@ -1,9 +1,10 @@
 """Registration with torch.library, and autograd.
 
-The forward and backward ops are opaque to torch.compile and take plain tensors and numbers. Eager calls go
-through a thin `torch.autograd.Function`, because the autograd formula that torch.library itself generates costs
-several times as much on the host; the op carries the same formula for those who call it directly. The Function
-itself calls an op only where torch's dispatcher has something to do (`_is_plain`).
+The ops are opaque to torch.compile and take plain tensors and numbers. An ordinary eager call goes straight to a thin
+`torch.autograd.Function`, because torch's dispatcher costs several times as much on the host. Whatever has something
+to do between the caller and the kernel (`_is_plain`) calls the op: compilers and tracers, dispatch modes, tensor
+subclasses, forward-mode AD and the transforms of torch.func. The op has the same Function as its autograd kernel, and
+a vmap rule (batching.py).
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ import functools
 import importlib
 
 import torch
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 from torch.overrides import has_torch_function_variadic
 
+from hf_flashbsa.kernels import batching
 from hf_flashbsa.kernels.dropout import drop_threshold
 from hf_flashbsa.kernels.state import NO_EXTRAS, Extras, Params, carried
 from hf_flashbsa.spec import TILE, AttentionSpec, Shape
@@ -25,11 +29,17 @@ _PARAMS = (
 )
 _COUNT = len(Extras._fields) + len(Params._fields)
 
+_SECOND = "hf_flashbsa: attention has no second derivative; use attn_implementation='eager'."
+
 _library = torch.library.Library("hf_flashbsa", "DEF")
 _library.define(f"attention_forward(Tensor q, Tensor k, Tensor v, {_EXTRAS}, {_PARAMS}) -> (Tensor out, Tensor lse)")
 _library.define(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"{_EXTRAS}, {_PARAMS}, bool need_dbias) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"
+)
+_library.define(
+    "attention_jvp(Tensor? q_t, Tensor? k_t, Tensor? v_t, Tensor? bias_t, Tensor? sinks_t, Tensor q, Tensor k, "
+    f"Tensor v, Tensor lse, {_EXTRAS}, {_PARAMS}) -> (Tensor out_t, Tensor lse_t)"
 )
 
 
@@ -86,6 +96,13 @@ def _backward_op(dout, dlse, q, k, v, out, lse, *rest):
     return _all_tensors(_backward(dout, dlse, q, k, v, out, lse, *_split(rest), rest[-1]), lse)
 
 
+def _jvp_op(q_t, k_t, v_t, bias_t, sinks_t, q, k, v, lse, *rest):
+    out_t, lse_t = _empty_outputs(q, v)
+    # Forward mode is rare: one implementation, in torch operations, serves all back ends.
+    _backend("torch").jvp((q_t, k_t, v_t, bias_t, sinks_t), q, k, v, lse, out_t, lse_t, *_split(rest))
+    return out_t, lse_t
+
+
 def _forward_fake(q, k, v, *rest):
     return _empty_outputs(q, v)
 
@@ -94,21 +111,24 @@ def _backward_fake(dout, dlse, q, k, v, out, lse, *rest):
     return _all_tensors(_empty_gradients(q, k, v, _split(rest)[0], rest[-1]), lse)
 
 
+def _jvp_fake(q_t, k_t, v_t, bias_t, sinks_t, q, k, v, lse, *rest):
+    return _empty_outputs(q, v)
+
+
 def _all_tensors(gradients: tuple[torch.Tensor | None, ...], lse: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Empty tensors for None, which an op cannot return."""
     return tuple(lse.new_empty(0) if x is None else x for x in gradients)
 
 
-_library.impl("attention_forward", _forward_op, "CompositeExplicitAutograd")
-_library.impl("attention_backward", _backward_op, "CompositeExplicitAutograd")
-torch.library.register_fake("hf_flashbsa::attention_forward", _forward_fake, lib=_library)
-torch.library.register_fake("hf_flashbsa::attention_backward", _backward_fake, lib=_library)
-
-
 def _is_plain(*tensors: torch.Tensor | None) -> bool:
-    """Whether an op on these would do no more than call its implementation: no mode or transform is active, and the
-    tensors are neither subclasses nor lazily negated, on the meta device or the like."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+    """Whether an op on these would do no more than call its implementation: no mode, transform or tracer is active,
+    and the tensors are neither subclasses nor lazily negated, on the meta device or the like."""
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    ):
         return False
     if has_torch_function_variadic(*tensors):
         return False
@@ -131,70 +151,114 @@ def _plain_keys(device: torch.device) -> frozenset[int]:
     return frozenset(keys)
 
 
-def _forward_eager(q, k, v, extras: Extras, params: Params, plain: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The forward pass, not recorded. Below its autograd layer, which is slow in Python, where it is called as op."""
-    if plain:
-        return _forward(q, k, v, extras, params)
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.hf_flashbsa.attention_forward.default(q, k, v, *extras, *params)
-
-
-def _gradients(ctx, dout, dlse, need_dbias: bool) -> tuple[torch.Tensor | None, ...]:
-    """`dq, dk, dv, dbias, dsinks`, from what `_keep` kept. The last two are None or empty where not needed."""
-    if torch.is_grad_enabled():  # create_graph=True
-        raise RuntimeError("hf_flashbsa: attention has no second derivative; use attn_implementation='eager'.")
-    q, k, v, out, lse, *extras = ctx.saved_tensors
-    extras = Extras(*extras) if extras else NO_EXTRAS
-    if dout is None:
-        dout = torch.zeros_like(out)
-    if ctx.plain and _is_plain(dout, dlse):
-        return _backward(dout, dlse, q, k, v, out, lse, extras, ctx.params, need_dbias)
-    return torch.ops.hf_flashbsa.attention_backward.default(
-        dout, dlse, q, k, v, out, lse, *extras, *ctx.params, need_dbias
-    )
-
-
-def _keep(ctx, q, k, v, out, lse, extras: Extras, params: Params, plain: bool) -> None:
-    ctx.save_for_backward(q, k, v, out, lse, *carried(extras))
-    ctx.params, ctx.plain = params, plain
-    ctx.set_materialize_grads(False)
-
-
-def _keep_of_op(ctx, inputs, output) -> None:
-    q, k, v, *rest = inputs
-    _keep(ctx, q, k, v, *output, *_split(rest), plain=False)
-
-
-def _gradients_of_op(ctx, dout, dlse) -> tuple[torch.Tensor | None, ...]:
-    need_bias, _, need_sinks = ctx.needs_input_grad[3:6]
-    dq, dk, dv, dbias, dsinks = _gradients(ctx, dout, dlse, need_bias)
-    rest = dbias if need_bias else None, None, dsinks if need_sinks else None
-    return dq, dk, dv, *rest, *(None,) * (_COUNT - 3)
-
-
-torch.library.register_autograd(
-    "hf_flashbsa::attention_forward", _gradients_of_op, setup_context=_keep_of_op, lib=_library
-)
-
-
 class _Attention(torch.autograd.Function):
-    """The same for eager calls. With a `setup_context` of its own, torch would bind the arguments anew each time."""
+    """Attention with first derivatives. With a `setup_context`, torch would bind the arguments anew each time."""
 
     @staticmethod
-    def forward(ctx, q, k, v, bias, sinks, extras, params, plain):
-        out, lse = _forward_eager(q, k, v, extras, params, plain)
-        _keep(ctx, q, k, v, out, lse, extras, params, plain)
+    def forward(ctx, q, k, v, bias, sinks, extras, params, modes):
+        plain = modes is None
+        if plain:
+            out, lse = _forward(q, k, v, extras, params)
+        else:
+            op = torch.ops.hf_flashbsa.attention_forward.default
+            out, lse = _below_autograd(op, modes, q, k, v, *extras, *params)
+            ctx.save_for_forward(q, k, v, lse, *extras)
+        ctx.save_for_backward(q, k, v, out, lse, *carried(extras))
+        ctx.params, ctx.plain, ctx.modes = params, plain, modes
+        ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx, dout, dlse):
+        if ctx.plain and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+            raise RuntimeError(_SECOND)  # create_graph=True
         need_bias, need_sinks = ctx.needs_input_grad[3:5]
-        dq, dk, dv, dbias, dsinks = _gradients(ctx, dout, dlse, need_bias)
+        q, k, v, out, lse, *extras = ctx.saved_tensors
+        extras = Extras(*extras) if extras else NO_EXTRAS
+        if dout is None:
+            dout = torch.zeros_like(out)
+        if ctx.plain and _is_plain(dout, dlse):
+            gradients = _backward(dout, dlse, q, k, v, out, lse, extras, ctx.params, need_bias)
+        else:
+            gradients = torch.ops.hf_flashbsa.attention_backward.default(
+                dout, dlse, q, k, v, out, lse, *extras, *ctx.params, need_bias
+            )
+        dq, dk, dv, dbias, dsinks = gradients
         return dq, dk, dv, dbias if need_bias else None, dsinks if need_sinks else None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, q_t, k_t, v_t, bias_t, sinks_t, *_):
+        q, k, v, lse, *extras = ctx.saved_for_forward
+        op = torch.ops.hf_flashbsa.attention_jvp.default
+        args = q_t, k_t, v_t, bias_t, sinks_t, q, k, v, lse, *extras, *ctx.params
+        if torch._C._functorch.peek_interpreter_stack() is None:
+            return op(*args)
+        return _below_autograd(op, ctx.modes, *args)  # outer transforms have tangents of their own
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """An op that computes a first derivative; its own is refused where somebody asks for it, never silently 0."""
+
+    @staticmethod
+    def forward(ctx, op, modes, *args):
+        return _below_autograd(op, modes, *args)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise RuntimeError(_SECOND)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise RuntimeError(_SECOND)
 
 
 #: `_Attention.apply` for plain tensors: without the part in Python, which looks for functorch's.
 _apply_plain = super(torch.autograd.Function, _Attention).apply
+
+
+def _below_autograd(op, modes: tuple[bool, bool], *args):
+    """The op without this level's derivatives, in the grad modes of its caller: outer levels have derivatives too."""
+    grad_mode, forward_grad_mode = modes
+    with (
+        torch.set_grad_enabled(grad_mode),
+        forward_ad._set_fwd_grad_enabled(forward_grad_mode),
+        torch._C._AutoDispatchBelowAutograd(),
+    ):
+        return op(*args)
+
+
+def _modes() -> tuple[bool, bool]:
+    return torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
+
+
+def _apply(function: type[torch.autograd.Function], *args):
+    """`function.apply` as an op's autograd kernel: torch.func's transforms have come down to one level of their own,
+    where a Function is recorded as any other operation is, and needs no `setup_context`."""
+    with enable_single_level_autograd_function():
+        return super(torch.autograd.Function, function).apply(*args)
+
+
+def _forward_autograd(q, k, v, *rest):
+    extras, params = _split(rest)
+    return _apply(_Attention, q, k, v, extras.bias, extras.sinks, extras, params, _modes())
+
+
+def _register(name: str, implementation, fake, autograd) -> None:
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    _library.impl(name, autograd, "Autograd")
+    torch.library.register_fake(f"hf_flashbsa::{name}", fake, lib=_library)
+    op = getattr(torch.ops.hf_flashbsa, name).default
+    torch.library.register_vmap(f"hf_flashbsa::{name}", functools.partial(batching.run_mapped, op), lib=_library)
+
+
+def _first_derivative(name: str):
+    op = getattr(torch.ops.hf_flashbsa, name).default
+    return lambda *args: _apply(_FirstDerivative, op, _modes(), *args)
+
+
+_register("attention_forward", _forward_op, _forward_fake, _forward_autograd)
+_register("attention_backward", _backward_op, _backward_fake, _first_derivative("attention_backward"))
+_register("attention_jvp", _jvp_op, _jvp_fake, _first_derivative("attention_jvp"))
 
 
 def resolve(
@@ -249,11 +313,9 @@ def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: Extras, params: Params, needs_grad: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attention` of what is valid and resolved. Returns `out` and `lse`."""
-    # Dynamo refuses to trace a Function that gets one tensor twice; it pays no host cost for the op's own formula.
-    if torch.compiler.is_compiling():
+    # Dynamo refuses to trace a Function that gets one tensor twice, and pays no host cost for the op.
+    if torch.compiler.is_compiling() or not _is_plain(q, k, v, extras.bias, extras.sinks):
         return torch.ops.hf_flashbsa.attention_forward.default(q, k, v, *extras, *params)
-    plain = _is_plain(q, k, v, extras.bias, extras.sinks)
     if needs_grad:
-        apply = _apply_plain if plain else _Attention.apply
-        return apply(q, k, v, extras.bias, extras.sinks, extras, params, plain)
-    return _forward_eager(q, k, v, extras, params, plain)
+        return _apply_plain(q, k, v, extras.bias, extras.sinks, extras, params, None)
+    return _forward(q, k, v, extras, params)

@@ -60,6 +60,11 @@ class Params(NamedTuple):
 
 
 def sinks_gradient(sinks: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """Gradient `(Hq,)` of the sink logits: their weight in each row times `-delta`, 0 in rows that see no key."""
-    weight = torch.exp(sinks[:, None] - lse).masked_fill(lse == float("-inf"), 0.0)
-    return -(weight * delta).sum((0, 2))
+    """Gradient `(..., Hq)` of the sink logits, given `lse` and `delta` `(..., B, Hq, S)`: their weight in each row
+    times `-delta`, 0 in rows that see no key."""
+    return -(sinks_weight(sinks, lse) * delta).sum((-3, -1))
+
+
+def sinks_weight(sinks: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """Softmax weight `(..., B, Hq, S)` of the sinks `(..., Hq)` in each row, 0 in rows that see no key."""
+    return torch.exp(sinks[..., None, :, None] - lse).masked_fill(lse == float("-inf"), 0.0)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from hf_flashbsa.kernels.dropout import keep_mask, keep_scale
-from hf_flashbsa.kernels.state import Extras, Params, sinks_gradient
+from hf_flashbsa.kernels.state import Extras, Params, sinks_gradient, sinks_weight
 
 #: Most scores held at once.
 MAX_SCORES = 1 << 25
@@ -214,3 +214,50 @@ def backward(dout, dlse, q, k, v, out, lse, gradients, extras: Extras, params: P
         dbias.copy_(dbias_sum)
     if extras.sinks is not None:
         dsinks.copy_(sinks_gradient(extras.sinks, lse, delta))
+
+
+def jvp(tangents, q, k, v, lse, out_t, lse_t, extras: Extras, params: Params) -> None:
+    """Fills the tangents `out_t` and `lse_t` of the outputs, from those of q, k, v, bias and sinks (None for 0).
+
+    With scores `s` and weights `p = exp(s - lse)`: `lse_t = sum(p * s_t) + p_sink * sinks_t` and
+    `out_t = (p * (s_t - lse_t)) @ v + p @ v_t`, weights dropped as in `forward`.
+    """
+    dtype = _compute_dtype(q)
+    q_t, k_t, v_t, bias_t, sinks_t = (None if x is None else x.to(dtype) for x in tangents)
+    out_t.zero_()
+    lse_t.zero_()
+    if sinks_t is not None:
+        lse_t += sinks_weight(extras.sinks, lse) * sinks_t[:, None]
+    for piece in _pieces(q, k, extras, params):
+        if piece.k.start == piece.k.stop:
+            continue
+        q_, k_, v_ = q[piece.rows_q, :, piece.q], k[piece.rows_k, :, piece.k], v[piece.rows_k, :, piece.k]
+        q_, k_, v_ = q_.to(dtype), k_.to(dtype), v_.to(dtype)
+        s, slope = _scores(q_, k_, piece, extras, params)
+        total = lse[piece.rows_q, :, piece.q]
+        p = torch.exp(s - total.masked_fill(total == float("-inf"), 0.0)[..., None])
+        s_t = torch.zeros_like(p)
+        if q_t is not None:
+            s_t += _products(q_t[piece.rows_q, :, piece.q], k_)
+        if k_t is not None:
+            s_t += _products(q_, k_t[piece.rows_k, :, piece.k])
+        s_t *= params.scale
+        if slope is not None:
+            s_t *= slope
+        if bias_t is not None:
+            part = _bias_piece(bias_t, piece)
+            s_t[:, :, : part.shape[2], : part.shape[3]] += part
+        lse_t[piece.rows_q, :, piece.q] += (p * s_t).sum(-1)
+        s_t -= lse_t[piece.rows_q, :, piece.q, None]
+        keep = _keep(piece, q.shape[1], extras, params)
+        if keep is not None:
+            p = p * keep
+        o_t = _grouped(p * s_t, k.shape[1]) @ v_[:, :, None]
+        if v_t is not None:
+            o_t = o_t + _grouped(p, k.shape[1]) @ v_t[piece.rows_k, :, piece.k][:, :, None]
+        out_t[piece.rows_q, :, piece.q] = o_t.flatten(1, 2).to(out_t.dtype)
+
+
+def _products(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """`q @ k.T` of grouped heads, `(B, Hq, m, n)`."""
+    return (_grouped(q, k.shape[1]) @ k[:, :, None].mT).flatten(1, 2)
