@@ -38,9 +38,9 @@ from rich.console import Console
 from transformers import PreTrainedModel
 from xsum_workload import MODELS, Batches, Pair, build, read_lengths
 
-from hf_flashbsa import BlockSparseConfig, configure, enable_fused_loss, padding_free
-from hf_flashbsa.bench.environment import environment
+from hf_flashbsa import BlockSparseConfig, enable_fused_loss, padding_free, set_block_sparse
 from hf_flashbsa.bench.report import append
+from hf_flashbsa.environment import environment
 from hf_flashbsa.training.largest_batch import GIB, largest_batch
 from hf_flashbsa.training.ledger import measure_step
 from recipes.xsum.flash_attention_2 import REPAIRED
@@ -82,7 +82,7 @@ class Bench:
         self.args, self.device = args, torch.device(args.device)
         torch.manual_seed(args.seed)
         self.model = build(name, args.tiny, self.device)
-        configure(self.model, LAYOUT)  # which bsa_sparse alone reads
+        set_block_sparse(self.model, LAYOUT)  # which bsa_sparse alone reads
         self.batches = Batches(self.model, lengths, args.source_length)
         self.about = {**environment(self.device), "model": name, "tiny": args.tiny}
         if args.commit:

@@ -18,9 +18,9 @@ import transformers
 from packaging.version import Version
 
 from hf_flashbsa import AttentionSpec, attention, choose_backend
-from hf_flashbsa.bench.environment import version
+from hf_flashbsa.environment import version
 from hf_flashbsa.kernels import tuning
-from hf_flashbsa.reference import reference_attention
+from hf_flashbsa.ops.reference import reference_attention
 
 OLDEST_TORCH = "2.9"
 OLDEST_GPU = (8, 0)

@@ -63,7 +63,7 @@ def compile_only(arch: int, within: str = ""):
     """Within, launches of kernels whose module's name begins with `within` compile for `sm_<arch>` instead of running,
     and others do nothing. Yields the list of what was launched."""
     # Kernels decide when they are imported; `attention` looks at the variable when it is called.
-    for module in ("triton_backend", "triton.dq_accum"):
+    for module in ("triton.backend", "triton.dq_accum"):
         importlib.import_module(f"hf_flashbsa.kernels.{module}")
     compiled, run = [], JITFunction.run
 

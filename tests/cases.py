@@ -9,8 +9,8 @@ import torch
 
 from hf_flashbsa import AttentionSpec, attention
 from hf_flashbsa.kernels.dropout import drop_threshold, keep_mask
-from hf_flashbsa.layout import BlockLayout
-from hf_flashbsa.reference import reference_attention, sequence_ranges
+from hf_flashbsa.masks.block_layout import BlockLayout
+from hf_flashbsa.ops.reference import reference_attention, sequence_ranges
 
 MASKS = ("none", "seqlens", "cu_seqlens", "key_padding", "segments", "dense", "offset_tensor", "mixed", "starts")
 

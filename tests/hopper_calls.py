@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from unittest import mock
 
-from hf_flashbsa.kernels import launch as launch_cache
+from hf_flashbsa.kernels import launch_cache
 from hf_flashbsa.kernels.gluon_sm90 import dispatch
 
 #: Kernels of a call that has to repeat bit by bit, and of one that need not.
@@ -40,7 +40,7 @@ def every_call_on_hopper(programs: int, choice: int = 0) -> Iterator[Counter]:
         launched[kernel, found is not None] += 1
         return found
 
-    launch_cache._kept.cache_clear()
+    launch_cache._launches_of.cache_clear()
     try:
         with (
             mock.patch.object(launch, "_multiprocessors", lambda device: programs),
@@ -49,4 +49,4 @@ def every_call_on_hopper(programs: int, choice: int = 0) -> Iterator[Counter]:
         ):
             yield launched
     finally:
-        launch_cache._kept.cache_clear()
+        launch_cache._launches_of.cache_clear()

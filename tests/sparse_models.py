@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers_models import batch_for, tiny
 
-from hf_flashbsa import BlockSparseConfig, configure
+from hf_flashbsa import BlockSparseConfig, set_block_sparse
 from hf_flashbsa.patterns import make_layout
 from hf_flashbsa.selection import top_k_blocks
 
@@ -41,7 +41,7 @@ SELECTING = BlockSparseConfig("top_k_blocks", BLOCK, top_k=2, roles={"cross": {"
 def sparse(name: str, config: BlockSparseConfig = MIXED, **changes) -> nn.Module:
     """`tiny` with block layouts."""
     model = tiny(name, "bsa_sparse", **changes)
-    configure(model, config)
+    set_block_sparse(model, config)
     return model
 
 

@@ -51,9 +51,9 @@ def problem_of(arch: int, kernel: str, entry: dict) -> Problem | None:
     return None
 
 
-def launch(problem: Problem, kernel: str) -> None:
+def run_one(problem: Problem, kernel: str) -> None:
     """Calls `attention` and its backward pass, of whose kernels only one is launched."""
-    from hf_flashbsa.kernels import triton_backend
+    from hf_flashbsa.kernels.triton import launch
 
     dtype = torch.bfloat16 if problem.itemsize == 2 else torch.float32
     room = problem.head_dim if problem.aligned else problem.head_dim + 1
@@ -62,7 +62,7 @@ def launch(problem: Problem, kernel: str) -> None:
     )
     rich = {} if problem.plain else {"bias": torch.zeros(1, 4, 256, 256, dtype=dtype).requires_grad_()}
     others = {f"{name}_kernel": mock.MagicMock() for name in KERNELS if name != kernel}
-    with mock.patch.multiple(triton_backend, **others):
+    with mock.patch.multiple(launch, **others):
         leaves = [x.requires_grad_() for x in (q, k, v)]
         out = attention(*leaves, causal=True, backend="triton", dropout_p=0.1, **rich)
         out.backward(dout)
@@ -74,7 +74,7 @@ def main(arch: int) -> None:
     for kernel, entries in _table(arch).items():
         for place, entry in enumerate(entries):
             with compile_only(arch) as compiled:
-                launch(problem_of(arch, kernel, entry), kernel)
+                run_one(problem_of(arch, kernel, entry), kernel)
             (result,) = compiled
             print(json.dumps({"kernel": kernel, "place": place, **result._asdict()}), flush=True)
 

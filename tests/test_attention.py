@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 
 import pytest
 import torch
 from cases import random_case, worst_ratio
 
 from hf_flashbsa import AttentionSpec, attention, choose_backend
-from hf_flashbsa.attention import _bounds_spec, _log_copy
-from hf_flashbsa.kernels import torch_backend
-from hf_flashbsa.reference import reference_attention
+from hf_flashbsa.kernels import backends
+from hf_flashbsa.kernels.torch import backend as torch_backend
+from hf_flashbsa.ops import validation
+from hf_flashbsa.ops.api import _bounds_spec, _log_copy
+from hf_flashbsa.ops.reference import reference_attention
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -127,12 +128,12 @@ def test_alike_calls_are_validated_and_given_a_back_end_once(masking, monkeypatc
         function = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *args: called.append(name) or function(*args))
 
-    count(AttentionSpec, "validate")
-    count(sys.modules["hf_flashbsa.attention"], "choose_backend")
+    count(validation, "check_spec")
+    count(backends, "choose_backend")
     _bounds_spec.cache_clear()
     for _ in range(3):
         attention(*inputs(), **masking)
-    assert sorted(called) == ["choose_backend", "validate"]
+    assert sorted(called) == ["check_spec", "choose_backend"]
 
 
 def test_keywords_are_refused_after_equal_ones_that_were_not():
@@ -213,7 +214,7 @@ class TestChoice:
         assert chosen.reason is None if reason is None else reason in chosen.reason
 
     def test_is_logged_once_with_its_reason(self, caplog):
-        from hf_flashbsa.attention import _log_choice
+        from hf_flashbsa.kernels.backends import _log_choice
 
         _log_choice.cache_clear()
         with caplog.at_level(logging.INFO, "hf_flashbsa"):
@@ -335,7 +336,7 @@ def test_any_strides(strides, backend):
 def test_a_copy_for_its_strides_is_logged_once(caplog):
     _log_copy.cache_clear()
     q = torch.randn(1, 2, 4, 3).mT
-    with caplog.at_level(logging.INFO, logger="hf_flashbsa.attention"):
+    with caplog.at_level(logging.INFO, logger="hf_flashbsa.ops.api"):
         attention(q, q, q)
         attention(q, q, q)
     lines = [line for line in caplog.messages if "not contiguous" in line]

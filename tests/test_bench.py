@@ -16,7 +16,7 @@ from hf_flashbsa.bench.measure import measure, measure_host, measure_wall, peak_
 from hf_flashbsa.bench.providers import PROVIDERS, Unsupported, _flash_package, enabled
 from hf_flashbsa.bench.targets import PRESETS
 from hf_flashbsa.bench.workers import JobError, run_jobs
-from hf_flashbsa.layout import BlockLayout
+from hf_flashbsa.masks.block_layout import BlockLayout
 
 CPU = torch.device("cpu")
 

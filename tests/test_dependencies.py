@@ -11,34 +11,38 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [*ROOT.glob("hf_flashbsa/**/*.py"), *ROOT.glob("recipes/**/*.py")]
+#: What lowers a mask, and what back ends are told: nothing that imports Triton.
+HOST_KERNELS = {
+    f"hf_flashbsa.kernels.{name}"
+    for name in ("block_tables", "backends", "call_plan", "dropout", "tables", "tile_schedule")
+}
 #: What a module may import beside the standard library; the longest prefix of its name counts. A name allows all
 #: that lies in it.
 ALLOWED = {
     "hf_flashbsa": {
-        "hf_flashbsa.attention", "hf_flashbsa.spec", "hf_flashbsa.integration", "hf_flashbsa.training.losses",
-        "hf_flashbsa.layout", "hf_flashbsa.patterns", "hf_flashbsa.selection", "hf_flashbsa.config",
+        "hf_flashbsa.ops", "hf_flashbsa.masks", "hf_flashbsa.kernels.backends", "hf_flashbsa.integration",
+        "hf_flashbsa.training.losses", "hf_flashbsa.patterns", "hf_flashbsa.selection", "hf_flashbsa._deprecated",
     },
-    "hf_flashbsa.layout": {"torch", "matplotlib"},
-    "hf_flashbsa.pattern_tools": {"torch", "hf_flashbsa.layout"},
-    "hf_flashbsa.patterns": {"torch", "hf_flashbsa.layout", "hf_flashbsa.pattern_tools"},
-    "hf_flashbsa.selection": {"torch", "hf_flashbsa.layout"},
-    "hf_flashbsa.config": {
-        "torch", "hf_flashbsa.layout", "hf_flashbsa.pattern_tools", "hf_flashbsa.patterns", "hf_flashbsa.selection",
-    },
-    "hf_flashbsa.segments": {"torch"},
-    "hf_flashbsa.spec": {"torch", "hf_flashbsa.layout", "hf_flashbsa.segments"},
-    "hf_flashbsa.reference": {"torch", "hf_flashbsa.spec"},
+    "hf_flashbsa.masks": {"torch", "hf_flashbsa.masks"},
+    "hf_flashbsa.masks.block_layout": {"torch", "matplotlib"},
+    "hf_flashbsa.masks.spec": {"torch", "hf_flashbsa.masks.block_layout"},
+    "hf_flashbsa.masks.selection": {"torch", "hf_flashbsa.masks.block_layout"},
+    "hf_flashbsa.ops": {"torch", "hf_flashbsa.ops", "hf_flashbsa.masks", *HOST_KERNELS},
+    "hf_flashbsa.ops.reference": {"torch", "hf_flashbsa.masks.spec"},
+    "hf_flashbsa.ops.autograd": {"torch", "hf_flashbsa.ops.batching", *HOST_KERNELS},
+    "hf_flashbsa.ops.batching": {"torch", *HOST_KERNELS},
     "hf_flashbsa.kernels": {"torch", "hf_flashbsa.kernels"},
-    "hf_flashbsa.kernels.autograd": {"torch", "hf_flashbsa.kernels", "hf_flashbsa.spec"},
     "hf_flashbsa.kernels.tables": set(),
     "hf_flashbsa.kernels.structs": set(),
     "hf_flashbsa.kernels.triton": {
         "triton", "hf_flashbsa.kernels.dropout", "hf_flashbsa.kernels.structs", "hf_flashbsa.kernels.tables",
         "hf_flashbsa.kernels.triton",
     },
-    "hf_flashbsa.kernels.launch": {"torch", "triton", "hf_flashbsa.kernels.tuning"},
+    "hf_flashbsa.kernels.launch_cache": {
+        "torch", "triton", "hf_flashbsa.kernels.backends", "hf_flashbsa.kernels.tuning",
+    },
     "hf_flashbsa.kernels.arguments": {
-        "torch", "hf_flashbsa.kernels.dropout", "hf_flashbsa.kernels.state", "hf_flashbsa.kernels.structs",
+        "torch", "hf_flashbsa.kernels.dropout", "hf_flashbsa.kernels.call_plan", "hf_flashbsa.kernels.structs",
         "hf_flashbsa.kernels.tables",
     },
     "hf_flashbsa.kernels.gluon_sm90": {
@@ -46,25 +50,24 @@ ALLOWED = {
         "hf_flashbsa.kernels.triton",
     },
     "hf_flashbsa.kernels.gluon_sm90.dispatch": {
-        "torch", "hf_flashbsa.kernels.arguments", "hf_flashbsa.kernels.launch", "hf_flashbsa.kernels.state",
+        "torch", "hf_flashbsa.kernels.arguments", "hf_flashbsa.kernels.launch_cache", "hf_flashbsa.kernels.call_plan",
         "hf_flashbsa.kernels.tuning",
     },
     "hf_flashbsa.kernels.gluon_sm90.launch": {
         "torch", "triton", "hf_flashbsa.kernels.arguments", "hf_flashbsa.kernels.gluon_sm90",
-        "hf_flashbsa.kernels.state", "hf_flashbsa.kernels.tables", "hf_flashbsa.kernels.triton",
+        "hf_flashbsa.kernels.call_plan", "hf_flashbsa.kernels.tables", "hf_flashbsa.kernels.triton",
     },
-    "hf_flashbsa.kernels.triton_backend": {"torch", "triton", "hf_flashbsa.kernels"},
-    "hf_flashbsa.attention": {
-        "torch", "hf_flashbsa.kernels.autograd", "hf_flashbsa.kernels.state", "hf_flashbsa.spec", "hf_flashbsa.layout",
-    },
+    "hf_flashbsa.kernels.triton.backend": {"torch", "hf_flashbsa.kernels"},
+    "hf_flashbsa.kernels.triton.launch": {"torch", "hf_flashbsa.kernels"},
     "hf_flashbsa.integration": {
-        "torch", "transformers", "packaging", "hf_flashbsa.attention", "hf_flashbsa.spec", "hf_flashbsa.integration",
-        "hf_flashbsa.layout", "hf_flashbsa.selection", "hf_flashbsa.config",
+        "torch", "transformers", "packaging", "hf_flashbsa.ops.api", "hf_flashbsa.ops.lowering", "hf_flashbsa.masks",
+        "hf_flashbsa.integration", "hf_flashbsa.kernels.backends",
     },
     "hf_flashbsa.training": {
-        "torch", "transformers", "rich", "matplotlib", "liger_kernel", "hf_flashbsa.attention",
-        "hf_flashbsa.integration", "hf_flashbsa.training",
+        "torch", "transformers", "rich", "matplotlib", "liger_kernel", "hf_flashbsa.integration",
+        "hf_flashbsa.training",
     },
+    "hf_flashbsa.environment": {"torch"},
     "hf_flashbsa.bench": {"torch", "triton", "rich", "matplotlib", "hf_flashbsa"},
     "hf_flashbsa.doctor": {"torch", "transformers", "packaging", "hf_flashbsa"},
     "recipes": {
@@ -73,8 +76,9 @@ ALLOWED = {
     },
 }  # fmt: skip
 #: Loaded by nobody who does not ask for them.
-HEAVY = ("hf_flashbsa.kernels.triton_backend", "hf_flashbsa.kernels.triton", "hf_flashbsa.bench",
-         "datasets", "matplotlib", "rich", "liger_kernel", "transformers.models.bart.modeling_bart")  # fmt: skip
+HEAVY = ("hf_flashbsa.kernels.triton", "hf_flashbsa.kernels.launch_cache",
+         "hf_flashbsa.bench", "datasets", "matplotlib", "rich", "liger_kernel",
+         "transformers.models.bart.modeling_bart")  # fmt: skip
 
 
 def _name(path: Path) -> str:

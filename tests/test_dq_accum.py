@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 
 from hf_flashbsa import attention, use_deterministic
-from hf_flashbsa.kernels import autograd
 from hf_flashbsa.kernels.arguments import score_mod_of, tensor_view
-from hf_flashbsa.kernels.state import NO_EXTRAS, Params
+from hf_flashbsa.kernels.call_plan import NO_TENSORS, CallPlan, CallScalars
 from hf_flashbsa.kernels.triton.dq_accum import bwd_postprocess_kernel, bwd_preprocess_kernel
+from hf_flashbsa.ops import api, autograd
 
 BATCH, HEADS, LENGTH, DIM = 2, 3, 70, 64
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -22,11 +20,11 @@ def asked(monkeypatch):
     """What calls of `attention` ask the back ends for, in turn."""
     wishes, attend = [], autograd.attend
 
-    def noted(q, k, v, extras, params, needs_grad):
-        wishes.append(params.deterministic)
-        return attend(q, k, v, extras, params, needs_grad)
+    def noted(q, k, v, plan, needs_grad):
+        wishes.append(plan.scalars.deterministic)
+        return attend(q, k, v, plan, needs_grad)
 
-    monkeypatch.setattr(importlib.import_module("hf_flashbsa.attention"), "attend", noted)
+    monkeypatch.setattr(api, "attend", noted)
     yield wishes
     use_deterministic(True)
     torch.use_deterministic_algorithms(False)
@@ -58,7 +56,7 @@ def test_rows_are_made_and_sums_begin_at_zero(with_dlse):
     dlse = torch.randn_like(lse) if with_dlse else None
     stats = torch.full((2, lse.numel()), float("nan"), device=DEVICE)
     dq_accum = torch.full((BATCH, HEADS, LENGTH, DIM), float("nan"), device=DEVICE)
-    score_mod = score_mod_of(NO_EXTRAS, Params(1.0, 0.0, -1, -1, 0, 0, 0, False, "triton"))
+    score_mod = score_mod_of(CallPlan(NO_TENSORS, CallScalars(1.0, None, None, None, 0, None, None, False, "triton")))
     bwd_preprocess_kernel[(BATCH * HEADS, 2)](
         tensor_view(dout), tensor_view(out), lse, dlse, stats, lse.numel(), dq_accum, score_mod, HEADS, LENGTH,
         HEAD_DIM=DIM, BLOCK_M=64,

@@ -20,8 +20,9 @@ from sass import lost_operands, overwritten_operands
 
 from hf_flashbsa import BlockLayout, attention
 from hf_flashbsa.kernels import tuning
+from hf_flashbsa.kernels.block_tables import block_table
+from hf_flashbsa.kernels.call_plan import NO_TENSORS, CallPlan, CallScalars
 from hf_flashbsa.kernels.gluon_sm90 import dispatch
-from hf_flashbsa.kernels.state import Extras, Params
 
 KERNELS = ("forward", "dq", "dkdv")
 #: Bytes that a kernel may spill: addresses and bounds, one of each thread, none of the tensors.
@@ -218,8 +219,8 @@ def test_a_wait_repeated_behind_the_code_makes_no_loop():
 def test_only_tile_schedules_have_tile_counters(monkeypatch, ragged):
     """Each kernel has a counter of its own, at 0, that begins at a multiple of 16 bytes."""
     monkeypatch.setattr(tuning, "is_hopper", lambda device: True)
-    extras = Extras(work_q=torch.zeros(3, 11, dtype=torch.int32) if ragged else None)
-    counters = tuple(dispatch.new_tile_counters(extras, 2, torch.device("cpu")))
+    schedule = torch.zeros(3, 12, dtype=torch.int32) if ragged else None
+    counters = tuple(dispatch.new_tile_counters(schedule, 2, torch.device("cpu")))
     if not ragged:
         assert counters == (None, None)
         return
@@ -227,13 +228,12 @@ def test_only_tile_schedules_have_tile_counters(monkeypatch, ragged):
     assert counters[1].data_ptr() - counters[0].data_ptr() == 16
 
 
-def _arguments(head_dim=128, length=2048, dtype=torch.bfloat16, dim_v=None, extras=None, **params):
+def _arguments(head_dim=128, length=2048, dtype=torch.bfloat16, dim_v=None, tensors=None, **scalars):
     q = torch.zeros(1, length, 2, head_dim, dtype=dtype).transpose(1, 2)
     v = torch.zeros(1, length, 2, dim_v or head_dim, dtype=dtype).transpose(1, 2)
-    usual = {"scale": 1.0, "softcap": 0.0, "window_left": -1, "window_right": -1, "diagonal": 0}
-    usual |= {"drop_threshold": 0, "block_size": 0, "deterministic": True, "backend": "triton"}
-    nothing = Extras(*[None] * len(Extras._fields))
-    return q, q.clone(), v, (), nothing._replace(**extras or {}), Params(**usual | params)
+    usual = {"softmax_scale": 1.0, "query_offset": 0, "deterministic": True, "backend": "triton"}
+    usual = dict.fromkeys(CallScalars._fields) | usual
+    return q, q.clone(), v, (), CallPlan(NO_TENSORS._replace(**tensors or {}), CallScalars(**usual | scalars))
 
 
 @pytest.fixture
@@ -250,50 +250,48 @@ def test_takes(on_hopper, kernel):
 def test_packed_documents_are_taken_where_they_were_faster(on_hopper):
     """At head dim 64: the forward with as many queries as keys, roughly, and without both causality and dropout; dq
     where segments tell what is padding."""
-    q, k, v, others, extras, params = _arguments(64, extras={"work_q": torch.zeros(1), "work_k": torch.zeros(1)})
-    causal = params._replace(window_right=0)
+    q, k, v, others, plan = _arguments(64, tensors={"schedule_q": torch.zeros(1), "schedule_k": torch.zeros(1)})
+    causal = plan._replace(scalars=plan.scalars._replace(window_right=0))
     for kernel, taken in (("forward", True), ("dkdv", True), ("dq", False)):
-        for some in (params, causal):
-            assert dispatch.why_unsupported(kernel, q, k, v, others, extras, some) == (None if taken else UNLISTED)
+        for some in (plan, causal):
+            assert dispatch.why_unsupported(kernel, q, k, v, others, some) == (None if taken else UNLISTED)
     for kernel, taken in (("forward", False), ("dkdv", True)):
-        assert dispatch.why_unsupported(kernel, q[:, :, :1000], k, v, others, extras, params) == (
-            None if taken else UNLISTED
-        )
-        dropout = causal._replace(drop_threshold=1)
-        assert dispatch.why_unsupported(kernel, q, k, v, others, extras, dropout) == (None if taken else UNLISTED)
-    padded = extras._replace(segment_ids_k=torch.zeros(1))
-    assert dispatch.why_unsupported("dq", q, k, v, others, padded, params) is None
+        assert dispatch.why_unsupported(kernel, q[:, :, :1000], k, v, others, plan) == (None if taken else UNLISTED)
+        dropout = causal._replace(scalars=causal.scalars._replace(drop_threshold=1))
+        assert dispatch.why_unsupported(kernel, q, k, v, others, dropout) == (None if taken else UNLISTED)
+    padded = plan._replace(tensors=plan.tensors._replace(segment_ids_k=torch.zeros(1)))
+    assert dispatch.why_unsupported("dq", q, k, v, others, padded) is None
 
 
 @pytest.mark.parametrize(("kernel", "min_window"), [("forward", 512), ("dq", 2048), ("dkdv", 0)])
 def test_narrow_windows_are_left_where_that_was_faster(on_hopper, kernel, min_window):
     """At head dim 64."""
-    for window_left in (0, 511, 512, 2047, 2048, -1):
-        wide = window_left < 0 or window_left >= min_window
+    for window_left in (0, 511, 512, 2047, 2048, None):
+        wide = window_left is None or window_left >= min_window
         reason = dispatch.why_unsupported(kernel, *_arguments(64, window_left=window_left, window_right=0))
         assert reason == (None if wide else UNLISTED)
-    assert dispatch.why_unsupported(kernel, *_arguments(64, window_left=min_window // 2, window_right=-1)) is None
+    assert dispatch.why_unsupported(kernel, *_arguments(64, window_left=min_window // 2)) is None
 
 
 @pytest.mark.parametrize(
     ("tiles", "window", "stay"),
     [
-        (64, (-1, -1), True),
-        (65, (-1, 0), False),
+        (64, (None, None), True),
+        (65, (None, 0), False),
         (65, (1024, 1024), True),
         (65, (2049, 0), False),
-        (65, (9, -1), False),
+        (65, (9, None), False),
     ],
 )
 def test_programs_stay_where_tiles_meet_little(tiles, window, stay):
     from hf_flashbsa.kernels.gluon_sm90 import launch
 
-    params = _arguments(window_left=window[0], window_right=window[1])[-1]
-    assert launch._grid_size(1000, tiles, None, params, torch.device("cpu")) == (132 if stay else 1000)
-    assert launch._grid_size(1000, tiles, torch.zeros(1), params, torch.device("cpu")) == 132
+    plan = _arguments(window_left=window[0], window_right=window[1])[-1]
+    assert launch._grid_size(1000, tiles, None, plan, torch.device("cpu")) == (132 if stay else 1000)
+    assert launch._grid_size(1000, tiles, torch.zeros(1), plan, torch.device("cpu")) == 132
 
 
-@pytest.mark.parametrize(("length", "causal", "taken"), [(4096, 0, True), (2048, 0, False), (16384, -1, False)])
+@pytest.mark.parametrize(("length", "causal", "taken"), [(4096, 0, True), (2048, 0, False), (16384, None, False)])
 def test_the_fused_backward_is_for_long_causal_sequences(on_hopper, length, causal, taken):
     reason = dispatch.why_unsupported("fused_backward", *_arguments(64, length, window_right=causal))
     assert reason == (None if taken else UNLISTED)
@@ -302,8 +300,8 @@ def test_the_fused_backward_is_for_long_causal_sequences(on_hopper, length, caus
 def _layout_arguments(heads: int, heads_k: int, layout_heads: int, head_dim: int = 128):
     """What a call with a layout carries."""
     layout = BlockLayout(torch.ones(1, layout_heads, 16, 16, dtype=torch.int32), 128)
-    lists = {f"blocks_{side}": layout.table(side) for side in "qk"}
-    q, _, _, *rest = _arguments(head_dim, extras={"grid": layout.grid, **lists}, block_size=128)
+    tables = {f"block_table_{side}": block_table(*layout.lists(side)) for side in "qk"}
+    q, _, _, *rest = _arguments(head_dim, tensors={"block_grid": layout.grid, **tables}, block_size=128)
     q, k = (q[:, :1].repeat(1, n, 1, 1) for n in (heads, heads_k))
     return q, k, k, *rest
 
@@ -330,9 +328,9 @@ def test_leaves_heads_that_share_keys_but_no_list(on_hopper):
         ("head dims 128 and 64", {"dim_v": 64}),
         (UNLISTED, {"head_dim": 96}),
         (UNLISTED, {"length": 16}),
-        ("bias", {"extras": {"bias": torch.zeros(1, 1, 2048, 2048)}}),
+        ("bias", {"tensors": {"bias": torch.zeros(1, 1, 2048, 2048)}}),
         ("softcap", {"softcap": 30.0}),
-        ("block layouts, blocks of 64", {"extras": {"grid": torch.zeros(1)}, "block_size": 64}),
+        ("block layouts, blocks of 64", {"tensors": {"block_grid": torch.zeros(1)}, "block_size": 64}),
         ("no tokens", {"length": 0}),
     ],
 )
@@ -362,10 +360,10 @@ def test_other_gpus_have_portable_kernels_only():
 
 def test_reasons_are_logged_once(on_hopper, caplog):
     dispatch._log_once.cache_clear()
-    *tensors, extras, params = _arguments(softcap=5.0)
+    *tensors, plan = _arguments(softcap=5.0)
     with caplog.at_level(logging.INFO, logger="hf_flashbsa"):
         for _ in range(2):
-            assert dispatch.select_launcher("forward", *tensors, None, extras, params) is None
+            assert dispatch.select_launcher("forward", *tensors, None, plan) is None
     assert [record.message for record in caplog.records] == [
         "Hopper kernels: the portable forward kernel takes calls with softcap"
     ]

@@ -10,8 +10,8 @@ from hopper_calls import FUSED_KERNELS, KERNELS, every_call_on_hopper
 
 from hf_flashbsa import BlockLayout, attention
 from hf_flashbsa.kernels import tuning
-from hf_flashbsa.reference import reference_attention
-from hf_flashbsa.spec import AttentionSpec
+from hf_flashbsa.masks.spec import AttentionSpec
+from hf_flashbsa.ops.reference import reference_attention
 
 DEVICE = "cuda"
 pytestmark = [

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_flashbsa import AttentionSpec, attention
-from hf_flashbsa.reference import reference_attention
+from hf_flashbsa.ops.reference import reference_attention
 
 pytestmark = [
     pytest.mark.gpu,

@@ -20,8 +20,8 @@ from triton.compiler import LazyDict
 from triton.runtime import _allocation
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hf_flashbsa.kernels import launch, tuning
-from hf_flashbsa.kernels.launch import MAX_DESCRIPTORS, MAX_PLANS, replay
+from hf_flashbsa.kernels import launch_cache, tuning
+from hf_flashbsa.kernels.launch_cache import MAX_DESCRIPTORS, MAX_LAUNCHES, Recorder, launch_cached
 
 
 class Kernel:
@@ -43,23 +43,35 @@ class Kernel:
         return run
 
 
+def record(recorder: Recorder, body, params: tuple) -> None:
+    with recorder:
+        body(recorder, recorder.inputs, recorder.outputs, params)
+
+
+def replay(body, inputs: tuple, outputs: tuple, params: tuple) -> None:
+    """Launches as back ends do: from the cache, or by `body`."""
+    recorder = launch_cached(body, inputs, outputs, params)
+    if recorder is not None:
+        record(recorder, body, params)
+
+
 @contextmanager
 def pretended_gpu(current: int = 0):
-    """Within, tensors lie on GPU 0 for `replay`, and the current device is `current`, with stream 7."""
+    """Within, tensors lie on GPU 0 for `launch_cached`, and the current device is `current`, with stream 7."""
     driver = SimpleNamespace(get_current_device=lambda: current, get_current_stream=lambda device: 7)
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(launch, "driver", SimpleNamespace(active=driver)))
+        stack.enter_context(mock.patch.object(launch_cache, "driver", SimpleNamespace(active=driver)))
         stack.enter_context(mock.patch.object(torch.Tensor, "get_device", lambda self: 0))
         yield
 
 
 @pytest.fixture(autouse=True)
 def gpu():
-    launch._kept.cache_clear()
-    launch._described.cache_clear()
+    launch_cache._launches_of.cache_clear()
+    launch_cache._described.cache_clear()
     with pretended_gpu():
         yield
-    launch._kept.cache_clear()
+    launch_cache._launches_of.cache_clear()
 
 
 @pytest.fixture
@@ -199,7 +211,7 @@ def test_descriptors_are_encoded_once_for_each_address(metadata, utilities):
             replay(launch_described, *tensors, (kernel,))
         counts.append(utilities.encoded - before)
     for tensors in (calls[0], *calls, *calls):
-        launch.Launcher().record(launch_described, *tensors, (asked,))
+        record(Recorder(*tensors), launch_described, (asked,))
     assert counts == ([0, 0] if metadata is None else [3, 0])
     assert kernel.asked == 1
     assert addressed(passed) == addressed(wanted)
@@ -211,7 +223,7 @@ def test_no_more_descriptors_than_a_bound_are_kept(utilities):
     for start in range(0, 4 * (MAX_DESCRIPTORS + 20), 4):
         replay(launch_described, (space[start:][:32].view(4, 8),), (y,), (kernel,))
     assert kernel.asked == 1
-    assert launch._described.cache_info().currsize == MAX_DESCRIPTORS
+    assert launch_cache._described.cache_info().currsize == MAX_DESCRIPTORS
 
 
 def test_a_launcher_that_is_not_known_gets_descriptors(utilities):
@@ -245,7 +257,7 @@ def replaced(argument, values: dict):
 def other_device():
     with (
         mock.patch.object(torch.Tensor, "get_device", lambda self: 1),
-        mock.patch.object(launch.driver.active, "get_current_device", lambda: 1),
+        mock.patch.object(launch_cache.driver.active, "get_current_device", lambda: 1),
     ):
         yield
 
@@ -312,13 +324,13 @@ def test_bool_goes_to_triton_as_bytes(kernel):
 
 def test_no_more_than_a_bound_is_kept(kernel):
     body = caller(kernel)
-    for number in range(MAX_PLANS + 20):
+    for number in range(MAX_LAUNCHES + 20):
         replay(body, (PLAIN["x"],), (PLAIN["y"],), (number,))
-    assert launch._kept.cache_info().currsize == MAX_PLANS
-    replay(body, (PLAIN["x"],), (PLAIN["y"],), (MAX_PLANS + 19,))
-    assert kernel.asked == MAX_PLANS + 20
+    assert launch_cache._launches_of.cache_info().currsize == MAX_LAUNCHES
+    replay(body, (PLAIN["x"],), (PLAIN["y"],), (MAX_LAUNCHES + 19,))
+    assert kernel.asked == MAX_LAUNCHES + 20
     replay(body, (PLAIN["x"],), (PLAIN["y"],), (0,))
-    assert kernel.asked == MAX_PLANS + 21
+    assert kernel.asked == MAX_LAUNCHES + 21
 
 
 def test_plans_keep_no_memory_alive(kernel):
@@ -374,11 +386,11 @@ def test_the_interpreter_and_unknown_releases_of_triton_keep_nothing(kernel, mon
     with mock.patch.object(torch.Tensor, "get_device", lambda self: -1):
         for _ in range(2):
             replay(body, (PLAIN["x"],), (PLAIN["y"],), (1,))
-    monkeypatch.setattr(launch, "_repeats", False)
+    monkeypatch.setattr(launch_cache, "_caches", False)
     for _ in range(2):
         replay(body, (PLAIN["x"],), (PLAIN["y"],), (1,))
     assert kernel.asked == 4
-    assert launch._kept.cache_info().currsize == 0
+    assert launch_cache._launches_of.cache_info().currsize == 0
 
 
 def test_the_device_of_the_tensors_becomes_the_current_one(kernel):
@@ -400,7 +412,7 @@ def test_a_tensor_that_was_not_handed_over_is_an_error(kernel):
     def body(run, inputs, outputs, params):
         run(kernel, (1,), inputs[0], (outputs[0][1:], 1), 2, SIZE=8, num_warps=4)
 
-    with pytest.raises(LookupError, match="`replay` was not given"):
+    with pytest.raises(LookupError, match="`launch_cached` was not given"):
         replay(body, (PLAIN["x"],), (PLAIN["y"],), (1,))
 
 

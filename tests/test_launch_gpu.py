@@ -10,8 +10,9 @@ from transformers_models import host_never_waits
 from triton.runtime import JITFunction
 
 from hf_flashbsa import AttentionSpec, BlockLayout, attention
-from hf_flashbsa.kernels import launch
-from hf_flashbsa.spec import Shape
+from hf_flashbsa.kernels import launch_cache
+from hf_flashbsa.kernels.tile_schedule import Sizes
+from hf_flashbsa.ops.lowering import schedule_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -62,7 +63,7 @@ PLACES = {"aligned": {}, "misaligned": {"offset": 1, "room": 1}, "float32": {"dt
 )
 def test_repeated_launches_give_the_same_bits(options, place):
     make, place = OPTIONS[options], PLACES[place]
-    with mock.patch.object(launch, "_repeats", False):
+    with mock.patch.object(launch_cache, "_caches", False):
         want = [results(*inputs(seed, **place), **make()) for seed in (1, 2)]
     results(*inputs(0, **place), **make())
     kept = [inputs(seed, **place) for seed in (1, 2)]
@@ -101,12 +102,12 @@ def test_tensors_need_not_be_on_the_current_device():
 
 def test_the_host_never_waits_for_tables():
     """Nor do they depend on the device that makes them."""
-    shape = Shape(2, 2, 700, 700)
+    sizes = Sizes(2, 2, 700, 700)
     ids = torch.arange(700).expand(2, -1) // torch.tensor([[90], [3]])
     live = torch.where(torch.arange(700) < 650, ids, -1)
     for options in ({"segment_ids_q": ids, "segment_ids_k": live}, {"segment_ids_k": live.clamp(max=0)}):
         moved = AttentionSpec(**{name: x.cuda() for name, x in options.items()})
         with host_never_waits():
-            tables = [moved.work(side, shape, torch.device("cuda")) for side in "qk"]
-        want = [AttentionSpec(**options).work(side, shape, torch.device("cpu")) for side in "qk"]
+            tables = [schedule_of(moved, side, sizes, torch.device("cuda")) for side in "qk"]
+        want = [schedule_of(AttentionSpec(**options), side, sizes, torch.device("cpu")) for side in "qk"]
         assert equal([x.cpu() for x in tables], want)

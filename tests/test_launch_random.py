@@ -1,4 +1,4 @@
-"""Launches repeated from plans give kernels what Triton itself would give, in random calls.
+"""Launches from the cache give kernels what Triton itself would give, in random calls.
 
 `python tests/test_launch_random.py` makes them, in a process of its own: here Triton may be the interpreter.
 """
@@ -17,8 +17,9 @@ import torch
 from noted_launches import Compiled
 
 from hf_flashbsa import BlockLayout, attention
-from hf_flashbsa.kernels import launch, triton_backend, tuning
-from hf_flashbsa.kernels.launch import MAX_PLANS, replay
+from hf_flashbsa.kernels import launch_cache, tuning
+from hf_flashbsa.kernels.launch_cache import MAX_LAUNCHES, Recorder, launch_cached
+from hf_flashbsa.kernels.triton import backend
 
 #: Few enough for all their plans to be kept.
 PROBLEMS = 120
@@ -54,7 +55,7 @@ def random_problem(r: random.Random) -> dict:
 
 
 def main() -> None:
-    """Makes random calls twice and prints how many were repeated from plans, and what differed from Triton's own."""
+    """Makes random calls twice and prints how many came from the cache, and what differed from Triton's own."""
     from aot import _Driver
     from triton.runtime import JITFunction
     from triton.runtime import driver as triton_driver
@@ -76,14 +77,24 @@ def main() -> None:
         function(*arguments)
         return [repr(x) for x in launches]
 
-    def compared(*call) -> None:
+    def cached(body, inputs, outputs, scalars) -> None:
+        recorder = launch_cached(body, inputs, outputs, scalars)
+        if recorder is not None:
+            recorded(recorder, body, scalars)
+
+    def recorded(recorder, body, scalars) -> None:
+        with recorder:
+            body(recorder, scalars)
+
+    def compared(kind, inputs, outputs, scalars) -> None:
         nonlocal asked
+        body = {"forward": backend._launch_forward, "backward": backend._launch_backward}[kind]
         before = asked
-        got = launched(replay, *call)
+        got = launched(cached, body, inputs, outputs, scalars)
         after = asked
-        want = launched(launch.Launcher().record, *call)
+        want = launched(recorded, Recorder(inputs, outputs), body, scalars)
         asked = after
-        again = launched(replay, *call)
+        again = launched(cached, body, inputs, outputs, scalars)
         if not want == got == again or asked != after:
             wrong.append({"want": want, "got": got, "again": again, "asked": [before, after, asked]})
 
@@ -91,7 +102,7 @@ def main() -> None:
     problems, asked_in_pass = [], []
     with (
         mock.patch.multiple(JITFunction, run=run, _do_compile=do_compile),
-        mock.patch.object(triton_backend, "replay", compared),
+        mock.patch.object(backend, "launch_cached", compared),
         mock.patch.object(tuning, "architecture", lambda device: "sm_90"),
         mock.patch.object(torch.Tensor, "get_device", lambda self: 0),
         mock.patch.dict(os.environ, TRITON_INTERPRET="1"),  # `attention` then takes tensors on the CPU
@@ -108,7 +119,7 @@ def main() -> None:
                     out, lse = attention(**problem, backend="triton", return_lse=True)
                     torch.autograd.grad(out.sum() + (lse.sum() if seed % 2 else 0.0), leaves)
             asked_in_pass.append(asked - before)
-    plans = launch._kept.cache_info().currsize
+    plans = launch_cache._launches_of.cache_info().currsize
     print(json.dumps({"wrong": wrong, "asked": asked_in_pass, "plans": plans, "kernels": len(compiled)}))
 
 
@@ -119,7 +130,7 @@ def test_plans_launch_what_triton_would():
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["wrong"] == []
-    assert PROBLEMS < result["plans"] <= MAX_PLANS
+    assert PROBLEMS < result["plans"] <= MAX_LAUNCHES
     first, second = result["asked"]
     assert first > second == 0
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
-from hf_flashbsa.layout import BlockLayout, BlockLists
+from hf_flashbsa.kernels.block_tables import pack_block_masks
+from hf_flashbsa.masks.block_layout import BlockLayout, BlockLists
+from hf_flashbsa.ops.validation import check_layout
 
 CPU = torch.device("cpu")
 
@@ -67,13 +69,12 @@ def test_lists_hold_the_blocks_of_the_grid(seed, side):
 
 
 @pytest.mark.parametrize("size", [32, 128])
-def test_mask_words_hold_the_bits_of_tile_masks(size):
+def test_packed_masks_hold_the_bits_of_tile_masks(size):
     masks = torch.rand(3, size, size, generator=torch.Generator().manual_seed(size)) < 0.5
-    words = BlockLayout(torch.tensor([[[[2, 3, 4]]]], dtype=torch.int32), size, masks).mask_words()
+    words = pack_block_masks(masks)
     assert words.dtype == torch.int32 and words.shape == (3, size, size // 32)
     keys = torch.arange(size)
     assert torch.equal((words[..., keys // 32] >> (keys % 32)) & 1 == 1, masks)
-    assert BlockLayout(torch.ones(1, 1, 1, 1, dtype=torch.int32)).mask_words() is None
 
 
 def test_lists_of_both_sides_name_the_same_pairs():
@@ -210,9 +211,9 @@ def test_wrong_masks(make, mask):
 
 def test_calls_that_fit():
     layout = BlockLayout(GRID, 32)
-    layout.validate(heads=3, batch=2, len_q=128, len_k=160, device=CPU)
-    layout.validate(heads=3, batch=2, len_q=1, len_k=100, device=CPU)
-    BlockLayout(GRID[:1, :1].contiguous(), 32).validate(heads=7, batch=9, len_q=128, len_k=160, device=CPU)
+    check_layout(layout, heads=3, batch=2, len_q=128, len_k=160, device=CPU)
+    check_layout(layout, heads=3, batch=2, len_q=1, len_k=100, device=CPU)
+    check_layout(BlockLayout(GRID[:1, :1].contiguous(), 32), heads=7, batch=9, len_q=128, len_k=160, device=CPU)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +229,7 @@ def test_calls_that_fit():
 def test_calls_that_do_not_fit(change, message):
     fitting = {"heads": 3, "batch": 2, "len_q": 128, "len_k": 160, "device": CPU}
     with pytest.raises(ValueError, match=message):
-        BlockLayout(GRID, 32).validate(**(fitting | change))
+        check_layout(BlockLayout(GRID, 32), **(fitting | change))
 
 
 def test_to_mask_beyond_the_grid():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 
-from hf_flashbsa import BlockSparseConfig, configure
+from hf_flashbsa import BlockSparseConfig, set_block_sparse
 from hf_flashbsa.training import ledger as parts
 from hf_flashbsa.training.largest_batch import GIB, LargestBatch, largest_batch
 from hf_flashbsa.training.ledger import Ledger, measure_step
@@ -127,7 +127,7 @@ def test_a_layout_saves_no_memory():
     kept = {}
     for implementation in ("bsa_dense", "bsa_sparse"):
         model = bart(implementation, layers=2)
-        configure(model, config)
+        set_block_sparse(model, config)
         ledger = measure_step(model, bart_batch(padding=True))
         kept[implementation] = saved(ledger), ledger.tracked
     for dense, sparse in zip(kept["bsa_dense"], kept["bsa_sparse"], strict=True):

@@ -14,7 +14,7 @@ from packed_models import labelled, losses, widths
 from torch import nn
 from transformers_models import tiny
 
-from hf_flashbsa import enable_fused_loss, enable_padding_free
+from hf_flashbsa import disable_fused_loss, enable_fused_loss, enable_padding_free, fused_loss
 from hf_flashbsa.training import losses as module
 
 pytest.importorskip("liger_kernel", reason="liger-kernel is optional: pip install --no-deps 'liger-kernel>=0.8.5'")
@@ -389,3 +389,23 @@ def test_gpu_autocast_and_memory(name):
     print(f"{name}: peak {large / 2**20:.0f} MiB with logits, {small / 2**20:.0f} MiB fused")
     assert distance(fused, truth) < 2 * distance(rounded, truth)
     assert small < 0.7 * large
+
+
+@pytest.mark.parametrize("name", ["bart", "llama"])
+def test_it_may_be_switched_off_again(name):
+    """After which the model is what it was: its own forward, and logits in training."""
+    model = tiny(name, "bsa_dense").train()
+    inputs = labelled(name, "right")
+    before = dict(vars(model)), len(model._forward_pre_hooks), len(model._forward_hooks)
+    wanted = model(**inputs)
+    with fused_loss(model):
+        assert model(**inputs).logits is None
+    enable_fused_loss(model)
+    enable_fused_loss(model, label_smoothing=0.1)
+    disable_fused_loss(model)
+    disable_fused_loss(model)
+    got = model(**inputs)
+    torch.testing.assert_close(got.loss, wanted.loss)
+    torch.testing.assert_close(got.logits, wanted.logits)
+    assert (dict(vars(model)), len(model._forward_pre_hooks), len(model._forward_hooks)) == before
+    assert not model.get_output_embeddings()._forward_pre_hooks

@@ -15,7 +15,7 @@ from transformers_models import DECODER, PADDINGS, mask_of
 from hf_flashbsa import AttentionSpec
 from hf_flashbsa.integration.guard import computes_own_attention
 from hf_flashbsa.integration.mask import MaskSpec, Structure, bsa_mask, recognise
-from hf_flashbsa.reference import reference_attention
+from hf_flashbsa.ops.reference import reference_attention
 
 BATCH, LENGTH = 4, 11
 CREATORS = {

@@ -9,9 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from hf_flashbsa import AttentionSpec, attention
-from hf_flashbsa.kernels import triton_backend
-from hf_flashbsa.kernels.autograd import resolve
-from hf_flashbsa.spec import TILE, Shape
+from hf_flashbsa.kernels.tables import SCHEDULE_TILE, ScheduleColumn
+from hf_flashbsa.kernels.triton import backend as triton_backend
+from hf_flashbsa.ops.lowering import CallOptions, lower
 
 BIAS = torch.randn(1, 4, 5, 7, requires_grad=True)
 SINKS = torch.randn(4, requires_grad=True)
@@ -147,7 +147,7 @@ def test_a_call_without_optional_tensors_saves_none_of_them(options):
 
 def test_launches_of_a_call_without_optional_tensors_get_none_of_them(monkeypatch):
     got = []
-    monkeypatch.setattr(triton_backend, "replay", lambda body, inputs, outputs, params: got.append(len(inputs)))
+    monkeypatch.setattr(triton_backend, "launch_cached", lambda kind, inputs, *rest: got.append(len(inputs)))
     tensors = inputs()
     torch.autograd.grad(attention(*tensors, causal=True, backend="triton").sum(), tensors)
     assert got == [3, 7]
@@ -199,7 +199,7 @@ def test_tiles_begin_in_steps_where_kernels_count_places(dropout_p, has_bias, di
     """Keys are dropped, and a bias is read, in groups that begin at multiples of a tile: not where a document does."""
     ids = torch.arange(300)[None] // 70
     spec = AttentionSpec(segment_ids_q=ids, segment_ids_k=ids)
-    shape, device = Shape(1, 1, 300, 300), torch.device("cpu")
-    extras, _ = resolve(spec, shape, 2, device, 1.0, None, dropout_p, True, "triton", has_bias, needs_grad=True)
-    begins = {"q": extras.work_q[:, 1], "k": extras.work_k[:, 1]}
-    assert {side for side, begin in begins.items() if (begin % TILE).any()} == set(divided)
+    options = CallOptions(None, None, dropout_p, True, "triton", has_bias, needs_grad=True)
+    tensors = lower(spec, *torch.zeros(3, 1, 2, 300, 8), options).tensors
+    begins = {"q": tensors.schedule_q[:, ScheduleColumn.BEGIN], "k": tensors.schedule_k[:, ScheduleColumn.BEGIN]}
+    assert {side for side, begin in begins.items() if (begin % SCHEDULE_TILE).any()} == set(divided)

@@ -12,7 +12,7 @@ import transformers
 from packed_models import KNOWN, labelled, live_rows, losses, packed, widths
 from transformers_models import SIZE, assert_same, batch_for, strengthen, tiny
 
-from hf_flashbsa import LayerStack, enable_padding_free, register_stack
+from hf_flashbsa import LayerStack, enable_padding_free, register_layer_stack
 from hf_flashbsa.integration import packing, stacks
 from hf_flashbsa.integration import padding_free as implementation
 from hf_flashbsa.integration.packing import Packing
@@ -63,7 +63,9 @@ def bias_forgotten(monkeypatch):
 
     declared = stacks._STACKS["transformers.models.t5.modeling_t5.T5Stack"]
     monkeypatch.setattr(stacks, "_STACKS", dict(stacks._STACKS))
-    register_stack(transformers.models.t5.modeling_t5.T5Stack, LayerStack(**{**vars(declared), "prepare": no_bias}))
+    register_layer_stack(
+        transformers.models.t5.modeling_t5.T5Stack, LayerStack(**{**vars(declared), "prepare": no_bias})
+    )
 
 
 FAULTS = [

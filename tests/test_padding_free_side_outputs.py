@@ -13,7 +13,7 @@ from packed_models import labelled, losses, packed, widths
 from torch import nn
 from transformers_models import DECODER, assert_same, batch_for, tiny
 
-from hf_flashbsa import LayerStack, enable_padding_free, register_stack
+from hf_flashbsa import LayerStack, enable_padding_free, register_layer_stack
 from hf_flashbsa.integration import stacks
 from hf_flashbsa.integration.packing import Packing
 from hf_flashbsa.integration.padding_free import _has_cache, _restored
@@ -50,7 +50,7 @@ def test_the_balancing_loss_of_a_mixture_of_experts(name, padding):
         model = made(*MIXTURES[name], how).train()
         model.router_aux_loss_coef = 0.5  # so that it shows
         if how == "bsa_dense":
-            register_stack(type(model.model), LayerStack())
+            register_layer_stack(type(model.model), LayerStack())
             enable_padding_free(model)
         with widths(model) as seen:
             results.append(losses(model, inputs))

@@ -9,7 +9,7 @@ import transformers
 from packed_models import labelled, losses, packed, widths
 from transformers_models import assert_same, batch_for, tiny
 
-from hf_flashbsa import LayerStack, disable_padding_free, enable_padding_free, padding_free, register_stack
+from hf_flashbsa import LayerStack, disable_padding_free, enable_padding_free, padding_free, register_layer_stack
 from hf_flashbsa.integration import stacks
 from hf_flashbsa.integration.forward_pass import current_pass
 
@@ -71,9 +71,11 @@ def test_errors_leave_no_trace():
 def test_unknown_models_raise_and_may_be_declared(monkeypatch):
     monkeypatch.setattr(stacks, "_STACKS", dict(stacks._STACKS))
     model = tiny("gpt_oss", "bsa_dense")
-    with pytest.raises(ValueError, match=r"register_stack\(GptOssModel, hf_flashbsa.LayerStack\(layers='layers'\)\)"):
+    with pytest.raises(
+        ValueError, match=r"register_layer_stack\(GptOssModel, hf_flashbsa.LayerStack\(layers='layers'\)\)"
+    ):
         enable_padding_free(model)
-    register_stack(type(model.model), LayerStack())
+    register_layer_stack(type(model.model), LayerStack())
     inputs = labelled("gpt_oss", "holes")
     enable_padding_free(model)
     assert_same(losses(model, inputs), losses(tiny("gpt_oss", "eager"), inputs))
@@ -82,7 +84,7 @@ def test_unknown_models_raise_and_may_be_declared(monkeypatch):
 def test_undeclared_companions_raise(monkeypatch):
     monkeypatch.setattr(stacks, "_STACKS", dict(stacks._STACKS))
     model = tiny("gpt_oss", "bsa_dense")
-    register_stack(type(model.model), LayerStack(per_token=("position_ids",)))
+    register_layer_stack(type(model.model), LayerStack(per_token=("position_ids",)))
     enable_padding_free(model)
     with pytest.raises(ValueError, match="'position_embeddings'.*LayerStack.per_token"):
         model(**batch_for("gpt_oss", "right"))

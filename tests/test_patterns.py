@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_flashbsa import patterns
-from hf_flashbsa.layout import BlockLayout
+from hf_flashbsa.masks.block_layout import BlockLayout
 from hf_flashbsa.patterns import PATTERNS, from_mask, from_mask_function, make_layout
 
 BLOCK = 32

@@ -19,7 +19,7 @@ from unusual_models import COMPUTING, LATER_KEYS, NARROW, SHARED_CLASSES, WIDE, 
 from hf_flashbsa import BlockSparseConfig
 from hf_flashbsa.integration import sparse
 from hf_flashbsa.integration.mask import MaskSpec
-from hf_flashbsa.spec import AttentionSpec
+from hf_flashbsa.masks.spec import AttentionSpec
 
 EXACT = AttentionInterface()["bsa_dense"]
 

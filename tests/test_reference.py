@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from hf_flashbsa import AttentionSpec
-from hf_flashbsa.reference import reference_attention
+from hf_flashbsa.ops.reference import reference_attention
 
 POSITIONS = torch.arange(7), torch.arange(9)
 

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from hf_flashbsa.layout import BlockLayout
+from hf_flashbsa.masks.block_layout import BlockLayout
 from hf_flashbsa.selection import SELECTIONS, antidiagonal_blocks, top_k_blocks
 
 BLOCK = 32
@@ -142,7 +142,7 @@ def test_antidiagonal(seed):
 def test_antidiagonal_scores_are_the_same_in_parts(monkeypatch):
     inputs = case(3) | {"causal": False, "live_q": None, "live_k": None}
     whole = antidiagonal_blocks(**inputs, block_size=BLOCK, stride=8, threshold=0.6)
-    monkeypatch.setattr("hf_flashbsa.selection.CHUNK", 1)
+    monkeypatch.setattr("hf_flashbsa.masks.selection.CHUNK", 1)
     assert antidiagonal_blocks(**inputs, block_size=BLOCK, stride=8, threshold=0.6).equals(whole)
 
 

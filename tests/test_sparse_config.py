@@ -9,9 +9,9 @@ import torch
 import transformers
 from torch._dynamo.testing import CompileCounter
 
-from hf_flashbsa import config as config_module
-from hf_flashbsa import configure
-from hf_flashbsa.config import BlockSparseConfig, Rule
+from hf_flashbsa.integration import block_sparse_config as config_module
+from hf_flashbsa.integration.block_sparse_config import BlockSparseConfig, Rule
+from hf_flashbsa.integration.sparse import set_block_sparse
 from hf_flashbsa.patterns import make_layout
 from hf_flashbsa.selection import top_k_blocks
 
@@ -140,7 +140,7 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_saved_and_loaded_with_the_model(name, tmp_path):
     model, config = MODELS[name](), BlockSparseConfig(**MIXED)
-    configure(model, config)
+    set_block_sparse(model, config)
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     assert BlockSparseConfig.of(loaded.config) == config
@@ -153,8 +153,8 @@ def test_saved_and_loaded_with_the_model(name, tmp_path):
 @pytest.mark.parametrize("name", MODELS)
 def test_every_config_that_layers_see_is_written(name):
     model = MODELS[name]()
-    configure(model, BlockSparseConfig("local", window=3))
-    configure(model, BlockSparseConfig("local", window=5))
+    set_block_sparse(model, BlockSparseConfig("local", window=3))
+    set_block_sparse(model, BlockSparseConfig("local", window=5))
     held = [module.config for module in model.modules() if hasattr(module, "config")]
     assert all(BlockSparseConfig.of(c).default.parameters == (("window", 5),) for c in held)
 
@@ -196,7 +196,9 @@ def test_compiled_code_selects():
 
 
 def test_a_model_without_a_config():
-    with pytest.raises(ValueError, match=r"LlamaConfig has no block layout. Give one with hf_flashbsa.configure\("):
+    with pytest.raises(
+        ValueError, match=r"LlamaConfig has no block layout. Give one with hf_flashbsa.set_block_sparse\("
+    ):
         BlockSparseConfig.of(transformers.LlamaConfig())
 
 
@@ -249,6 +251,6 @@ def test_wrong_calls():
     with pytest.raises(ValueError, match="3 variants for num_heads=2"):
         config.layout("encoder", 0, 10, 10, 2, CPU)
     with pytest.raises(ValueError, match="give a BlockSparseConfig"):
-        configure(torch.nn.Linear(1, 1), config.to_dict())
+        set_block_sparse(torch.nn.Linear(1, 1), config.to_dict())
     with pytest.raises(ValueError, match="give the dict of"):
         BlockSparseConfig.from_dict({"window": 3})

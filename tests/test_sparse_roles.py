@@ -10,9 +10,9 @@ from torch import nn
 from transformers_models import additive, assert_same, batch_for, run, tiny
 from unusual_models import LATER_KEYS, NARROW, SHARED_CLASSES, WIDE, assert_matches_the_oracle
 
-from hf_flashbsa import BlockSparseConfig, configure
+from hf_flashbsa import BlockSparseConfig, set_block_sparse
 from hf_flashbsa.integration.roles import role_of
-from hf_flashbsa.pattern_tools import join_at_diagonal
+from hf_flashbsa.masks.patterns._builders import join_at_diagonal
 from hf_flashbsa.patterns import PATTERNS, make_layout
 from hf_flashbsa.selection import antidiagonal_blocks, shown_blocks, top_k_blocks
 
@@ -41,9 +41,9 @@ def test_a_role_is_known_after_loading_switching_and_configuring(tmp_path):
     assert_same(case.run(switched), expected)
     by_hand = case.cls.from_pretrained(tmp_path).train()
     by_hand.config._attn_implementation = "bsa_sparse"
-    with pytest.raises(ValueError, match="serves self- and cross-attention.*hf_flashbsa.configure"):
+    with pytest.raises(ValueError, match="serves self- and cross-attention.*hf_flashbsa.set_block_sparse"):
         case.run(by_hand)
-    configure(by_hand, NARROW)
+    set_block_sparse(by_hand, NARROW)
     assert_same(case.run(by_hand), expected)
 
 
@@ -69,7 +69,7 @@ def test_attention_that_takes_queries_and_keys_apart():
     config = t.SamMaskDecoderConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, mlp_dim=32)
     config._attn_implementation = "bsa_sparse"
     decoder = t.models.sam.modeling_sam.SamMaskDecoder(config)
-    configure(decoder, NARROW)
+    set_block_sparse(decoder, NARROW)
     image, prompts = torch.randn(1, 32, 8, 8), torch.randn(1, 1, 40, 32)
     decoder(image, torch.randn(1, 32, 8, 8), prompts, torch.randn(1, 32, 8, 8), multimask_output=False)
     roles = {name: role_of(m, None) for name, m in decoder.named_modules() if type(m).__name__ == "SamAttention"}
@@ -103,7 +103,7 @@ def test_the_callers_own_bidirectional_mask(rules, kind):
     visible = torch.rand(3, 1, 150, 150, generator=torch.Generator().manual_seed(3)) < 0.4
     visible |= torch.eye(150, dtype=torch.bool)
     model = tiny("llama", "bsa_sparse")
-    configure(model, rules)
+    set_block_sparse(model, rules)
     ours = run(model, inputs, attention_mask=visible if kind == "bool" else additive(visible))
     assert_same(ours, run(tiny("llama", "eager"), inputs, attention_mask=additive(visible)))
 
@@ -114,7 +114,7 @@ def test_plainly_causal_masks_keep_causal_layouts(monkeypatch):
     monkeypatch.setattr(BlockSparseConfig, "layout", lambda *a: seen.append(layout(*a)) or seen[-1])
     for padding in ("none", "right", "left"):
         model = tiny("mistral", "bsa_sparse")
-        configure(model, WIDE)
+        set_block_sparse(model, WIDE)
         run(model, batch_for("mistral", padding, length=150))
     assert len(seen) == 6 and all(not made.grid.triu(1).any() for made in seen)
 

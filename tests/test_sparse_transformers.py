@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, DataCollatorWithFlattening
 from transformers_models import OWN_ATTENTION, assert_checkpointing_repeats, assert_same, batch_for, run, tiny
 
-from hf_flashbsa import AttentionSpec, BlockSparseConfig, backends_used, configure, enable_padding_free
+from hf_flashbsa import AttentionSpec, BlockSparseConfig, backends_used, enable_padding_free, set_block_sparse
 from hf_flashbsa.integration.sparse import SparseLayer
 
 CONFIGS = {"patterns": MIXED, "selection": SELECTING}
@@ -159,7 +159,7 @@ def test_saved_and_loaded(name, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path, attn_implementation="bsa_sparse")
     if name == "mbart":  # whose encoder layers have no numbers, which the rules of MIXED need
-        configure(loaded, BlockSparseConfig.of(loaded.config))
+        set_block_sparse(loaded, BlockSparseConfig.of(loaded.config))
     assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
     assert len(backends_used(loaded)) == 6 and set(backends_used(loaded).values()) == {"torch"}
 
@@ -218,7 +218,7 @@ def test_static_caches_are_dense():
 
 
 def test_a_model_without_layouts():
-    with pytest.raises(ValueError, match="has no block layout.*configure"):
+    with pytest.raises(ValueError, match="has no block layout.*set_block_sparse"):
         run(tiny("bart", "bsa_sparse"), inputs_for("bart", "none"))
 
 
@@ -226,14 +226,14 @@ def test_a_model_without_layouts():
 def test_models_that_compute_their_own_attention(name):
     with pytest.raises(ValueError, match="computes attention of its own"):
         model = tiny(name, "bsa_sparse")
-        configure(model, MIXED)
+        set_block_sparse(model, MIXED)
         run(model, batch_for(name, "right"))
 
 
 def test_layer_rules_need_numbered_layers(tmp_path):
     sparse("mbart").save_pretrained(tmp_path)
     loaded = transformers.MBartForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="bsa_sparse")
-    with pytest.raises(ValueError, match="does not know which layer it is.*hf_flashbsa.configure"):
+    with pytest.raises(ValueError, match="does not know which layer it is.*hf_flashbsa.set_block_sparse"):
         run(loaded, inputs_for("mbart", "none"))
 
 

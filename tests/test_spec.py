@@ -10,7 +10,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_flashbsa import AttentionSpec, BlockLayout
-from hf_flashbsa.spec import TILE, Shape
+from hf_flashbsa.kernels.tables import SCHEDULE_TILE
+from hf_flashbsa.kernels.tile_schedule import Sizes
+from hf_flashbsa.ops.lowering import schedule_of, sequence_table_of
+from hf_flashbsa.ops.validation import check_spec
 
 CPU = torch.device("cpu")
 COLUMNS = "own_row own_begin own_end other_row lo full_lo full_hi hi diagonal query_origin key_origin used".split()
@@ -20,7 +23,7 @@ def _lengths(r: random.Random, n: int, high: int) -> list[int]:
     return [r.choice((0, 1, high, r.randint(0, high))) for _ in range(n)]
 
 
-def random_spec(seed: int) -> tuple[AttentionSpec, Shape]:
+def random_spec(seed: int) -> tuple[AttentionSpec, Sizes]:
     """A ragged spec, and sizes it fits."""
     r = random.Random(seed)
     g = torch.Generator().manual_seed(seed)
@@ -58,10 +61,10 @@ def random_spec(seed: int) -> tuple[AttentionSpec, Shape]:
             options["seqlens_q"] = torch.tensor(_lengths(r, n, len_q))
     else:
         options["query_offset"] = torch.tensor([r.randint(-9, 9)])
-    return AttentionSpec(**options), Shape(batch_q, batch_k, len_q, len_k)
+    return AttentionSpec(**options), Sizes(batch_q, batch_k, len_q, len_k)
 
 
-def sequences(spec: AttentionSpec, shape: Shape) -> list[tuple[int, int, int, int, int, int]]:
+def sequences(spec: AttentionSpec, shape: Sizes) -> list[tuple[int, int, int, int, int, int]]:
     """`(q_row, q_begin, q_end, k_row, k_begin, k_end)` of each sequence."""
 
     def side(cu, lengths, starts, batch: int, length: int) -> list[tuple[int, int, int]]:
@@ -76,14 +79,14 @@ def sequences(spec: AttentionSpec, shape: Shape) -> list[tuple[int, int, int, in
     return [(*a, *b) for a, b in zip(queries, keys, strict=True)]
 
 
-def ids_of(spec: AttentionSpec, shape: Shape, side: str) -> torch.Tensor:
+def ids_of(spec: AttentionSpec, shape: Sizes, side: str) -> torch.Tensor:
     """Segment ids of each row of a side."""
     batch, length = (shape.batch_q, shape.len_q) if side == "q" else (shape.batch_k, shape.len_k)
     ids = spec.segment_ids_q if side == "q" else spec.segment_ids_k
     return torch.zeros(batch, length) if ids is None else ids.expand(batch, -1)
 
 
-def meetings(spec: AttentionSpec, shape: Shape, side: str) -> torch.Tensor:
+def meetings(spec: AttentionSpec, shape: Sizes, side: str) -> torch.Tensor:
     """bool `(own rows, other rows)`, both flattened over the batch: who meets whom by lengths and segments."""
     met = torch.zeros(shape.batch_q, shape.len_q, shape.batch_k, shape.len_k, dtype=torch.bool)
     for q_row, q0, q1, k_row, k0, k1 in sequences(spec, shape):
@@ -99,7 +102,7 @@ def meetings(spec: AttentionSpec, shape: Shape, side: str) -> torch.Tensor:
 def test_work_table(seed, side):
     spec, shape = random_spec(seed)
     tile = 16
-    table = spec.work(side, shape, CPU, tile)
+    table = schedule_of(spec, side, shape, CPU, tile)
     assert table.dtype == torch.int32 and table.shape[1] == len(COLUMNS)
     met = meetings(spec, shape, side)
     visits = torch.zeros(met.shape[:2], dtype=torch.int64)
@@ -139,7 +142,7 @@ def test_work_table_places_diagonal_and_origin(seed):
         at |= {("q", q_row, i): (k_row, k0 - q0 + offset, k0) for i in range(q0, q1)}
         at |= {("k", k_row, i): (q_row, k0 - q0 + offset, k0) for i in range(k0, k1)}
     for side in "qk":
-        for values in spec.work(side, shape, CPU, 16).tolist():
+        for values in schedule_of(spec, side, shape, CPU, 16).tolist():
             e = dict(zip(COLUMNS, values, strict=True))
             for row in range(e["own_begin"], e["own_end"]):
                 if e["lo"] < e["hi"]:
@@ -148,8 +151,8 @@ def test_work_table_places_diagonal_and_origin(seed):
 
 def _bounds(ids: torch.Tensor, **options) -> dict[int, tuple[int, ...]]:
     """`begin -> (end, lo, full_lo, full_hi, hi)` of one row of ids in tiles of 16."""
-    shape = Shape(1, 1, ids.shape[1], ids.shape[1])
-    table = AttentionSpec(segment_ids_q=ids, segment_ids_k=ids, **options).work("q", shape, CPU, 16)
+    shape = Sizes(1, 1, ids.shape[1], ids.shape[1])
+    table = schedule_of(AttentionSpec(segment_ids_q=ids, segment_ids_k=ids, **options), "q", shape, CPU, 16)
     return {row[1]: (row[2], *row[4:8]) for row in table[: int(table[0, -1])].tolist()}
 
 
@@ -179,7 +182,7 @@ def test_no_table_where_arithmetic_says_the_same():
     dense = torch.ones(1, 2, 4, 4, dtype=torch.bool)
     for options in ({}, {"causal": True}, {"window_size": (3, 4)}, {"query_offset": 2}, {"mask": dense}):
         spec = AttentionSpec(**options)
-        assert not spec.is_ragged and spec.work("q", Shape(1, 1, 4, 4), CPU) is None
+        assert schedule_of(spec, "q", Sizes(1, 1, 4, 4), CPU) is None
 
 
 @pytest.mark.parametrize("name", ["cu_seqlens", "seqlens", "starts", "segment_ids"])
@@ -187,33 +190,33 @@ def test_queries_and_keys_of_the_same_rows_share_a_table(name):
     values = torch.zeros(1, 6, dtype=torch.int32) if name == "segment_ids" else torch.tensor([0, 6])
     sides = {f"{name}_q": values, f"{name}_k": values}
     batch = 1 if values.ndim == 2 or name == "cu_seqlens" else 2
-    shape = Shape(batch, batch, 6, 6)
+    shape = Sizes(batch, batch, 6, 6)
     spec = AttentionSpec(**sides, causal=True)
-    assert spec.work("k", shape, CPU) is spec.work("q", shape, CPU)
+    assert schedule_of(spec, "k", shape, CPU) is schedule_of(spec, "q", shape, CPU)
     apart = AttentionSpec(**sides | {f"{name}_k": values.clone()})
-    assert apart.work("k", shape, CPU) is not apart.work("q", shape, CPU)
+    assert schedule_of(apart, "k", shape, CPU) is not schedule_of(apart, "q", shape, CPU)
 
 
 def test_tables_are_made_once_for_a_size():
-    spec, shape = AttentionSpec(seqlens_k=torch.tensor([3, 4])), Shape(2, 2, 5, 6)
-    assert spec.work("q", shape, CPU) is spec.work("q", shape, CPU)
-    assert spec.work("q", shape, CPU).shape[0] == 2
-    assert spec.work("q", shape._replace(len_q=2 * TILE), CPU).shape[0] == 4
+    spec, shape = AttentionSpec(seqlens_k=torch.tensor([3, 4])), Sizes(2, 2, 5, 6)
+    assert schedule_of(spec, "q", shape, CPU) is schedule_of(spec, "q", shape, CPU)
+    assert schedule_of(spec, "q", shape, CPU).shape[0] == 2
+    assert schedule_of(spec, "q", shape._replace(len_q=2 * SCHEDULE_TILE), CPU).shape[0] == 4
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_reads_no_value_back(seed):
     """A fake tensor has no values: whoever asks for one (a host synchronisation on a GPU) gets an error."""
     spec, shape = random_spec(seed)
-    options = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec) if f.init}
-    entries = {side: spec.work(side, shape, CPU).shape for side in "qk"}
+    options = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)}
+    entries = {side: schedule_of(spec, side, shape, CPU).shape for side in "qk"}
     with FakeTensorMode() as mode:
         fake = {name: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
         fake = AttentionSpec(**fake)
-        fake.validate(shape, 1, CPU)
-        assert {side: fake.work(side, shape, CPU).shape for side in "qk"} == entries
-        fake_table = fake.sequence_table(shape, CPU)
-    table = spec.sequence_table(shape, CPU)
+        check_spec(fake, shape, 1, CPU)
+        assert {side: schedule_of(fake, side, shape, CPU).shape for side in "qk"} == entries
+        fake_table = sequence_table_of(fake, shape, CPU)
+    table = sequence_table_of(spec, shape, CPU)
     assert (table is None) == (fake_table is None)
     assert table is None or fake_table.shape == table.shape
 
@@ -233,6 +236,6 @@ def test_padding_masks_become_key_segments():
 
 def test_sequence_table_says_what_lengths_say():
     spec = AttentionSpec(causal=True, seqlens_q=torch.tensor([2, 3]), seqlens_k=torch.tensor([4, 2]))
-    table = spec.sequence_table(Shape(2, 2, 3, 4), CPU)
+    table = sequence_table_of(spec, Sizes(2, 2, 3, 4), CPU)
     assert table.tolist() == [[0, 0, 2, 0, 0, 4, 2], [1, 0, 3, 1, 0, 2, -1]]
-    assert AttentionSpec(causal=True).sequence_table(Shape(2, 2, 3, 4), CPU) is None
+    assert sequence_table_of(AttentionSpec(causal=True), Sizes(2, 2, 3, 4), CPU) is None

@@ -30,8 +30,8 @@ from transformers_models import (
 from hf_flashbsa import backends_used
 from hf_flashbsa.integration import forward as integration
 from hf_flashbsa.integration import register
-from hf_flashbsa.reference import reference_attention
-from hf_flashbsa.spec import AttentionSpec
+from hf_flashbsa.masks.spec import AttentionSpec
+from hf_flashbsa.ops.reference import reference_attention
 
 DENSE = AttentionInterface()["bsa_dense"]
 DECODERS = ("llama", "mistral", "gemma2", "gpt_oss")

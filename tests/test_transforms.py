@@ -6,11 +6,10 @@ import functools
 
 import pytest
 import torch
-from torch.autograd import forward_ad
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
+from torch.func import grad, vmap
 
 from hf_flashbsa import AttentionSpec, BlockLayout, attention
-from hf_flashbsa.reference import reference_attention
+from hf_flashbsa.ops.reference import reference_attention
 
 SAMPLES, BATCH, HEADS, HEADS_K, LEN_Q, LEN_K, DIM, DIM_V = 3, 2, 2, 1, 5, 7, 8, 6
 backends = pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -15,8 +15,9 @@ import triton.language as tl
 from cases import Case, Problem, expected, make_problem, random_case, run, worst_ratio
 
 from hf_flashbsa import AttentionSpec, attention
-from hf_flashbsa.kernels import triton_backend, tuning
+from hf_flashbsa.kernels import tuning
 from hf_flashbsa.kernels.dropout import drop_threshold, keep_mask
+from hf_flashbsa.kernels.triton import launch
 from hf_flashbsa.kernels.tuning import Config
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
@@ -302,15 +303,15 @@ def test_offsets_beyond_32_bits(shape, stride):
 
 
 def test_narrow_loads_are_told_of_once(caplog, monkeypatch):
-    monkeypatch.setattr(triton_backend, "_log_once", functools.cache(triton_backend._log_once.__wrapped__))
+    monkeypatch.setattr(launch, "_log_once", functools.cache(launch._log_once.__wrapped__))
 
     def messages(dim: int, room: int, queries: int = 9) -> list[str]:
         caplog.clear()
         q, k, v = (torch.randn(1, 1, length, dim, device=DEVICE).half() for length in (queries, 9, 9))
         bias = torch.randn(1, 1, queries, room, device=DEVICE)[..., :9]
-        with caplog.at_level(logging.INFO, triton_backend.__name__):
+        with caplog.at_level(logging.INFO, launch.__name__):
             attention(q, k, v, bias=bias, backend="triton")
-        return [r.getMessage().partition(":")[0] for r in caplog.records if r.name == triton_backend.__name__]
+        return [r.getMessage().partition(":")[0] for r in caplog.records if r.name == launch.__name__]
 
     assert messages(16, 12) == messages(24, 12) == messages(16, 9, queries=1) == messages(16, 1) == []
     assert messages(20, 12) == ["rows of queries, keys or values do not begin at multiples of 16 bytes"]

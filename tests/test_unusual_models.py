@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from transformers_models import assert_same, mask_of, strengthen
 from unusual_models import CALM, COMPUTING, LATER_KEYS, SHARED_CLASSES, SIZES, TABLES, TEXT, VISION
 
-from hf_flashbsa import BlockSparseConfig, backends_used, configure, enable_padding_free, register_stack
+from hf_flashbsa import BlockSparseConfig, backends_used, enable_padding_free, register_layer_stack, set_block_sparse
 from hf_flashbsa.integration import loading, stacks
 from hf_flashbsa.integration.loading import _tables
 
@@ -92,7 +92,7 @@ def test_the_reason_for_a_mask_as_tensor_is_logged_once(caplog):
 
 def test_padding_free_refuses_a_model_that_computes_on_its_mask(monkeypatch):
     monkeypatch.setattr(stacks, "_STACKS", dict(stacks._STACKS))
-    register_stack(t.DogeModel, stacks.LayerStack())
+    register_layer_stack(t.DogeModel, stacks.LayerStack())
     case = COMPUTING["doge"]
     model = case.make("bsa_dense")
     enable_padding_free(model)
@@ -189,7 +189,7 @@ def test_a_wrapped_model_is_switched():
 
 def test_layouts_that_the_loaded_attention_ignores_are_told(tmp_path, warnings_of_loading):
     model = t.LlamaForCausalLM._from_config(t.LlamaConfig(**TEXT), attn_implementation="bsa_sparse")
-    configure(model, BlockSparseConfig("local", block_size=32, window=40))
+    set_block_sparse(model, BlockSparseConfig("local", block_size=32, window=40))
     model.save_pretrained(tmp_path)
     t.LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation="bsa_sparse")
     assert warnings_of_loading == []

@@ -25,7 +25,7 @@ from transformers_models import DECODER, assert_same, batch_for, tiny
 
 from hf_flashbsa import AttentionSpec
 from hf_flashbsa.integration import forward as integration
-from hf_flashbsa.reference import reference_attention
+from hf_flashbsa.ops.reference import reference_attention
 
 DENSE = AttentionInterface()["bsa_dense"]
 #: Another mask or a cache beside them -> whether eager attention reads the positions as documents.

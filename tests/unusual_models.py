@@ -13,7 +13,7 @@ import transformers as t
 from torch import nn
 from transformers_models import assert_same, errors_of, mask_of, strengthen
 
-from hf_flashbsa import BlockSparseConfig, configure
+from hf_flashbsa import BlockSparseConfig, set_block_sparse
 
 SIZES = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)
 TEXT = dict(SIZES, vocab_size=64, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -57,7 +57,7 @@ class Model:
         model = self.cls._from_config(self.config(), attn_implementation=implementation)
         strengthen(model)
         if rules is not None:
-            configure(model, rules)
+            set_block_sparse(model, rules)
         return model.train()
 
     def run(self, model: nn.Module, **extra) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

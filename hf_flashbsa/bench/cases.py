@@ -10,9 +10,9 @@ import random
 import torch
 
 from hf_flashbsa.bench.layouts import layout_of, live_scores
-from hf_flashbsa.layout import BlockLayout
-from hf_flashbsa.reference import reference_attention
-from hf_flashbsa.spec import AttentionSpec
+from hf_flashbsa.masks.block_layout import BlockLayout
+from hf_flashbsa.masks.spec import AttentionSpec, padding_segment_ids
+from hf_flashbsa.ops.reference import reference_attention
 
 MASKS = ("full", "causal", "window", "padded", "packed", "packed-causal", "packed-ids", "packed-cross")
 PASSES = ("forward", "backward", "both")
@@ -180,7 +180,7 @@ class Inputs:
         if case.is_packed:
             ragged = {"cu_seqlens_q": self.cu_seqlens_q, "cu_seqlens_k": self.cu_seqlens_k}
             return AttentionSpec(case.is_causal, **ragged, layout=layout)
-        ids = self.live.to(torch.int32) - 1 if case.mask == "padded" else None
+        ids = padding_segment_ids(self.live) if case.mask == "padded" else None
         return AttentionSpec(case.is_causal, window_size, segment_ids_k=ids, layout=layout)
 
     @functools.cached_property

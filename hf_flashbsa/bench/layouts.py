@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from hf_flashbsa.layout import FULL, PARTIAL, BlockLayout
-from hf_flashbsa.patterns import make_layout
+from hf_flashbsa.masks.block_layout import FULL, PARTIAL, BlockLayout
+from hf_flashbsa.masks.patterns import make_layout
 
 #: A window of 512 tokens, half on each side, and 128 global tokens.
 REACH, GLOBAL_TOKENS = 256, 128

@@ -21,12 +21,12 @@ from rich.console import Console
 
 from hf_flashbsa.bench import report, targets
 from hf_flashbsa.bench.cases import MASKS, PASSES, Case
-from hf_flashbsa.bench.environment import device_name, environment
 from hf_flashbsa.bench.jobs import Job, measure_job
 from hf_flashbsa.bench.layouts import PATTERNS
 from hf_flashbsa.bench.providers import CPU_PROVIDERS, GPU_PROVIDERS, PROVIDERS
 from hf_flashbsa.bench.targets import PRESETS
 from hf_flashbsa.bench.workers import JobError, run_jobs
+from hf_flashbsa.environment import device_name, environment
 
 #: The problem whose host cost is measured: too small for the device to be the slower of the two.
 HOST_CASE = {"batch": 1, "heads": 2, "length": 128}

@@ -29,9 +29,9 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_flashbsa import AttentionSpec, attention
-from hf_flashbsa.bench.environment import environment
 from hf_flashbsa.bench.measure import measure
 from hf_flashbsa.bench.workers import JobError, run_jobs
+from hf_flashbsa.environment import environment
 from hf_flashbsa.kernels import tuning
 from hf_flashbsa.kernels.tuning import Config
 

@@ -7,13 +7,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.integrations.flash_attention import get_target_dtype
 from transformers.utils import logging
 
-from hf_flashbsa.attention import attention, choose_backend
 from hf_flashbsa.integration.bias import in_wide_rows
 from hf_flashbsa.integration.mask import MaskSpec
 from hf_flashbsa.integration.packing import PackedMask
 from hf_flashbsa.integration.sparse import Call, SparseLayer
 from hf_flashbsa.integration.usage import note_backend
-from hf_flashbsa.spec import AttentionSpec
+from hf_flashbsa.kernels.backends import take_forward
+from hf_flashbsa.masks.spec import AttentionSpec, padding_segment_ids
+from hf_flashbsa.ops.api import attention
 
 logger = logging.get_logger(__name__)
 
@@ -156,7 +157,7 @@ def _attend(
         dropout_p=dropout,
     )
     if not torch.compiler.is_compiling():
-        note_backend(module, choose_backend(query.device, query.dtype).name)
+        note_backend(module, take_forward())
     out = out.transpose(1, 2)
     return (out if rows is None else rows.pack(out)), None
 
@@ -280,7 +281,7 @@ def _as_mask_spec(
                     f"attention_mask: {tuple(mask.shape)} {mask.dtype}; a 2-D mask must be bool or integer and "
                     f"(batch, keys) = {(shape[0], shape[3])}."
                 )
-            ids = mask.to(torch.bool).to(torch.int32) - 1
+            ids = padding_segment_ids(mask)
         spec = AttentionSpec(causal=is_causal, window_size=(reach, None if is_causal else reach), segment_ids_k=ids)
         return MaskSpec(spec, shape, query.device)
     if mask.ndim != 4 or mask.dtype != torch.bool:

@@ -16,7 +16,7 @@ from transformers import masking_utils
 
 from hf_flashbsa.integration.guard import computes_own_attention, takes_tensor_masks
 from hf_flashbsa.integration.mask_tensor import TensorOnDemand, visible_entries
-from hf_flashbsa.spec import AttentionSpec
+from hf_flashbsa.masks.spec import AttentionSpec, padding_segment_ids
 
 
 class MaskSpec(TensorOnDemand):
@@ -138,7 +138,7 @@ def _ranges(index, shape: tuple[int, int, int, int]) -> list[tuple[int, int]] | 
     return [(begin, end) for begin, end, step in ranges] if all(step == 1 for _, _, step in ranges) else None
 
 
-_FIELDS = tuple(field.name for field in dataclasses.fields(AttentionSpec) if field.init)
+_FIELDS = tuple(field.name for field in dataclasses.fields(AttentionSpec))
 
 
 def replace_fields(spec: AttentionSpec, **changes) -> AttentionSpec:
@@ -238,7 +238,7 @@ def _structured_spec(
 ) -> AttentionSpec:
     left, right, documents, chunks = structure
     ids_q = None
-    ids_k = None if live is None else live.to(torch.int32) - 1
+    ids_k = None if live is None else padding_segment_ids(live)
     if documents is not None:
         ids_q = documents.to(torch.int32)
     if chunks is not None:
@@ -307,6 +307,6 @@ def bsa_mask(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
             mask_function=mask_function, allow_is_causal_skip=False, use_vmap=use_vmap, device=device,
         )  # fmt: skip
-        spec = AttentionSpec(mask=mask, segment_ids_k=None if live is None else live.to(torch.int32) - 1)
+        spec = AttentionSpec(mask=mask, segment_ids_k=None if live is None else padding_segment_ids(live))
         packed = False
     return MaskSpec(spec, (batch_size, 1, q_length, kv_length), device, packed)

@@ -8,7 +8,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 from transformers.utils import logging
 
-from hf_flashbsa.spec import AttentionSpec
+from hf_flashbsa.masks.spec import AttentionSpec
 
 logger = logging.get_logger(__name__)
 

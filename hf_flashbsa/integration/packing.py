@@ -12,7 +12,7 @@ import torch
 
 from hf_flashbsa.integration.forward_pass import ForwardPass
 from hf_flashbsa.integration.mask import MaskSpec, replace_fields
-from hf_flashbsa.spec import AttentionSpec
+from hf_flashbsa.masks.spec import AttentionSpec, padding_segment_ids
 
 
 class Packing:
@@ -196,7 +196,8 @@ class PackedMask(MaskSpec):
     def of_cross_attention(cls, rows_q: Packing, rows_k: Packing, device: torch.device) -> PackedMask:
         """Every query sees all keys of its batch row."""
         ids_q, ids_k = (
-            rows.unpack(torch.ones(1, rows.total, dtype=torch.int32, device=device)) - 1 for rows in (rows_q, rows_k)
+            padding_segment_ids(rows.unpack(torch.ones(1, rows.total, dtype=torch.int32, device=device)))
+            for rows in (rows_q, rows_k)
         )
         shape = (rows_q.batch, 1, rows_q.length, rows_k.length)
         padded = MaskSpec(AttentionSpec(segment_ids_q=ids_q, segment_ids_k=ids_k), shape, device)

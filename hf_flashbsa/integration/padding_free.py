@@ -53,8 +53,8 @@ def enable_padding_free(model: nn.Module) -> None:
             forward of a compiled model.
 
     Raises:
-        ValueError: no part of the model declares a layer stack (see `register_stack`), or it uses another attention
-            implementation.
+        ValueError: no part of the model declares a layer stack (see `register_layer_stack`), or it uses another
+            attention implementation.
     """
     _install(model)
 
@@ -144,7 +144,7 @@ def _unknown(model: nn.Module) -> str:
     )
     return (
         f"padding_free: {name} has no layer stack that is known ({', '.join(declared_classes())}). Declare its own: "
-        f"hf_flashbsa.register_stack({looks[0]}, hf_flashbsa.LayerStack(layers={looks[1]!r})), see LayerStack."
+        f"hf_flashbsa.register_layer_stack({looks[0]}, hf_flashbsa.LayerStack(layers={looks[1]!r})), see LayerStack."
     )
 
 

@@ -113,6 +113,6 @@ def role_of(module: nn.Module, is_causal: bool | None) -> str:
     if crosses is None and _takes_other_states(type(module)):
         raise ValueError(
             f"bsa_sparse: {name} serves self- and cross-attention, and this module has not noted which it is. Call "
-            "hf_flashbsa.configure(model, BlockSparseConfig.of(model.config)) after loading the model."
+            "hf_flashbsa.set_block_sparse(model, BlockSparseConfig.of(model.config)) after loading the model."
         )
     return "encoder"

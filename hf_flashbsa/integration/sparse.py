@@ -24,14 +24,15 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from hf_flashbsa.config import BlockSparseConfig, Rule
+from hf_flashbsa.integration.block_sparse_config import BlockSparseConfig, Rule
 from hf_flashbsa.integration.guard import computes_own_attention
 from hf_flashbsa.integration.mask import MaskSpec, bsa_mask, replace_fields
 from hf_flashbsa.integration.packing import PackedMask
 from hf_flashbsa.integration.roles import role_of, watch_roles
-from hf_flashbsa.layout import BlockLayout
-from hf_flashbsa.selection import shown_blocks
-from hf_flashbsa.spec import AttentionSpec
+from hf_flashbsa.masks.block_layout import BlockLayout
+from hf_flashbsa.masks.selection import shown_blocks
+from hf_flashbsa.masks.spec import AttentionSpec
+from hf_flashbsa.ops.lowering import remember
 
 _SEVERAL_DOCUMENTS = (
     "position_ids divide rows into documents, but a layout must know where each begins: pass cu_seq_lens_q and "
@@ -80,7 +81,7 @@ class SparseLayer(NamedTuple):
         if index is None and any(layer.startswith(role) for layer in config.layers):
             raise ValueError(
                 f"bsa_sparse: {type(module).__name__} does not know which layer it is, but the config has rules for "
-                f"single {role} layers; number them by hf_flashbsa.configure(model, "
+                f"single {role} layers; number them by hf_flashbsa.set_block_sparse(model, "
                 "BlockSparseConfig.of(model.config)) after loading the model."
             )
         return cls(config, role, index, config.rule(role, index))
@@ -104,7 +105,7 @@ class SparseLayer(NamedTuple):
         by_distance = call.bias is None or hasattr(module, "has_relative_attention_bias")
         starts_k = _starts(call.mask, spec, query.shape[0]) if by_distance else None
         starts_q = None if crosses else starts_k
-        made = spec.kept("with layouts", (), list)
+        made = remember(spec, "with layouts", (), list)
         for known in made:  # a search, since torch.compile cannot hash layouts
             if known.layout is layout and known.starts_q is starts_q and known.starts_k is starts_k:
                 return known
@@ -189,14 +190,14 @@ def bsa_sparse_mask(*args, config=None, **kwargs) -> MaskSpec | torch.Tensor:
     return bsa_mask(*args, config=config, **kwargs)
 
 
-def configure(model: nn.Module, config: BlockSparseConfig) -> None:
+def set_block_sparse(model: nn.Module, config: BlockSparseConfig) -> None:
     """Stores block layouts in a Transformers model's config, so that "bsa_sparse" finds and `save_pretrained` keeps
     them.
 
     Encoder and decoder of some models hold copies of the config; all that the model's modules hold are written.
     Attention modules whose `layer_idx` is None, as in mBART's encoder, get the number of the layer that they are in.
     Rules for single layers need it, so call this again behind `from_pretrained` where there are any:
-    `configure(model, BlockSparseConfig.of(model.config))`.
+    `set_block_sparse(model, BlockSparseConfig.of(model.config))`.
     """
     if not isinstance(config, BlockSparseConfig):
         raise ValueError(f"config: {config!r}; give a BlockSparseConfig.")

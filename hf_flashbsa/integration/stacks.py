@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hf_flashbsa.integration.bias import in_wide_rows
+from hf_flashbsa.integration.model_families import FAMILIES, class_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,44 +104,36 @@ def _t5_bias(block: nn.Module, call: Call, packing) -> None:
         call.set("encoder_decoder_position_bias", none)
 
 
-_SEQ2SEQ = LayerStack(per_token=())
-_BERT = LayerStack(
-    layers="encoder.layer",
-    per_token=(),
-    restores_at="encoder",
-    makes_cache=lambda stack: stack.config.is_decoder and stack.config.use_cache,
-)
-_T5 = LayerStack(
-    layers="block",
-    per_token=(),
-    shared=("position_bias", "encoder_decoder_position_bias"),
-    bias_by_distance=True,
-    prepare=_t5_bias,
-)
-_ROTARY = LayerStack()
+#: How the layers of a family are called, see model_families.py.
+_LAYERS = {
+    "seq2seq": LayerStack(per_token=()),
+    "bert": LayerStack(
+        layers="encoder.layer",
+        per_token=(),
+        restores_at="encoder",
+        makes_cache=lambda stack: stack.config.is_decoder and stack.config.use_cache,
+    ),
+    "t5": LayerStack(
+        layers="block",
+        per_token=(),
+        shared=("position_bias", "encoder_decoder_position_bias"),
+        bias_by_distance=True,
+        prepare=_t5_bias,
+    ),
+    "rotary": LayerStack(),
+}
 
-#: Classes that declare their stack, by "module.name": those of Transformers and those of `register_stack`.
+#: Classes that declare their stack, by "module.name": those of Transformers and those of `register_layer_stack`.
 _STACKS: dict[str, LayerStack] = {
-    f"transformers.models.{family}.modeling_{family}.{name}": stack
-    for stack, classes in (
-        (_SEQ2SEQ, {"bart": "BartEncoder BartDecoder", "mbart": "MBartEncoder MBartDecoder"}),
-        (_SEQ2SEQ, {"pegasus": "PegasusEncoder PegasusDecoder", "marian": "MarianEncoder MarianDecoder"}),
-        (_T5, {"t5": "T5Stack", "mt5": "MT5Stack"}),
-        (_BERT, {"bert": "BertModel", "roberta": "RobertaModel"}),
-        (_ROTARY, {"modernbert": "ModernBertModel"}),
-        (_ROTARY, {"llama": "LlamaModel", "mistral": "MistralModel", "qwen2": "Qwen2Model", "qwen3": "Qwen3Model"}),
-        (_ROTARY, {"gemma": "GemmaModel", "gemma2": "Gemma2Model", "gemma3": "Gemma3TextModel"}),
-    )
-    for family, names in classes.items()
-    for name in names.split()
+    class_path(name, stack): _LAYERS[family.layers] for name, family in FAMILIES.items() for stack in family.stacks
 }
 
 
-def register_stack(cls: type[nn.Module], stack: LayerStack) -> None:
+def register_layer_stack(cls: type[nn.Module], stack: LayerStack) -> None:
     """Declares the layer stack of a model class, so that `padding_free` can run it.
 
     ```python
-    register_stack(MyDecoder, LayerStack(layers="blocks", per_token=("rotary",)))
+    register_layer_stack(MyDecoder, LayerStack(layers="blocks", per_token=("rotary",)))
     ```
 
     Args:

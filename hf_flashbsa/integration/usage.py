@@ -9,13 +9,16 @@ import torch
 _BACKENDS: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()
 
 
-def note_backend(module: torch.nn.Module, backend: str) -> None:
-    _BACKENDS[module] = backend
+def note_backend(module: torch.nn.Module, ran: str | None) -> None:
+    """Remembers what computed a layer's call; None where nothing ran, as for tensors without data."""
+    if ran is not None and _BACKENDS.get(module) != ran:
+        _BACKENDS[module] = ran
 
 
 def backends_used(model: torch.nn.Module) -> dict[str, str]:
-    """Which back end computed each attention layer's last call: module name -> "torch" or "triton".
+    """What computed each attention layer's last forward pass: module name -> "gluon_sm90", "triton" or "torch".
 
+    "gluon_sm90" are the kernels for Hopper GPUs, "triton" the portable ones. The back ends note it as they launch.
     Only layers of `model` whose attention came to this package are listed: none where the model runs another
     implementation, or computes its attention itself. Calls compiled by `torch.compile` leave no record.
     """

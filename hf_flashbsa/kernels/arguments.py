@@ -6,8 +6,8 @@ import functools
 
 import torch
 
+from hf_flashbsa.kernels.call_plan import CallPlan
 from hf_flashbsa.kernels.dropout import keep_scale
-from hf_flashbsa.kernels.state import Extras, Params
 from hf_flashbsa.kernels.structs import AttnMods, BlockTable, MaskBounds, ScoreMod, StridedTensor, TensorView
 from hf_flashbsa.kernels.tables import SCHEDULE_TILE, BlockListColumn
 
@@ -43,11 +43,11 @@ def _align_hint(x: torch.Tensor, strides: tuple[int, ...]) -> int | None:
     return 1 if _is_aligned(x, strides) and any(stride % 16 for stride in strides) else None
 
 
-def mask_bounds(extras: Extras, params: Params) -> MaskBounds:
-    ids_q, ids_k = extras.segment_ids_q, extras.segment_ids_k
+def mask_bounds(plan: CallPlan) -> MaskBounds:
+    ids_q, ids_k = plan.tensors.segment_ids_q, plan.tensors.segment_ids_k
     return MaskBounds(
-        window_left=None if params.window_left < 0 else params.window_left,
-        window_right=None if params.window_right < 0 else params.window_right,
+        window_left=plan.scalars.window_left,
+        window_right=plan.scalars.window_right,
         segment_ids_q=ids_q,
         segment_ids_k=ids_k,
         ids_stride_q=None if ids_q is None else ids_q.stride(0),
@@ -57,10 +57,10 @@ def mask_bounds(extras: Extras, params: Params) -> MaskBounds:
     )
 
 
-def block_table(lists: torch.Tensor | None, extras: Extras) -> BlockTable | None:
+def block_table(lists: torch.Tensor | None, plan: CallPlan) -> BlockTable | None:
     if lists is None:
         return None
-    grid = extras.grid
+    grid = plan.tensors.block_grid
     return BlockTable(
         lists,
         0 if lists.shape[0] == 1 else lists.stride(0),
@@ -70,7 +70,7 @@ def block_table(lists: torch.Tensor | None, extras: Extras) -> BlockTable | None
         0 if grid.shape[0] == 1 else grid.stride(0),
         0 if grid.shape[1] == 1 else grid.stride(1),
         grid.stride(2),
-        extras.mask_words,
+        plan.tensors.block_masks,
     )
 
 
@@ -84,28 +84,28 @@ def _as_int32(bits: int) -> int:
     return bits - (bits >> 31 << 32)
 
 
-def score_mod_of(extras: Extras, params: Params) -> ScoreMod:
-    dropout = params.drop_threshold > 0
+def score_mod_of(plan: CallPlan) -> ScoreMod:
+    dropout = plan.scalars.drop_threshold is not None
     return ScoreMod(
-        scale=params.scale or TINY_SCALE,
-        softcap=params.softcap if params.softcap > 0.0 else None,
-        bias_hidden=None if extras.bias is None else torch.finfo(extras.bias.dtype).min,
-        bias_len_q=None if extras.bias is None else extras.bias.shape[2],
-        bias_len_k=None if extras.bias is None else extras.bias.shape[3],
-        seed=extras.seed if dropout else None,
-        drop_threshold=_as_int32(params.drop_threshold << 16) if dropout else None,
-        keep_scale=keep_scale(params.drop_threshold) if dropout else None,
+        scale=plan.scalars.softmax_scale or TINY_SCALE,
+        softcap=plan.scalars.softcap,
+        bias_hidden=None if plan.tensors.bias is None else torch.finfo(plan.tensors.bias.dtype).min,
+        bias_len_q=None if plan.tensors.bias is None else plan.tensors.bias.shape[2],
+        bias_len_k=None if plan.tensors.bias is None else plan.tensors.bias.shape[3],
+        seed=plan.tensors.seed if dropout else None,
+        drop_threshold=_as_int32(plan.scalars.drop_threshold << 16) if dropout else None,
+        keep_scale=keep_scale(plan.scalars.drop_threshold) if dropout else None,
     )
 
 
-def attn_mods(lists: torch.Tensor | None, extras: Extras, params: Params) -> AttnMods:
+def attn_mods(lists: torch.Tensor | None, plan: CallPlan) -> AttnMods:
     """AttnMods of a kernel that visits the blocks in `lists`."""
     return AttnMods(
-        bounds=mask_bounds(extras, params),
-        dense_mask=strided_tensor(extras.mask),
-        blocks=block_table(lists, extras),
-        score_mod=score_mod_of(extras, params),
-        bias=strided_tensor(extras.bias),
+        bounds=mask_bounds(plan),
+        dense_mask=strided_tensor(plan.tensors.mask),
+        blocks=block_table(lists, plan),
+        score_mod=score_mod_of(plan),
+        bias=strided_tensor(plan.tensors.bias),
     )
 
 

@@ -7,11 +7,12 @@ models of its own; here are the encoder-decoder ones.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from hf_flashbsa.integration.model_families import FAMILIES, class_path
 from hf_flashbsa.integration.stacks import Call
 
 logger = logging.get_logger(__name__)
@@ -27,20 +29,13 @@ _IGNORED = -100
 _HANDLES = "_fused_loss_handles"
 #: Classes whose logits are `head(states)`, plus `final_logits_bias` where they have one, and nothing else.
 _KNOWN = frozenset(
-    f"transformers.models.{family}.modeling_{family}.{name}"
-    for family, name in {
-        "bart": "BartForConditionalGeneration",
-        "marian": "MarianMTModel",
-        "mbart": "MBartForConditionalGeneration",
-        "mt5": "MT5ForConditionalGeneration",
-        "pegasus": "PegasusForConditionalGeneration",
-        "t5": "T5ForConditionalGeneration",
-    }.items()
+    class_path(name, family.language_model) for name, family in FAMILIES.items() if family.language_model
 )
 
 
 def enable_fused_loss(model: nn.Module, label_smoothing: float = 0.0) -> None:
     """Lets `model(..., labels=labels)` return its loss without making logits: in training `output.logits` is None.
+    `disable_fused_loss` ends that.
 
     Loss and gradients are those of Transformers up to rounding: the mean over all labels but -100. Where the call
     gives `num_items_in_batch`, as Transformers' `Trainer` does, the loss is the sum divided by it. Transformers' own
@@ -70,17 +65,37 @@ def enable_fused_loss(model: nn.Module, label_smoothing: float = 0.0) -> None:
         ValueError: a model whose loss is not known, or whose head is not a plain linear layer; in a later call, a head
             that was replaced since.
     """
-    _check_environment()
+    _check_requirements()
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"enable_fused_loss: label_smoothing must be from 0 to below 1, got {label_smoothing}.")
     module = _language_model(model)
-    for handle in module.__dict__.pop(_HANDLES, ()):
-        handle.remove()
+    _remove_hooks(module)
     enable = _enable_encoder_decoder if module.config.is_encoder_decoder else _enable_decoder_only
     setattr(module, _HANDLES, enable(module, label_smoothing))
 
 
-def _check_environment() -> None:
+def disable_fused_loss(model: nn.Module) -> None:
+    """Ends what `enable_fused_loss` began, for all parts of the model."""
+    for module in model.modules():
+        _remove_hooks(module)
+
+
+@contextlib.contextmanager
+def fused_loss(model: nn.Module, label_smoothing: float = 0.0) -> Iterator[None]:
+    """`enable_fused_loss` for the length of a `with` block, and `disable_fused_loss` at its end."""
+    enable_fused_loss(model, label_smoothing)
+    try:
+        yield
+    finally:
+        disable_fused_loss(model)
+
+
+def _remove_hooks(module: nn.Module) -> None:
+    for handle in module.__dict__.pop(_HANDLES, ()):
+        handle.remove()
+
+
+def _check_requirements() -> None:
     if importlib.util.find_spec("liger_kernel") is None:
         raise ImportError("enable_fused_loss needs liger-kernel: pip install --no-deps 'liger-kernel>=0.8.5'")
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
@@ -149,6 +164,7 @@ def _replaced_head(model: PreTrainedModel) -> ValueError:
 def _enable_decoder_only(model: PreTrainedModel, label_smoothing: float) -> list:
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
+    patched = _PatchedForward(model)
     others = ("rope", "rms_norm", "layer_norm", "swiglu", "geglu", "cross_entropy")
     _apply_liger_kernel_to_instance(model, fused_linear_cross_entropy=True, **dict.fromkeys(others, False))
     position = Call(model, (), {}).names["labels"]
@@ -163,9 +179,23 @@ def _enable_decoder_only(model: PreTrainedModel, label_smoothing: float) -> list
         return args, {**kwargs, "label_smoothing": label_smoothing}
 
     return [
+        patched,
         model.register_forward_pre_hook(before_model, with_kwargs=True),
         model.get_output_embeddings().register_forward_pre_hook(_warn_of_logits),
     ]
+
+
+class _PatchedForward:
+    """Handle of a model whose instance liger-kernel gives another `forward`: `remove` gives back what it had."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._before = model, model.__dict__.get("forward")
+
+    def remove(self) -> None:
+        if self._before is not None:
+            self._model.forward = self._before
+        else:
+            self._model.__dict__.pop("forward", None)
 
 
 # Encoder-decoder models

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
 import resource
 import shlex
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -18,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from hf_flashbsa.environment import commit, device_name, version
 from recipes.xsum.files import writing
 from recipes.xsum.model import IGNORED_LABEL
 
@@ -157,36 +156,15 @@ class Meter:
         return running
 
 
-def environment(device: torch.device, num_processes: int) -> dict[str, Any]:
+def run_environment(device: torch.device, num_processes: int) -> dict[str, Any]:
     """What a reader needs to know to repeat the run: versions, hardware, commit, command line."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    cuda = device.type == "cuda"
     return {
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-        "commit": _commit(),
+        "commit": commit(),
         "python": platform.python_version(),
-        "versions": versions,
-        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
-        "cuda": torch.version.cuda if cuda else None,
+        "versions": {package: version(package) for package in PACKAGES},
+        "device": device_name(device),
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
         "processes": num_processes,
         "cpu_threads": torch.get_num_threads(),
     }
-
-
-def _commit() -> str | None:
-    """The checkout's commit, with "+changes" where tracked files differ from it; None outside a checkout."""
-    root = Path(__file__).resolve().parents[2]
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -87,7 +87,7 @@ def apply_layouts(config: Config, model: PreTrainedModel) -> None:
         layouts = block_layouts(config) or hf_flashbsa.BlockSparseConfig.of(model.config)
     except ValueError as error:
         raise ConfigError(f"{config.model} holds no block layouts: give block_sparse") from error
-    hf_flashbsa.configure(model, layouts)
+    hf_flashbsa.set_block_sparse(model, layouts)
 
 
 def transformers_config(config: Config) -> PreTrainedConfig:

@@ -43,7 +43,7 @@ from recipes.xsum.evaluate import (
 from recipes.xsum.files import new_folder, writing
 from recipes.xsum.loop import StopSignal, check_trackers, learning_rate_at
 from recipes.xsum.memory import apply_options, options_record, write_ledger
-from recipes.xsum.metrics import GIB, Meter, MetricsLog, TrainingState, Window, environment
+from recipes.xsum.metrics import GIB, Meter, MetricsLog, TrainingState, Window, run_environment
 from recipes.xsum.model import (
     IGNORED_LABEL,
     attention_record,
@@ -152,7 +152,7 @@ class Training:
         config, accelerator, resume = self.config, self.accelerator, self.checkpoint is not None
 
         def open_files() -> None:
-            open_run_dir(config, environment(accelerator.device, accelerator.num_processes), self.checkpoint)
+            open_run_dir(config, run_environment(accelerator.device, accelerator.num_processes), self.checkpoint)
             if not resume:
                 with new_folder(self.run_dir / "tokenizer") as folder:
                     self.data.tokenizer.save_pretrained(folder)

@@ -15,9 +15,9 @@ from importlib import resources
 
 import torch
 
-from hf_flashbsa.kernels import launch, tuning
+from hf_flashbsa.kernels import launch_cache, tuning
 from hf_flashbsa.kernels.arguments import is_aligned
-from hf_flashbsa.kernels.state import Extras, Params
+from hf_flashbsa.kernels.call_plan import CallPlan
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +31,8 @@ _LAUNCH = "hf_flashbsa.kernels.gluon_sm90.launch"
 def unavailable_reason() -> str | None:
     """Why this release of Triton cannot compile the kernels, logged once; None where it can."""
     reason = None
-    if not launch.is_known_triton():
-        reason = f"tested with Triton {' and '.join(launch.KNOWN_TRITON)} only"
+    if not launch_cache.is_known_triton():
+        reason = f"tested with Triton {' and '.join(launch_cache.KNOWN_TRITON)} only"
     else:
         try:
             importlib.import_module(_LAUNCH)
@@ -49,21 +49,21 @@ def _entries(kernel: str) -> list[dict]:
     return json.loads(file.read_text())[kernel]
 
 
-def _options(kernel: str, q: torch.Tensor, k: torch.Tensor, extras: Extras, params: Params) -> dict | None:
+def _options(kernel: str, q: torch.Tensor, k: torch.Tensor, plan: CallPlan) -> dict | None:
     """Launch options of the first entry that fits the call, or None.
 
     An entry fits calls of its head dim with at least `min_seqlen` queries and keys, at least `min_q_per_k` queries per
     key and windows of at least `min_window` keys; where it says so, with or without a tile schedule (`varlen`),
     segment ids, a block layout, causality, dropout.
     """
-    len_q, len_k, window = q.shape[2], k.shape[2], params.window
+    len_q, len_k, window = q.shape[2], k.shape[2], plan.scalars.window
     call = {
         "head_dim": q.shape[-1],
-        "varlen": (extras.work_q if kernel in ("forward", "dq") else extras.work_k) is not None,
-        "layout": extras.grid is not None,
-        "causal": params.window_right >= 0,
-        "segments": extras.segment_ids_k is not None,
-        "dropout": params.drop_threshold > 0,
+        "varlen": (plan.tensors.schedule_q if kernel in ("forward", "dq") else plan.tensors.schedule_k) is not None,
+        "layout": plan.tensors.block_grid is not None,
+        "causal": plan.scalars.window_right is not None,
+        "segments": plan.tensors.segment_ids_k is not None,
+        "dropout": plan.scalars.drop_threshold is not None,
     }
     for entry in _entries(kernel):
         matches = all(entry.get(name, value) == value for name, value in call.items())
@@ -75,7 +75,7 @@ def _options(kernel: str, q: torch.Tensor, k: torch.Tensor, extras: Extras, para
 
 
 def why_unsupported(
-    kernel: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, others: tuple, extras: Extras, params: Params
+    kernel: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, others: tuple, plan: CallPlan
 ) -> str | None:
     """Why `kernel` ("forward", "dq", "dkdv", or "fused_backward" for dK/dV with accumulated dQ) cannot take a call;
     None where it can.
@@ -93,17 +93,22 @@ def why_unsupported(
     if q.shape[-1] != v.shape[-1]:
         return f"head dims {q.shape[-1]} and {v.shape[-1]}"
     for name in ("bias", "mask"):  # would exceed the registers of a consumer
-        if getattr(extras, name) is not None:
+        if getattr(plan.tensors, name) is not None:
             return name
-    if params.softcap > 0.0:
+    if plan.scalars.softcap is not None:
         return "softcap"
-    if extras.grid is not None and params.block_size % 128:
-        return f"block layouts, blocks of {params.block_size}"
-    if extras.grid is not None and "dkdv" in replaced and extras.blocks_k.shape[1] > 1 and q.shape[1] != k.shape[1]:
+    if plan.tensors.block_grid is not None and plan.scalars.block_size % 128:
+        return f"block layouts, blocks of {plan.scalars.block_size}"
+    if (
+        plan.tensors.block_grid is not None
+        and "dkdv" in replaced
+        and plan.tensors.block_table_k.shape[1] > 1
+        and q.shape[1] != k.shape[1]
+    ):
         return "block layouts of their own for query heads that share keys"
     if 0 in (q.numel(), k.numel()):
         return "no tokens"
-    if _options(kernel, q, k, extras, params) is None:
+    if _options(kernel, q, k, plan) is None:
         return "a shape or options that configs/gluon_sm90.json does not list"
     for x in (q, k, v, *others):
         # TMA needs 16-byte alignment and positive strides.
@@ -112,11 +117,13 @@ def why_unsupported(
     return unavailable_reason()
 
 
-def new_tile_counters(extras: Extras, kernels: int, device: torch.device) -> torch.Tensor | tuple[None, ...]:
+def new_tile_counters(
+    schedule: torch.Tensor | None, kernels: int, device: torch.device
+) -> torch.Tensor | tuple[None, ...]:
     """A zeroed tile counter (tile_scheduler.py) for each of `kernels`; None each without a tile schedule or on other
     GPUs.
     """
-    if extras.work_q is None or not tuning.is_hopper(device):
+    if schedule is None or not tuning.is_hopper(device):
         return (None,) * kernels
     return torch.zeros(kernels, 4, dtype=torch.int32, device=device)  # 16 bytes apart
 
@@ -128,11 +135,10 @@ def select_launcher(
     v: torch.Tensor,
     others: tuple,
     tile_counter: torch.Tensor | None,
-    extras: Extras,
-    params: Params,
+    plan: CallPlan,
 ):
     """The launch function of `kernel`, called as the portable ones; None where `why_unsupported` has a reason."""
-    reason = why_unsupported(kernel, q, k, v, others, extras, params)
+    reason = why_unsupported(kernel, q, k, v, others, plan)
     if reason is not None:
         if tuning.is_hopper(q.device):
             takers = (
@@ -140,5 +146,5 @@ def select_launcher(
             )
             _log_once("Hopper kernels: %s calls with %s", takers, reason)
         return None
-    options = _options(kernel, q, k, extras, params)
+    options = _options(kernel, q, k, plan)
     return functools.partial(getattr(importlib.import_module(_LAUNCH), f"launch_{kernel}"), options, tile_counter)

@@ -8,11 +8,12 @@ signature and repeated.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from operator import itemgetter
 
 import torch
@@ -23,18 +24,19 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 from hf_flashbsa.kernels import tuning
+from hf_flashbsa.kernels.backends import note_forward
 
 Tensors = tuple[torch.Tensor | None, ...]
 
 logger = logging.getLogger(__name__)
 
-#: Plans kept. A training step needs about ten for each shape of its batches.
-MAX_PLANS = 256
+#: Calls whose launches are kept. A training step needs about ten for each shape of its batches.
+MAX_LAUNCHES = 256
 #: Descriptors kept. A layer needs fifteen, and the next training step the same ones: torch's allocator gives the same
 #: addresses again.
 MAX_DESCRIPTORS = 8192
-#: Releases of Triton whose `JITFunction.run` launches a compiled kernel as `Plan.run` does, whose `CudaLauncher` does
-#: no more than `_call_of` says and copies what it gets, and whose Gluon the Hopper kernels are written in.
+#: Releases of Triton whose `JITFunction.run` launches a compiled kernel as `Launches.run` does, whose `CudaLauncher`
+#: does no more than `_call_of` says and copies what it gets, and whose Gluon the Hopper kernels are written in.
 KNOWN_TRITON = ("3.6", "3.7")
 
 
@@ -43,26 +45,37 @@ def is_known_triton() -> bool:
     return ".".join(triton.__version__.split(".")[:2]) in KNOWN_TRITON
 
 
-_repeats = is_known_triton()
-if not _repeats:
+_caches = is_known_triton()
+if not _caches:
     known = " and ".join(KNOWN_TRITON)
     logger.info("every launch goes through Triton's JIT: launches are repeated with %s only", known)
 
 
-class Launcher:
-    """Launches kernels the ordinary way, `launcher(kernel, grid, *arguments, **options)`, and remembers how."""
+class Recorder:
+    """Launches kernels the ordinary way, `recorder(kernel, grid, *arguments, **options)`, and remembers how.
 
-    def __init__(self) -> None:
-        self.tensors: list[torch.Tensor | None] = []
-        self.launched: list[tuple] = []
+    Its `with` block is for the launches of one call. `inputs` and `outputs` are aliases of the call's tensors: one
+    tensor may stand in two places, and Triton wants bytes where torch has bool. `ran` names the kernels that computed
+    a forward pass.
+    """
 
-    def record(self, body: Callable, inputs: Tensors, outputs: Tensors, params: tuple) -> None:
-        # Aliases, because one tensor may stand in two places. Triton wants bytes where torch has bool.
-        self.tensors = [
+    def __init__(self, inputs: Tensors, outputs: Tensors, keep: Callable[[Launches], None] | None = None) -> None:
+        tensors = [
             None if x is None else x.view(torch.uint8) if x.dtype == torch.bool else x.detach()
             for x in (*inputs, *outputs)
         ]
-        body(self, self.tensors[: len(inputs)], self.tensors[len(inputs) :], params)
+        self.tensors = tensors
+        self.inputs, self.outputs = tensors[: len(inputs)], tensors[len(inputs) :]
+        self.launched: list[tuple] = []
+        self.ran: str | None = None
+        self._keep, self._device = keep, inputs[0].get_device()
+        self._device_guard = contextlib.nullcontext()
+
+    def __enter__(self) -> Recorder:
+        if self._device >= 0 and self._device != driver.active.get_current_device():  # where Triton launches
+            self._device_guard = torch.cuda.device(self._device)
+        self._device_guard.__enter__()
+        return self
 
     def __call__(self, kernel, grid: tuple[int, ...], *arguments, **options) -> None:
         compiled = kernel[grid](*arguments, **options)
@@ -70,21 +83,31 @@ class Launcher:
             arguments += tuple(options[name] for name in kernel.arg_names[len(arguments) :])
         self.launched.append((compiled, (*grid, 1, 1)[:3], arguments))
 
+    def __exit__(self, kind, *exception) -> None:
+        self._device_guard.__exit__(kind, *exception)
+        if kind is not None:
+            return
+        if self.ran is not None:
+            note_forward(self.ran)
+        if self._keep is not None and all(isinstance(compiled, CompiledKernel) for compiled, _, _ in self.launched):
+            self._keep(Launches(self))
 
-#: Stand in a plan for what is known when it runs: the stream, what Triton tells hooks of a launch, and the hooks.
+
+#: Placeholders for what is known at launch: the stream, the metadata that Triton gives hooks, and the hooks.
 _STREAM, _METADATA, _ENTER, _LEAVE = _RUNTIME = tuple(object() for _ in range(4))
 
 
-class Plan:
-    """What a `Launcher` launched, without the tensors.
+class Launches:
+    """What a `Recorder` launched, without the tensors.
 
     Arguments are picked from one list of values: the tensors' addresses, what `_RUNTIME` stands for, then the
     constants. Descriptors, and tuples of more than constants, have their places among the constants and are filled in
     for each run.
     """
 
-    def __init__(self, launcher: Launcher):
-        changing = (*launcher.tensors, *_RUNTIME)
+    def __init__(self, recorder: Recorder):
+        self._ran = recorder.ran
+        changing = (*recorder.tensors, *_RUNTIME)
         places = {id(x): place for place, x in enumerate(changing) if x is not None}
         self._metadata = places[id(_METADATA)]
         self._constants: list = []
@@ -95,7 +118,9 @@ class Plan:
             if id(argument) in places:
                 return places[id(argument)]
             if isinstance(argument, torch.Tensor):
-                raise LookupError("a kernel got a tensor that `replay` was not given; give it, or the view of it.")
+                raise LookupError(
+                    "a kernel got a tensor that `launch_cached` was not given; give it, or the view of it."
+                )
             place = places[id(argument)] = len(changing) + len(self._constants)
             self._constants.append(argument if _is_constant(argument) else None)
             if hasattr(argument, "base"):
@@ -105,10 +130,10 @@ class Plan:
             return place
 
         # All calls are alive until each has its places, which go by identity.
-        calls = [_call_of(*launched) for launched in launcher.launched]
+        calls = [_call_of(*launched) for launched in recorder.launched]
         self._calls = [
             (kernel, grid, function, _picker(tuple(map(place_of, arguments))))
-            for (kernel, grid, _), (function, arguments) in zip(launcher.launched, calls, strict=True)
+            for (kernel, grid, _), (function, arguments) in zip(recorder.launched, calls, strict=True)
         ]
 
     def run(self, addresses: list[int | None], device: int) -> None:
@@ -124,6 +149,8 @@ class Plan:
             if enter is not None or leave is not None:  # a kernel may have its arguments told too; none here does
                 values[self._metadata] = kernel.launch_metadata(grid, stream)
             function(*pick(values))
+        if self._ran is not None:
+            note_forward(self._ran)
 
 
 def _is_constant(argument) -> bool:
@@ -217,35 +244,42 @@ def _hook(hook):
     return hook if getattr(hook, "calls", True) else None
 
 
-def replay(body: Callable, inputs: Tensors, outputs: Tensors, params: tuple) -> None:
-    """`body(launch, inputs, outputs, params)`; on a GPU, what it launched for a call like this one, once more.
+def launch_cached(kind: Hashable, inputs: Tensors, outputs: Tensors, scalars: tuple) -> Recorder | None:
+    """Launches once more what a call like this one launched before. Where there was none, the `Recorder` to launch by:
+
+    ```python
+    recorder = launch_cached(...)
+    if recorder is not None:
+        with recorder:
+            recorder(kernel, grid, *arguments, **options)
+    ```
+
+    The block launches kernels and does nothing else to the device. Their arguments are numbers, None, tensors of
+    `recorder.inputs` and `recorder.outputs`, tuples of those, and TMA descriptors of whole tensors. All of it follows
+    from `kind`, `configs`, `scalars`, and the tensors' shapes, strides, dtypes, device and addresses modulo 16.
 
     Args:
-        body: launches kernels by `launch(kernel, grid, *arguments, **options)` and does nothing else to the device.
-            Arguments are numbers, None, tensors, tuples of those, and TMA descriptors of whole tensors. All it does
-            follows from `tuning`, `params`, and the tensors' shapes, strides, dtypes, device and addresses modulo 16.
-            It gets the tensors as aliases, those of bool as uint8, and hands no others to kernels.
+        kind: which block it is.
         inputs: all on the device to run on. None stands for no tensor.
         outputs: what the caller made for the kernels to fill. Their shapes, strides, dtypes and device must be the
-            same whenever inputs and `params` are alike.
-        params: hashable numbers and strings, each always of the same type.
+            same whenever inputs and `scalars` are alike.
+        scalars: hashable numbers and strings, each always of the same type, or None.
     """
     device = inputs[0].get_device()
-    if device >= 0 and device != driver.active.get_current_device():  # where Triton launches
-        with torch.cuda.device(device):
-            return replay(body, inputs, outputs, params)
-    if device < 0 or not _repeats:  # on the CPU, Triton's interpreter
-        return Launcher().record(body, inputs, outputs, params)
+    if device < 0 or not _caches:  # on the CPU, Triton's interpreter
+        return Recorder(inputs, outputs)
     addresses = [None if x is None else x.data_ptr() for x in (*inputs, *outputs)]
     hook = knobs.runtime.add_stages_inspection_hook
     settings = tuning.overrides(), knobs.runtime.debug, knobs.compilation.instrumentation_mode, hook
-    kept = _kept((body, params, settings, device, *_signature(inputs, addresses)))
-    if kept:
-        return kept[0].run(addresses, device)
-    launcher = Launcher()
-    launcher.record(body, inputs, outputs, params)
-    if hook is None and all(isinstance(compiled, CompiledKernel) for compiled, _, _ in launcher.launched):
-        kept.append(Plan(launcher))
+    known = _launches_of((kind, scalars, settings, device, *_signature(inputs, addresses)))
+    if not known:
+        return Recorder(inputs, outputs, known.append if hook is None else None)
+    if device == driver.active.get_current_device():  # where Triton launches
+        known[0].run(addresses, device)
+    else:
+        with torch.cuda.device(device):
+            known[0].run(addresses, device)
+    return None
 
 
 def _signature(inputs: Tensors, addresses: list[int | None]) -> list:
@@ -257,7 +291,7 @@ def _signature(inputs: Tensors, addresses: list[int | None]) -> list:
     return features
 
 
-@functools.lru_cache(MAX_PLANS)
-def _kept(signature: tuple) -> list[Plan]:
-    """Holds the plan for a signature once it is known."""
+@functools.lru_cache(MAX_LAUNCHES)
+def _launches_of(signature: tuple) -> list[Launches]:
+    """Holds what calls of a signature launch, once that is known."""
     return []

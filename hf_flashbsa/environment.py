@@ -1,4 +1,4 @@
-"""What a measurement was made with."""
+"""What a measurement or a run was made with."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from hf_flashbsa.spec import AttentionSpec
+from hf_flashbsa.masks.spec import AttentionSpec
 
 
 def sequence_ranges(
@@ -100,14 +100,7 @@ def reference_attention(
             s = softcap * torch.tanh(s / softcap)
         visible = _visible(spec, q_row, rows, k_row, keys, q.device)
         if bias is not None:
-            b = bias[q_row if bias.shape[0] > 1 else 0]
-            if spec.cu_seqlens_q is not None or spec.cu_seqlens_k is not None:
-                b = b[:, : q_end - q_begin, : k_end - k_begin]
-                missing = (0, k_end - k_begin - b.shape[2], 0, q_end - q_begin - b.shape[1])
-                b = torch.nn.functional.pad(b, missing, value=-math.inf)
-            else:
-                places = slice(0, q_end - q_begin) if b.shape[1] > 1 else slice(None)
-                b = b[:, places, : k_end - k_begin]
+            b = _bias_of_sequence(spec, bias[q_row if bias.shape[0] > 1 else 0], q_end - q_begin, k_end - k_begin)
             s = s + b.to(dtype)
             visible = visible & (b > torch.finfo(bias.dtype).min)
         s = s.masked_fill(~visible, -math.inf)
@@ -123,6 +116,15 @@ def reference_attention(
         out = out.index_put(_index(q_row, heads, rows, q.device), p @ v_heads)
         lse = lse.index_put(_index(q_row, heads, rows, q.device), total)
     return out, lse
+
+
+def _bias_of_sequence(spec: AttentionSpec, bias: torch.Tensor, n_q: int, n_k: int) -> torch.Tensor:
+    """The part `(H or 1, n_q or 1, n_k)` of one batch row of a bias, counted from the first rows of the sequence."""
+    if spec.cu_seqlens_q is not None or spec.cu_seqlens_k is not None:
+        bias = bias[:, :n_q, :n_k]
+        missing = (0, n_k - bias.shape[2], 0, n_q - bias.shape[1])
+        return torch.nn.functional.pad(bias, missing, value=-math.inf)
+    return bias[:, slice(0, n_q) if bias.shape[1] > 1 else slice(None), :n_k]
 
 
 def _index(row: int, heads: int, rows: slice, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

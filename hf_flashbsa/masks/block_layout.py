@@ -162,25 +162,6 @@ class BlockLayout:
         used = torch.arange(index.shape[-1], device=grid.device) < total[..., None]
         return BlockLists(full, total, (index * used).contiguous())
 
-    def table(self, side: str) -> torch.Tensor:
-        """`lists` as the kernels read them, int32 `(B or 1, H or 1, R, 2 + C)`: full, total, index. Made once."""
-        name = f"table {side}"
-        if name not in self._cache:
-            full, total, index = self.lists(side)
-            self._cache[name] = torch.cat([full[..., None], total[..., None], index], dim=-1)
-        return self._cache[name]
-
-    def mask_words(self) -> torch.Tensor | None:
-        """`tile_masks` as the kernels read them: int32 `(U, block_size, block_size // 32)`, key `i` of a row in bit
-        `i % 32` of word `i // 32`. Made once."""
-        if self.tile_masks is None:
-            return None
-        if "mask words" not in self._cache:
-            bits = self.tile_masks.reshape(*self.tile_masks.shape[:2], -1, 8)
-            powers = 2 ** torch.arange(8, dtype=torch.uint8, device=self.device)
-            self._cache["mask words"] = (bits * powers).sum(-1, dtype=torch.uint8).view(torch.int32)
-        return self._cache["mask words"]
-
     def to(self, device: torch.device | str) -> BlockLayout:
         """This layout and its lists on another device, moved once and without waiting."""
         device = torch.device(device)
@@ -193,22 +174,6 @@ class BlockLayout:
                 moved._cache[side] = BlockLists(*(x.to(device, non_blocking=True) for x in self.lists(side)))
             self._cache[device] = moved
         return self._cache[device]
-
-    def validate(self, heads: int, batch: int, len_q: int, len_k: int, device: torch.device) -> None:
-        """Raises ValueError where tensors of these sizes cannot be attended to with this layout."""
-        layout_batch, layout_heads, rows, columns = self.grid.shape
-        if layout_heads not in (1, heads):
-            raise ValueError(f"layout: made for {layout_heads} heads, the queries have {heads}; give 1 or {heads}.")
-        if layout_batch not in (1, batch):
-            raise ValueError(f"layout: made for batch {layout_batch}, the queries have {batch}; give 1 or {batch}.")
-        for name, length, blocks in (("queries", len_q, rows), ("keys", len_k, columns)):
-            if length > blocks * self.block_size:
-                raise ValueError(
-                    f"layout: covers {blocks * self.block_size} {name} ({blocks} blocks of {self.block_size}), the "
-                    f"call has {length}; make the layout for the longest sequence."
-                )
-        if self.device != device:
-            raise ValueError(f"layout: is on {self.device}, the queries are on {device}; give layout.to(q.device).")
 
     def to_mask(self, len_q: int, len_k: int) -> torch.Tensor:
         """bool `(B or 1, H or 1, len_q, len_k)`, True where the layout shows an entry."""

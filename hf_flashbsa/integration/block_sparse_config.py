@@ -10,10 +10,11 @@ from collections.abc import Callable
 
 import torch
 
-from hf_flashbsa.layout import BlockLayout, check_block_size
-from hf_flashbsa.pattern_tools import check_parameters, join_at_diagonal, unknown
-from hf_flashbsa.patterns import PATTERNS, has_diagonal, make_layout
-from hf_flashbsa.selection import SELECTIONS
+from hf_flashbsa.masks.block_layout import BlockLayout, check_block_size
+from hf_flashbsa.masks.patterns import PATTERNS, has_diagonal, make_layout
+from hf_flashbsa.masks.patterns._builders import join_at_diagonal
+from hf_flashbsa.masks.patterns._parameters import check_parameters, unknown
+from hf_flashbsa.masks.selection import SELECTIONS
 
 #: Self-attention of an encoder, of a decoder (causal; also that of decoder-only models), and cross-attention.
 ROLES = ("encoder", "decoder", "cross")
@@ -234,7 +235,7 @@ class BlockSparseConfig:
 
     @classmethod
     def of(cls, model_config) -> BlockSparseConfig:
-        """The config that `configure` stored in a Transformers config. Read once for equal dicts.
+        """The config that `set_block_sparse` stored in a Transformers config. Read once for equal dicts.
 
         Raises:
             ValueError: there is none.
@@ -243,8 +244,8 @@ class BlockSparseConfig:
         if fields is None:
             raise ValueError(
                 f"bsa_sparse: {type(model_config).__name__} has no block layout. Give one with "
-                "hf_flashbsa.configure(model, BlockSparseConfig('longformer', window=512, num_global_tokens=128)), or "
-                "use attn_implementation='bsa_dense'."
+                "hf_flashbsa.set_block_sparse(model, BlockSparseConfig('longformer', window=512, "
+                "num_global_tokens=128)), or use attn_implementation='bsa_dense'."
             )
         return getattr(_MADE, _name_of_config(repr(fields)))
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import torch
 
-from hf_flashbsa.kernels.state import sinks_gradient
+from hf_flashbsa.kernels.call_plan import sinks_gradient
+from hf_flashbsa.kernels.tables import ScheduleColumn
 
 #: Arguments with an entry for each batch row.
 _ROWS_Q = ("q", "out", "lse", "dout", "dlse", "q_t", "mask", "segment_ids_q")
 _ROWS_K = ("k", "v", "k_t", "v_t", "segment_ids_k")
 #: Those whose batch dimension may be 1, for all rows.
-_SHARED = ("bias", "bias_t", "grid", "blocks_q", "blocks_k")
+_SHARED = ("bias", "bias_t", "block_grid", "block_table_q", "block_table_k")
 
 
 def run_mapped(op, info, in_dims: tuple, *args) -> tuple:
@@ -41,8 +42,8 @@ def _differ_by_row(call: dict, mapped: set[str]) -> bool:
     sequences = call["sequences"]
     packed = rows_q != rows_k or (sequences is not None and sequences.shape[-2] != rows_q)
     return (
-        call["drop_threshold"] > 0
-        or "mask_words" in mapped
+        call["drop_threshold"] is not None
+        or "block_masks" in mapped
         or ("sinks" in mapped and "dout" not in call)
         or "sinks_t" in mapped
         or (packed and (call.get("need_dbias", False) or not mapped.isdisjoint(_SHARED)))
@@ -66,9 +67,9 @@ def _at_once(op, call: dict, mapped: set[str], count: int) -> tuple[torch.Tensor
             own_gradient = name == "bias" and call.get("need_dbias", False)
             if name in mapped or x.shape[0] > 1 or own_gradient:
                 folded[name] = _fold(x, name in mapped, count, rows_q)
-        elif name in ("work_q", "work_k"):
-            rows = (rows_q, rows_k) if name == "work_q" else (rows_k, rows_q)
-            folded[name] = _fold_work(x if name in mapped else x.expand(count, *x.shape), *rows)
+        elif name in ("schedule_q", "schedule_k"):
+            rows = (rows_q, rows_k) if name == "schedule_q" else (rows_k, rows_q)
+            folded[name] = _fold_schedule(x if name in mapped else x.expand(count, *x.shape), *rows)
         elif name == "sequences":
             x = x if name in mapped else x.expand(count, *x.shape)
             folded[name] = _moved(x, rows_q, rows_k).flatten(0, 1)
@@ -107,17 +108,19 @@ def _fold(x: torch.Tensor, mapped: bool, count: int, rows: int) -> torch.Tensor:
 
 
 def _moved(table: torch.Tensor, rows_own: int, rows_other: int) -> torch.Tensor:
-    """Tables `(N, n, columns)` whose columns 0 and 3 count batch rows of all samples."""
+    """Tile schedules or sequence tables `(N, n, columns)`, in which batch rows count through all samples."""
     sample = torch.arange(table.shape[0], dtype=table.dtype, device=table.device)[:, None, None]
     column = torch.arange(table.shape[2], device=table.device)
-    return table + sample * (rows_own * (column == 0) + rows_other * (column == 3)).to(table.dtype)
+    return table + sample * (
+        rows_own * (column == ScheduleColumn.BATCH) + rows_other * (column == ScheduleColumn.OTHER_BATCH)
+    ).to(table.dtype)
 
 
-def _fold_work(tables: torch.Tensor, rows_own: int, rows_other: int) -> torch.Tensor:
-    """Work tables `(N, tiles, 12)` of the samples (`AttentionSpec.work`) as the table of all of them."""
-    used = torch.arange(tables.shape[1], device=tables.device) < tables[..., 11]
+def _fold_schedule(tables: torch.Tensor, rows_own: int, rows_other: int) -> torch.Tensor:
+    """Tile schedules `(N, tiles, 12)` of the samples as the schedule of all of them."""
+    used = torch.arange(tables.shape[1], device=tables.device) < tables[..., ScheduleColumn.NUM_TILES]
     table, used = _moved(tables, rows_own, rows_other).flatten(0, 1), used.flatten()
-    amount = (table[:, 7] - table[:, 4]).masked_fill(~used, -1)
+    amount = (table[:, ScheduleColumn.HI] - table[:, ScheduleColumn.LO]).masked_fill(~used, -1)
     order = torch.argsort(amount, descending=True, stable=True)
     total = used.sum(dtype=table.dtype).expand(table.shape[0], 1)
-    return torch.cat([table[order][:, :11], total], dim=1)
+    return torch.cat([table[order][:, : ScheduleColumn.NUM_TILES], total], dim=1)

@@ -1,0 +1,106 @@
+"""The call plan: what a back end is told of a call besides q, k and v.
+
+`hf_flashbsa.ops.lowering` makes it of a mask and options; the registered ops take its fields one by one. None means
+absent, in Python, in the schemas of the ops and in the kernels.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class CallTensors(NamedTuple):
+    """Tensors of a call, on the device of q.
+
+    Args:
+        bias: `(B or 1, Hq or 1, Sq, Sk)`, added to the scaled scores; packed calls read it by place in the sequence.
+        mask: bool `(B, Hq, Sq, Sk)`, expanded.
+        sinks: `(Hq,)`.
+        segment_ids_q, segment_ids_k: integers `(B, Sq)` and `(B, Sk)`.
+        schedule_q, schedule_k: tile schedules of queries and of keys, see tile_schedule.py. The latter is there for
+            the backward pass only.
+        sequences: `Sequences.table`, for the gradient of a bias only.
+        seed: int64 `(1,)`, of dropout.
+        block_grid: a layout's int32 `(B or 1, H or 1, query blocks, key blocks)`: 0 not visited, 1 full, `i >= 2` the
+            partial block whose entries are `block_masks[i - 2]`.
+        block_masks: int32 `(U, block_size, block_size // 32)`, key `i` of a row in bit `i % 32` of word `i // 32`.
+        block_table_q, block_table_k: the blocks that each block row (column) visits, see block_tables.py. The latter
+            is there for the backward pass only.
+    """
+
+    bias: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
+    segment_ids_q: torch.Tensor | None = None
+    segment_ids_k: torch.Tensor | None = None
+    schedule_q: torch.Tensor | None = None
+    schedule_k: torch.Tensor | None = None
+    sequences: torch.Tensor | None = None
+    seed: torch.Tensor | None = None
+    block_grid: torch.Tensor | None = None
+    block_masks: torch.Tensor | None = None
+    block_table_q: torch.Tensor | None = None
+    block_table_k: torch.Tensor | None = None
+
+
+#: The tensors of most calls. Passing a dozen None on costs the host time, so that calls leave them out; see `given`.
+NO_TENSORS = CallTensors()
+
+
+class CallScalars(NamedTuple):
+    """Numbers of a call.
+
+    Args:
+        window_left, window_right: most keys visible before and after a query's own; causality is folded in.
+        query_offset: key position of query row 0 where no schedule says it.
+        drop_threshold: dropout drops a weight whose 16-bit random number lies below it, see dropout.py.
+        block_size: tokens of a block of the layout.
+    """
+
+    softmax_scale: float
+    softcap: float | None
+    window_left: int | None
+    window_right: int | None
+    query_offset: int
+    drop_threshold: int | None
+    block_size: int | None
+    deterministic: bool
+    backend: str
+
+    @property
+    def window(self) -> int | None:
+        """Keys in the window besides a query's own; None where it has no limit on one side."""
+        if self.window_left is None or self.window_right is None:
+            return None
+        return self.window_left + self.window_right
+
+
+class CallPlan(NamedTuple):
+    """One attention call, but for q, k and v."""
+
+    tensors: CallTensors
+    scalars: CallScalars
+
+    @classmethod
+    def of_fields(cls, fields: tuple) -> CallPlan:
+        """The plan of its fields, tensors first, as the ops take them. Whatever follows is ignored."""
+        count = len(CallTensors._fields)
+        return cls(CallTensors(*fields[:count]), CallScalars(*fields[count : count + len(CallScalars._fields)]))
+
+
+def given(tensors: CallTensors) -> tuple[torch.Tensor | None, ...]:
+    """`tensors`, or nothing where there are none: `CallTensors(*given(tensors))` gives them back."""
+    return () if tensors is NO_TENSORS else tensors
+
+
+def sinks_gradient(sinks: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """Gradient `(..., Hq)` of the sink logits, given `lse` and `delta` `(..., B, Hq, S)`: their weight in each row
+    times `-delta`, 0 in rows that see no key."""
+    return -(sinks_weight(sinks, lse) * delta).sum((-3, -1))
+
+
+def sinks_weight(sinks: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """Softmax weight `(..., B, Hq, S)` of the sinks `(..., Hq)` in each row, 0 in rows that see no key."""
+    return torch.exp(sinks[..., None, :, None] - lse).masked_fill(lse == float("-inf"), 0.0)

@@ -1,0 +1,244 @@
+"""From a mask and options to the plan of a call.
+
+`lower` is the one place where masks and kernels meet, and holds the one memo: the layers of a forward pass call
+`attention` with the same spec and equal sizes, and only the first of them does any work here.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from hf_flashbsa.kernels.backends import resolve_backend
+from hf_flashbsa.kernels.block_tables import block_table, pack_block_masks
+from hf_flashbsa.kernels.call_plan import NO_TENSORS, CallPlan, CallScalars, CallTensors
+from hf_flashbsa.kernels.dropout import drop_threshold
+from hf_flashbsa.kernels.tables import SCHEDULE_TILE
+from hf_flashbsa.kernels.tile_schedule import (
+    BlockCounts,
+    Sequences,
+    Sizes,
+    sequence_rows,
+    tile_schedule,
+)
+from hf_flashbsa.masks.block_layout import BlockLayout
+from hf_flashbsa.masks.spec import AttentionSpec
+from hf_flashbsa.ops import validation
+
+_T = TypeVar("_T")
+
+
+class CallOptions(NamedTuple):
+    """The options of `attention` that are no tensors, and what the plan must know of the tensors."""
+
+    softmax_scale: float | None
+    softcap: float | None
+    dropout_p: float
+    deterministic: bool
+    backend: str
+    has_bias: bool
+    needs_grad: bool
+
+
+def lower(spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: tuple) -> CallPlan:
+    """The plan of a call, without the caller's own tensors (bias, sinks, seed). Validates on the way.
+
+    Args:
+        options: the fields of `CallOptions`, as a plain tuple, which costs each call less.
+
+    Raises:
+        ValueError: an argument that does not fit.
+    """
+    call = (
+        options, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
+        q.stride(), k.stride(), v.stride(),
+    )  # fmt: skip
+    return remember(spec, "plan", call, lambda: _plan(spec, q, k, v, CallOptions(*options)))
+
+
+def _plan(spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: CallOptions) -> CallPlan:
+    backend = resolve_backend(options.backend, q)
+    validation.check_tensors(q, k, v)
+    sizes, heads, device = validation.sizes_of(q, k), q.shape[1], q.device
+    validation.check_spec(spec, sizes, heads, device)
+    scale = 1.0 / math.sqrt(q.shape[-1]) if options.softmax_scale is None else float(options.softmax_scale)
+    validation.check_scalars(scale, options.softcap, options.dropout_p)
+    left, right = spec.window
+    scalars = CallScalars(
+        softmax_scale=scale,
+        softcap=None if options.softcap is None else float(options.softcap),
+        window_left=None if left is None else int(left),
+        window_right=None if right is None else int(right),
+        query_offset=_query_offset(spec, sizes),
+        drop_threshold=drop_threshold(options.dropout_p) if options.dropout_p > 0.0 else None,
+        block_size=None if spec.layout is None else spec.layout.block_size,
+        deterministic=options.deterministic,
+        backend=backend,
+    )
+    return CallPlan(_tensors(spec, sizes, heads, device, options._replace(backend=backend)), scalars)
+
+
+def _query_offset(spec: AttentionSpec, sizes: Sizes) -> int:
+    """Key position of query row 0 where every sequence fills its batch row; 0 where a schedule says it."""
+    if spec.query_offset is None:
+        return int(sizes.len_k - sizes.len_q)
+    return 0 if isinstance(spec.query_offset, torch.Tensor) else int(spec.query_offset)
+
+
+def _tensors(spec: AttentionSpec, sizes: Sizes, heads: int, device: torch.device, options: CallOptions) -> CallTensors:
+    # The torch back end computes a whole sequence at once.
+    tile = SCHEDULE_TILE if options.backend == "triton" else max(sizes.len_q, sizes.len_k, 1)
+    # A bias is read, and keys are dropped, in groups that begin at multiples of a tile, counted from the first row of
+    # a sequence.
+    split_q = not options.has_bias
+    split_k = split_q and options.dropout_p == 0.0
+    ids_q, ids_k, mask, layout = spec.segment_ids_q, spec.segment_ids_k, spec.mask, spec.layout
+    tensors = CallTensors(
+        mask=None if mask is None else mask.expand(sizes.batch_q, heads, sizes.len_q, sizes.len_k),
+        segment_ids_q=None if ids_q is None else ids_q.expand(sizes.batch_q, -1),
+        segment_ids_k=None if ids_k is None else ids_k.expand(sizes.batch_k, -1),
+        schedule_q=schedule_of(spec, "q", sizes, device, tile, split_q),
+        schedule_k=schedule_of(spec, "k", sizes, device, tile, split_k) if options.needs_grad else None,
+        sequences=sequence_table_of(spec, sizes, device) if options.has_bias and options.needs_grad else None,
+        block_grid=None if layout is None else layout.grid,
+        block_masks=None if layout is None else _block_masks(layout),
+        block_table_q=None if layout is None else _block_table(layout, "q"),
+        block_table_k=None if layout is None or not options.needs_grad else _block_table(layout, "k"),
+    )
+    return NO_TENSORS if all(x is None for x in tensors) else tensors
+
+
+def has_own_rows(spec: AttentionSpec) -> bool:
+    """Whether batch rows have lengths or an offset of their own, which only a tile schedule can say."""
+    names = ("seqlens", "starts", "cu_seqlens")
+    return isinstance(spec.query_offset, torch.Tensor) or any(
+        spec.of_side(name, side) is not None for name in names for side in "qk"
+    )
+
+
+def sequences_of(spec: AttentionSpec, sizes: Sizes, device: torch.device) -> Sequences:
+    """The independent attention problems of a call. Segment ids are not resolved here."""
+    count = validation.sequence_count(spec, sizes)
+    q = sequence_rows(count, sizes.len_q, device, spec.cu_seqlens_q, spec.seqlens_q, spec.starts_q)
+    k = sequence_rows(count, sizes.len_k, device, spec.cu_seqlens_k, spec.seqlens_k, spec.starts_k)
+    offset = k.end - q.end if spec.query_offset is None else k.begin - q.begin + spec.query_offset
+    return Sequences(q, k, offset.to(torch.int32))
+
+
+def sequence_table_of(spec: AttentionSpec, sizes: Sizes, device: torch.device) -> torch.Tensor | None:
+    """`Sequences.table` of a call; None where every sequence fills its batch row."""
+    if not has_own_rows(spec):
+        return None
+    return remember(spec, "sequences", (sizes, device), lambda: sequences_of(spec, sizes, device).table())
+
+
+def schedule_of(
+    spec: AttentionSpec,
+    side: str,
+    sizes: Sizes,
+    device: torch.device,
+    tile: int = SCHEDULE_TILE,
+    split_segments: bool = True,
+) -> torch.Tensor | None:
+    """The tile schedule of one side, arguments as in `tile_schedule`; None where plain arithmetic says the same."""
+    if spec.segment_ids_k is None and spec.layout is None and not has_own_rows(spec):
+        return None
+    if side == "k" and _sides_are_alike(spec, sizes):
+        side = "q"
+    # Block layouts count their blocks from the first row of a sequence too.
+    split = split_segments and spec.segment_ids_k is not None and spec.layout is None
+    return remember(
+        spec, "schedule", (side, sizes, device, tile, split), lambda: _schedule(spec, side, sizes, device, tile, split)
+    )
+
+
+def _sides_are_alike(spec: AttentionSpec, sizes: Sizes) -> bool:
+    """Whether queries and keys divide into the same tiles, which see the same."""
+    alike = all(spec.of_side(name, "q") is spec.of_side(name, "k") for name in ("seqlens", "starts", "cu_seqlens"))
+    segments = spec.segment_ids_k is None or spec.segment_ids_q is spec.segment_ids_k
+    return alike and segments and sizes.batch_q == sizes.batch_k and sizes.len_q == sizes.len_k and spec.layout is None
+
+
+def _schedule(
+    spec: AttentionSpec, side: str, sizes: Sizes, device: torch.device, tile: int, split: bool
+) -> torch.Tensor:
+    sequences, layout = sequences_of(spec, sizes, device), spec.layout
+    counts = ids = None
+    if layout is not None:
+        counts = BlockCounts(layout.lists(side).total, layout.block_size)
+        if side == "q":
+            validation.assert_layout_covers(layout, sequences)
+    if spec.segment_ids_k is not None:
+        ids_q = spec.segment_ids_q
+        if ids_q is None:  # then every query has id 0
+            ids_q = spec.segment_ids_k.new_zeros(1, 1).expand(-1, sizes.len_q)
+        ids = ids_q.expand(sizes.batch_q, -1), spec.segment_ids_k.expand(sizes.batch_k, -1)
+    return tile_schedule(side, sequences, ids, tile, split, counts)
+
+
+def _block_table(layout: BlockLayout, side: str) -> torch.Tensor:
+    return remember(layout, "table", (side,), lambda: block_table(*layout.lists(side)))
+
+
+def _block_masks(layout: BlockLayout) -> torch.Tensor | None:
+    if layout.tile_masks is None:
+        return None
+    return remember(layout, "masks", (), lambda: pack_block_masks(layout.tile_masks))
+
+
+# The memo
+
+
+#: Of each kind, so many results are remembered for a mask: calls of as many different sizes or options.
+MAX_REMEMBERED = 8
+
+
+class _Memo:
+    """What was derived from one mask: by kind, keys and results, the newest last."""
+
+    def __init__(self, owner: AttentionSpec | BlockLayout):
+        #: The tensors of a spec that count changes in place. Layouts are immutable.
+        self.tensors = () if isinstance(owner, BlockLayout) else _tensors_that_count(owner)
+        self.entries: dict[str, list[tuple[tuple, object]]] = {}
+
+
+#: The memos of masks and layouts that are alive, by their ids.
+_MEMOS: dict[int, _Memo] = {}
+
+
+def remember(owner: AttentionSpec | BlockLayout, kind: str, key: tuple, make: Callable[[], _T]) -> _T:
+    """`make()`, or what it gave for this mask or layout, `key`, and contents of the mask's tensors.
+
+    Changing a tensor of a spec in place is seen, but for tensors made in inference mode, which do not count changes.
+    Keys are compared, not hashed: sizes may be symbols under torch.compile, and a hash would fix them.
+    """
+    if torch.compiler.is_compiling():  # Dynamo traces no memo by id; a graph carries it in the mask
+        entries = owner.__dict__.setdefault("_traced", {}).setdefault(kind, [])
+    elif torch._C._are_functorch_transforms_active():  # tensors that a transform wraps must not outlive it
+        return make()
+    else:
+        memo = _MEMOS.get(id(owner))
+        if memo is None:
+            memo = _MEMOS[id(owner)] = _Memo(owner)
+            weakref.finalize(owner, _MEMOS.pop, id(owner), None).atexit = False
+        entries = memo.entries.setdefault(kind, [])
+        # Tensors made in inference mode are of no use to the backward pass, nor fake ones outside of their mode.
+        mode = _get_current_dispatch_mode() if torch._C._len_torch_dispatch_stack() else None
+        key = (key, torch.is_inference_mode_enabled(), mode, *[x._version for x in memo.tensors])
+    for known, value in reversed(entries):
+        if known == key:
+            return value
+    value = make()
+    if len(entries) == MAX_REMEMBERED:
+        del entries[0]
+    entries.append((key, value))
+    return value
+
+
+def _tensors_that_count(spec: AttentionSpec) -> tuple[torch.Tensor, ...]:
+    return tuple(x for x in vars(spec).values() if isinstance(x, torch.Tensor) and not x.is_inference())
