@@ -21,6 +21,7 @@ from triton.runtime import _allocation
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hf_flashbsa.kernels import launch_cache, tuning
+from hf_flashbsa.kernels.backends import take_forward
 from hf_flashbsa.kernels.launch_cache import MAX_DESCRIPTORS, MAX_LAUNCHES, Recorder, launch_cached
 
 
@@ -372,6 +373,20 @@ def test_the_function_in_c_calls_triton_hooks(utilities):
         {"name": "kernel", "function": "function of kernel", "stream": 7},
         chain,
     ]
+
+
+def test_launches_from_the_cache_say_what_ran(kernel):
+    def launch() -> None:
+        recorder = launch_cached("forward", (PLAIN["x"],), (PLAIN["y"],), (1,))
+        if recorder is not None:
+            with recorder:
+                caller(kernel)(recorder, recorder.inputs, recorder.outputs, (1,))
+                recorder.ran = "gluon_sm90"
+
+    for _ in range(2):
+        launch()
+        assert take_forward() == "gluon_sm90"
+    assert kernel.asked == 1
 
 
 def test_an_inspected_compilation_is_not_kept(kernel):

@@ -65,4 +65,4 @@ def test_the_host_never_waits(name, rules, padding):
     run(model, inputs)  # compiles the kernels and moves the layouts
     with host_never_waits():
         live_logits(model, inputs, use_cache=False).sum().backward()
-    assert set(backends_used(model).values()) == {"triton"}
+    assert set(backends_used(model).values()) <= {"triton", "gluon_sm90"}

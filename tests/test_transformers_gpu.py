@@ -42,4 +42,4 @@ def test_the_host_never_waits(name, padding):
     run(model, inputs)  # compiles the kernels
     with host_never_waits():
         live_logits(model, inputs, use_cache=False).sum().backward()
-    assert set(backends_used(model).values()) == {"triton"}
+    assert set(backends_used(model).values()) <= {"triton", "gluon_sm90"}

@@ -6,8 +6,7 @@ import functools
 
 import pytest
 import torch
-from torch.autograd import forward_ad
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
+from torch.func import grad, vmap
 
 from hf_flashbsa import AttentionSpec, BlockLayout, attention
 from hf_flashbsa.ops.reference import reference_attention
