@@ -224,6 +224,19 @@ def test_nobody_writes_to_the_mask_that_layers_share():
         mask.no_such_method()
 
 
+def test_compiled_models_may_compute_on_it():
+    mask = create("bsa_dense", "window", "left")
+    scores = torch.randn(BATCH, 4, LENGTH, LENGTH, generator=torch.Generator().manual_seed(0))
+
+    def compute(scores):
+        joined = torch.cat([mask, mask[:, :, :, :3]], dim=-1)
+        return scores + mask, torch.where(mask, scores, 0.0), joined, mask.repeat(1, 4, 1, 1)
+
+    compiled = torch.compile(compute, fullgraph=True, backend="eager")
+    for ours, eager in zip(compiled(scores), compute(scores), strict=True):
+        assert torch.equal(ours, eager)
+
+
 def test_functions_of_torch_get_a_tensor():
     mask = create("bsa_dense", "causal", "right")
     q, k, v = (torch.randn(BATCH, 2, LENGTH, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))

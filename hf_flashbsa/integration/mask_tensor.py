@@ -57,20 +57,21 @@ class TensorOnDemand:
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None):
-        name, kwargs = getattr(func, "__name__", str(func)), kwargs or {}
-        written = name in _WRITES or (name.endswith("_") and not name.endswith("__"))
-        if written and args and isinstance(args[0], TensorOnDemand):
+        kwargs = kwargs or {}
+        if args and isinstance(args[0], TensorOnDemand) and func in _WRITES:
+            name = func.__name__
             raise NotImplementedError(
                 f"A model writes to its attention mask ({name}), which its layers share; load it with "
                 "attn_implementation='sdpa' or 'eager'."
             )
         if not torch.compiler.is_compiling():
+            name = getattr(func, "__name__", func)
             logger.warning_once(
                 f"hf_flashbsa: a model computes on its attention mask ({name}), so that it became a "
                 "(batch, 1, queries, keys) tensor. Results are right; attention reads that tensor, which takes memory."
             )
         others = [x for x in args if isinstance(x, torch.Tensor) and x.is_floating_point()]
-        if name in _ADDITIONS and others:
+        if others and func in _ADDITIONS:
             return func(*tree_map_only(TensorOnDemand, lambda x: x.as_additive(others[0].dtype), args), **kwargs)
         args, kwargs = tree_map_only(TensorOnDemand, lambda x: x.as_tensor(), (args, kwargs))
         return func(*args, **kwargs)
@@ -102,8 +103,14 @@ class TensorOnDemand:
 
 
 _COMPARABLE = (torch.Tensor, TensorOnDemand, bool, int, float)
-_ADDITIONS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
-_WRITES = frozenset({"__setitem__", "__iadd__", "__iand__", "__ior__", "__imul__"})
+# Functions, not their names, which torch.compile does not know.
+_ADDITIONS = frozenset(
+    [torch.add] + [getattr(torch.Tensor, name) for name in ("add", "add_", "__add__", "__radd__", "__iadd__")]
+)
+_WRITES = frozenset(
+    [torch.Tensor.__setitem__]
+    + [getattr(torch.Tensor, name) for name in dir(torch.Tensor) if name.endswith("_") and not name.endswith("__")]
+)
 _OPERATORS = """add radd sub rsub mul rmul truediv and rand or ror xor rxor invert eq ne lt le gt ge setitem""".split()
 
 
