@@ -146,7 +146,28 @@ def _patches() -> dict:
     return dict(pixel_values=_noise(2, 16, 48), pixel_attention_mask=mask, spatial_shapes=shapes)
 
 
+#: Sizes of DeepSeek's attention: few keys are selected, all layers have plain feed-forward parts where they can.
+DEEPSEEK = dict(
+    TEXT, num_key_value_heads=4, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+    index_topk=4, index_head_dim=16, index_n_heads=2, moe_intermediate_size=16, n_routed_experts=4, n_group=1,
+    topk_group=1, num_experts_per_tok=2, first_k_dense_replace=2,
+)  # fmt: skip
+
+
+def _deepseek_v4() -> t.DeepseekV4Config:
+    layers = ["compressed_sparse_attention", "heavily_compressed_attention"]
+    sizes = {name: DEEPSEEK[name] for name in ("q_lora_rank", "index_topk", "index_head_dim", "index_n_heads")}
+    return t.DeepseekV4Config(
+        **dict(TEXT, num_key_value_heads=1), **sizes, head_dim=16, qk_rope_head_dim=8, sliding_window=5,
+        layer_types=layers, mlp_layer_types=["hash_moe"] * 2, n_routed_experts=4, num_experts_per_tok=2,
+        compress_rates=dict(zip(layers, (4, 8), strict=True)), o_groups=2, o_lora_rank=16, moe_intermediate_size=16,
+    )  # fmt: skip
+
+
 COMPUTING = {
+    "deepseek v3.2": Model(t.DeepseekV32ForCausalLM, lambda: t.DeepseekV32Config(**DEEPSEEK), _text, **LOGITS),
+    "glm dsa": Model(t.GlmMoeDsaForCausalLM, lambda: t.GlmMoeDsaConfig(**DEEPSEEK), _text, **LOGITS),
+    "deepseek v4": Model(t.DeepseekV4ForCausalLM, _deepseek_v4, _text, **LOGITS),
     "beit": Model(
         t.BeitModel,
         lambda: t.BeitConfig(**VISION, **CALM, drop_path_rate=0.0, use_relative_position_bias=True),

@@ -20,7 +20,6 @@ logger = logging.get_logger(__name__)
 
 #: Keywords that change the result and are not honoured, with what to do instead.
 _UNSUPPORTED = {
-    "indices": "sparse key indices (DeepSeek sparse attention)",
     "block_indices": "sparse block indices",
     "sinks": "sinks that differ by query; gpt-oss passes `s_aux`",
     "cache": "a paged cache (continuous batching)",
@@ -80,6 +79,7 @@ def _attend(
     cu_seq_lens_k: torch.Tensor | None = None,
     max_length_q: int | None = None,
     max_length_k: int | None = None,
+    indices: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """The attention functions of Transformers' `AttentionInterface`, with gradients for all inputs.
@@ -101,6 +101,8 @@ def _attend(
         cu_seq_lens_q, cu_seq_lens_k: `(n + 1,)` cumulative lengths of `n` documents in one row. They overrule the
             documents that Transformers' mask found in `position_ids`.
         max_length_q, max_length_k: lengths that none of those documents exceeds, which size its layout.
+        indices: int `(B, Q, n)`, the keys that a query may see beside what its mask says (DeepSeek sparse attention);
+            negative ones stand for none. They become a bool mask, as they do for eager and sdpa.
         kwargs: names that change no result are ignored, others raise. `position_ids` are ignored as eager and sdpa
             ignore them: positions divide documents in the mask alone (see `bsa_mask`).
 
@@ -115,6 +117,8 @@ def _attend(
             raise ValueError(f"{name}: hf_flashbsa does not support {meaning}; use attn_implementation='eager'.")
     if kwargs.get("output_attentions") and not torch.compiler.is_compiling():
         logger.warning_once("hf_flashbsa keeps no attention weights; use attn_implementation='eager' to see them.")
+    if indices is not None:
+        attention_mask = _selected_keys(attention_mask, indices, key.shape[2])
     if position_bias is not None and _is_cross(module, is_causal) and not _learns_bias(module):
         position_bias = None
     query, key, value = _one_dtype(module, query, key, value)
@@ -220,6 +224,18 @@ def _is_4d(mask: MaskSpec | torch.Tensor | None) -> bool:
 
 def _is_additive(mask: MaskSpec | torch.Tensor | None) -> bool:
     return _is_4d(mask) and mask.is_floating_point()
+
+
+def _selected_keys(mask: MaskSpec | torch.Tensor | None, indices: torch.Tensor, len_k: int) -> torch.Tensor:
+    """The 4-D mask that hides what `mask` hides and all keys but `indices`, see `_attend`."""
+    places = torch.where(indices < 0, len_k, indices).long()
+    selected = torch.zeros(*indices.shape[:2], len_k + 1, dtype=torch.bool, device=indices.device)
+    selected = selected.scatter_(-1, places, True)[:, None, :, :len_k]
+    if mask is None:
+        return selected
+    if _is_additive(mask):
+        return mask.masked_fill(~selected, torch.finfo(mask.dtype).min)
+    return selected & (mask.to(torch.bool)[:, None, None] if mask.ndim == 2 else mask)
 
 
 def _masked_bias(bias: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
