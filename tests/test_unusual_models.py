@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers as t
 from peft import LoraConfig, get_peft_model
-from transformers_models import assert_same, mask_of, strengthen
+from transformers_models import additive, assert_same, mask_of, strengthen
 from unusual_models import CALM, COMPUTING, LATER_KEYS, SHARED_CLASSES, SIZES, TABLES, TEXT, VISION
 
 from hf_flashbsa import BlockSparseConfig, backends_used, enable_padding_free, register_layer_stack, set_block_sparse
@@ -98,6 +98,22 @@ def test_padding_free_refuses_a_model_that_computes_on_its_mask(monkeypatch):
     enable_padding_free(model)
     with pytest.raises(NotImplementedError, match="padding_free: this model computes on its attention mask"):
         case.run(model, use_cache=False)
+
+
+@pytest.mark.parametrize("kind", [None, "float", "bool", "2-D"])
+def test_selected_keys_join_any_mask(kind):
+    q, k, v = (torch.randn(2, 2, 10, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    indices = torch.tensor([0, 3, 7, -1]).expand(2, 10, 4)
+    visible = torch.ones(2, 1, 10, 10, dtype=torch.bool)
+    visible[1, :, :, 6:] = False
+    mask = {None: None, "float": additive(visible), "bool": visible, "2-D": visible[:, 0, 0].long()}[kind]
+    chosen = torch.zeros(10, dtype=torch.bool)
+    chosen[[0, 3, 7]] = True
+    chosen = chosen & (visible if kind else torch.ones_like(visible))
+    arguments = dict(scaling=0.3, is_causal=False)
+    ours, _ = t.AttentionInterface()["bsa_dense"](torch.nn.Module(), q, k, v, mask, indices=indices, **arguments)
+    expected = torch.softmax((0.3 * q @ k.mT).masked_fill(~chosen, -torch.inf), dim=-1) @ v
+    torch.testing.assert_close(ours, expected.transpose(1, 2))
 
 
 # Config objects beside the one that is switched

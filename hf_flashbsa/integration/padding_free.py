@@ -271,7 +271,8 @@ def _enter_layer(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
     if plan is None or plan.rows is None:
         return None
     if not isinstance(mask, MaskSpec):
-        raise ValueError(f"padding_free: {type(layer).__name__} got no attention_mask; its stack cannot be packed.")
+        what = "no attention_mask" if mask is None else "an attention_mask that its model computed on"
+        raise ValueError(f"padding_free: {type(layer).__name__} got {what}; its stack cannot be packed.")
     rows, declared = plan.rows, declared_stack(plan.stack)
     states = next(iter(call.names))
     _check_companions(layer, call, rows, declared, states)
