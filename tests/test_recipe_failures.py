@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from recipe_runs import (
 )
 from safetensors import SafetensorError
 
-from recipes.xsum import evaluate, report, run_lock
+from recipes.xsum import evaluate, processes, report, run_lock
 from recipes.xsum import train as script
 from recipes.xsum.checkpoint import NEWEST, CheckpointError, find_checkpoint
 from recipes.xsum.errors import RecipeError, WriteError, run_script
@@ -361,21 +362,35 @@ def test_damaged_files_of_a_run_are_named(run, tmp_path, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Accelerate would wait for the other process on the GPU")
-def test_processes_that_accelerate_does_not_see(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.delenv("ACCELERATE_USE_CPU")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+def test_processes_that_no_launcher_started(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
     before = files_of(run)
     for main, argv in ((script.main, resume(tmp_path, max_steps=6)), (evaluate.main, [run])):
-        monkeypatch.delenv("RANK", raising=False)
         assert "WORLD_SIZE is 2, but RANK and MASTER_ADDR not set" in error_of(capsys, main, *argv)
-        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
-            monkeypatch.setenv(name, value)
-        error = error_of(capsys, main, *argv)
-        assert "WORLD_SIZE is 2, but Accelerate sees 1 process on the cpu" in error
-        assert "ACCELERATE_USE_CPU=true" in error and "recipes/accelerate/multi_cpu.yaml" in error
-        monkeypatch.delenv("MASTER_ADDR")
     assert files_of(run) == before
+
+
+def test_processes_that_accelerate_does_not_see(run, tmp_path, capsys, monkeypatch):
+    """Accelerate joins processes on a machine without GPUs only if it is told to use the CPU."""
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    told = []
+
+    def alone(**options):
+        told.append(options["cpu"])
+        return SimpleNamespace(num_processes=1, device=torch.device("cpu"))
+
+    monkeypatch.setattr(processes, "Accelerator", alone)
+    before = files_of(run)
+    for main, argv in ((script.main, resume(tmp_path, max_steps=6)), (evaluate.main, [run])):
+        error = error_of(capsys, main, *argv)
+        assert "WORLD_SIZE is 2, but Accelerate sees 1 on the cpu" in error
+        assert "recipes/accelerate/multi_cpu.yaml" in error
+    assert told == [True, True] and files_of(run) == before
 
 
 AGREE = """

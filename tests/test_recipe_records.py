@@ -128,7 +128,7 @@ class TestFiles:
             ("a.jsonl", GOOD.encode("utf-16"), "line 1: byte 0xff at character 1 is not UTF-8"),
             (
                 "a.jsonl",
-                gzip.compress(GOOD.encode()),
+                gzip.compress(GOOD.encode(), mtime=0),
                 "is not UTF-8; save the file as UTF-8, compressed if and only if",
             ),
             ("a.jsonl", b'{"document": "\xed\xa0\x80"}', "line 1: byte 0xed at character 15 is not UTF-8"),

@@ -13,8 +13,8 @@ from unusual_models import LATER_KEYS, NARROW, SHARED_CLASSES, WIDE, assert_matc
 from hf_flashbsa import BlockSparseConfig, set_block_sparse
 from hf_flashbsa.integration.roles import role_of
 from hf_flashbsa.masks.patterns._builders import join_at_diagonal
+from hf_flashbsa.masks.selection import antidiagonal_blocks, shown_blocks, top_k_blocks
 from hf_flashbsa.patterns import PATTERNS, make_layout
-from hf_flashbsa.selection import antidiagonal_blocks, shown_blocks, top_k_blocks
 
 EVERY_BLOCK = BlockSparseConfig("top_k_blocks", BLOCK, top_k=99)
 RANDOM = BlockSparseConfig("bigbird", BLOCK, num_random_blocks=1, num_window_blocks=1, num_global_blocks=0)

@@ -19,13 +19,17 @@ T = TypeVar("T")
 def start_accelerator(config: Config, **options: Any) -> Accelerator:
     """Accelerate for this process. Raises `ConfigError` where it would not see the processes that were launched."""
     world_size = int(os.environ.get("WORLD_SIZE") or 1)
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or _gpus_are_hidden()
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or _gpus_are_hidden() or not torch.accelerator.is_available()
     if world_size > 1:
         _check_launch(world_size, on_cpu)
         options["cpu"] = on_cpu  # Accelerate needs to be told only where there are several processes
     accelerator = Accelerator(mixed_precision=config.mixed_precision, **options)
     if accelerator.num_processes != world_size:
-        raise _unseen(world_size, accelerator.device.type)
+        raise ConfigError(
+            f"WORLD_SIZE is {world_size}, but Accelerate sees {accelerator.num_processes} on the "
+            f"{accelerator.device.type}: for several processes on the CPU use accelerate launch --config_file "
+            "recipes/accelerate/multi_cpu.yaml; for a single one unset WORLD_SIZE"
+        )
     return accelerator
 
 
@@ -38,19 +42,9 @@ def _check_launch(world_size: int, on_cpu: bool) -> None:
         )
     if on_cpu:
         return
-    if not torch.accelerator.is_available():
-        raise _unseen(world_size, "cpu")
     local, devices = int(os.environ.get("LOCAL_WORLD_SIZE") or 1), torch.accelerator.device_count()
     if local > devices:
         raise ConfigError(f"{local} processes on this machine, but it shows {devices} GPUs: launch one on each")
-
-
-def _unseen(world_size: int, device: str) -> ConfigError:
-    return ConfigError(
-        f"WORLD_SIZE is {world_size}, but Accelerate sees 1 process on the {device}: for several on the CPU set "
-        "ACCELERATE_USE_CPU=true, or use accelerate launch --config_file recipes/accelerate/multi_cpu.yaml; for a "
-        "single one unset WORLD_SIZE"
-    )
 
 
 def _gpus_are_hidden() -> bool:
