@@ -8,7 +8,7 @@ import transformers as t
 from sparse_models import BLOCK, BY_PLACE
 from torch import nn
 from transformers_models import additive, assert_same, batch_for, run, tiny
-from unusual_models import LATER_KEYS, NARROW, SHARED_CLASSES, WIDE, assert_matches_the_oracle
+from unusual_models import CALM, LATER_KEYS, NARROW, SHARED_CLASSES, SIZES, WIDE, Model, assert_matches_the_oracle
 
 from hf_flashbsa import BlockSparseConfig, set_block_sparse
 from hf_flashbsa.integration.roles import role_of
@@ -21,6 +21,10 @@ RANDOM = BlockSparseConfig("bigbird", BLOCK, num_random_blocks=1, num_window_blo
 
 
 # Roles
+
+
+def _long_text() -> dict:
+    return batch_for("bert", "right", length=150)
 
 
 @pytest.mark.parametrize("name", SHARED_CLASSES)
@@ -62,6 +66,16 @@ def test_roles_that_modules_say():
     assert role_of(module(SomeCrossAttention), None) == "cross"  # Mllama
     assert role_of(module(is_causal=True, is_decoder=True), False) == "decoder"  # BART's, called with is_causal=False
     assert role_of(module(is_causal=False, is_decoder=False), None) == "encoder"
+
+
+def test_a_module_that_says_nothing_has_the_role_that_its_mask_shows():
+    config = dict(SIZES, **CALM, vocab_size=64)
+    case = Model(t.LayoutLMModel, lambda: t.LayoutLMConfig(**config), _long_text, live="attention_mask")
+    assert_matches_the_oracle(case, NARROW)
+    module = nn.Module()
+    assert (role_of(module, None, True), role_of(module, None, False)) == ("decoder", "encoder")
+    with pytest.raises(ValueError, match="does not say whether"):
+        role_of(module, None, None)
 
 
 def test_attention_that_takes_queries_and_keys_apart():

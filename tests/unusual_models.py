@@ -275,7 +275,7 @@ SHARED_CLASSES = {
 _ROLES = (
     ("cross", r"encoder_attn|crossattention"),
     ("decoder", r"decoder.*self_attn|language_model.*self_attn"),
-    ("encoder", r"encoder.*self_attn|attention\.attention|vision.*self_attn"),
+    ("encoder", r"encoder.*self_attn|attention\.(attention|self)|vision.*self_attn"),
 )
 
 
@@ -283,7 +283,7 @@ def with_oracle(model: nn.Module, rules: BlockSparseConfig) -> nn.Module:
     """Tells a model with attention "sparse_oracle" (`sparse_models`) which rule each of its modules has."""
     for path, module in model.named_modules():
         found = re.search(r"(?:layers?|block)\.(\d+)\.", path)
-        if found and re.search(r"(attn|attention\.attention)$", path):
+        if found and re.search(r"(attn|attention\.attention|attention\.self)$", path):
             role = next(role for role, pattern in _ROLES if re.search(pattern, path))
             if role == "decoder" and not module.is_causal:
                 role = "encoder"  # PaliGemma's text model says that it is bidirectional

@@ -57,7 +57,7 @@ def bsa_sparse_forward(
     Raises:
         ValueError: the model has no `BlockSparseConfig`; the layer's role cannot be told; a layout cannot be applied.
     """
-    layer = SparseLayer.of(module, is_causal)
+    layer = SparseLayer.of(module, is_causal, _mask_is_causal(attention_mask))
     return _attend(layer, module, query, key, value, attention_mask, is_causal=is_causal, **kwargs)
 
 
@@ -164,6 +164,14 @@ def _attend(
         note_backend(module, take_forward())
     out = out.transpose(1, 2)
     return (out if rows is None else rows.pack(out)), None
+
+
+def _mask_is_causal(mask: MaskSpec | torch.Tensor | None) -> bool | None:
+    """Whether a mask hides all later keys; None where the host does not know."""
+    if isinstance(mask, MaskSpec):
+        return mask.spec.causal if mask.spec.mask is None else None
+    one_row = mask is None or (mask.ndim == 4 and mask.shape[2] == 1)  # all queries see the same keys
+    return False if one_row else None
 
 
 def _is_causal(module: torch.nn.Module, is_causal: bool | None, padded_or_packed: bool) -> bool:

@@ -60,7 +60,7 @@ def _is_ambiguous(module: nn.Module) -> bool:
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     if code is None or "ALL_ATTENTION_FUNCTIONS" not in code.co_names or _inputs_of(type(module)) is None:
         return False
-    says = isinstance(getattr(module, "is_decoder", None), bool)
+    says = isinstance(_attribute(module, "is_decoder"), bool)
     return not says and _says_cross(module) is None
 
 
@@ -71,36 +71,42 @@ def _note(module: nn.Module, args: tuple, kwargs: dict, inputs: _Inputs) -> None
 
     states = given(inputs.states)
     crosses = states is not None and (inputs.queries is None or states is not given(inputs.queries))
-    if getattr(module, _CROSSES, None) is not crosses:  # once, which torch.compile need not guard again
+    if _attribute(module, _CROSSES) is not crosses:  # once, which torch.compile need not guard again
         setattr(module, _CROSSES, crosses)
 
 
 def _says_cross(module: nn.Module) -> bool | None:
     """Whether a module is cross-attention, where its attributes or its class's name say so."""
-    said = getattr(module, "is_cross_attention", None)
+    said = _attribute(module, "is_cross_attention")
     if isinstance(said, bool):
         return said
     return True if "CrossAttention" in type(module).__name__ else None
 
 
-def role_of(module: nn.Module, is_causal: bool | None) -> str:
+def _attribute(module: nn.Module, name: str):
+    """None where there is none; modules take microseconds to miss an attribute."""
+    return getattr(module, name) if name in module.__dict__ or hasattr(type(module), name) else None
+
+
+def role_of(module: nn.Module, is_causal: bool | None, mask_is_causal: bool | None = None) -> str:
     """The role of an attention module, as `BlockSparseConfig` names it.
 
     Modules that take the states of another stack are cross-attention, causal ones a decoder's, others an encoder's.
 
     Args:
         is_causal: that of the call, if it says so; else the module's own counts.
+        mask_is_causal: whether the call's mask is causal, where the host knows. It counts where neither says so.
 
     Raises:
         ValueError: the module does not say it, and nobody watches it.
     """
-    crosses = getattr(module, _CROSSES, None)
+    crosses = _attribute(module, _CROSSES)
     crosses = _says_cross(module) if crosses is None else crosses
     if crosses:
         return "cross"
     name = type(module).__name__
-    own, is_decoder = getattr(module, "is_causal", None), getattr(module, "is_decoder", None)
-    causal = own if is_causal is None else is_causal
+    own, is_decoder = _attribute(module, "is_causal"), _attribute(module, "is_decoder")
+    causal = next((said for said in (is_causal, own, mask_is_causal) if said is not None), None)
     if causal is None:
         raise ValueError(
             f"bsa_sparse: {name} does not say whether it is an encoder's, a decoder's or cross-attention; set "

@@ -63,11 +63,11 @@ class SparseLayer(NamedTuple):
     rule: Rule
 
     @classmethod
-    def of(cls, module: nn.Module, is_causal: bool | None) -> SparseLayer:
+    def of(cls, module: nn.Module, is_causal: bool | None, mask_is_causal: bool | None = None) -> SparseLayer:
         """That of an attention module.
 
         Args:
-            is_causal: that of the call, if it says so; else the module's own counts.
+            is_causal, mask_is_causal: as in `role_of`.
         """
         model_config = getattr(module, "config", None)
         if model_config is None:
@@ -76,7 +76,7 @@ class SparseLayer(NamedTuple):
                 "attn_implementation='bsa_dense' for this model."
             )
         config = BlockSparseConfig.of(model_config)
-        role = role_of(module, is_causal)
+        role = role_of(module, is_causal, mask_is_causal)
         index = getattr(module, "layer_idx", None)
         if index is None and any(layer.startswith(role) for layer in config.layers):
             raise ValueError(
