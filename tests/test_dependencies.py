@@ -24,7 +24,8 @@ ALLOWED = {
         "hf_flashbsa.training.losses", "hf_flashbsa.patterns", "hf_flashbsa.selection", "hf_flashbsa._deprecated",
     },
     "hf_flashbsa.masks": {"torch", "hf_flashbsa.masks"},
-    "hf_flashbsa.masks.block_layout": {"torch", "matplotlib"},
+    "hf_flashbsa.masks.block_layout": {"torch", "matplotlib", "hf_flashbsa.masks.modes"},
+    "hf_flashbsa.masks.modes": {"torch"},
     "hf_flashbsa.masks.spec": {"torch", "hf_flashbsa.masks.block_layout"},
     "hf_flashbsa.masks.selection": {"torch", "hf_flashbsa.masks.block_layout"},
     "hf_flashbsa.ops": {"torch", "hf_flashbsa.ops", "hf_flashbsa.masks", *HOST_KERNELS},
@@ -61,7 +62,7 @@ ALLOWED = {
     "hf_flashbsa.kernels.triton.launch": {"torch", "hf_flashbsa.kernels"},
     "hf_flashbsa.integration": {
         "torch", "transformers", "packaging", "hf_flashbsa.ops.api", "hf_flashbsa.ops.lowering", "hf_flashbsa.masks",
-        "hf_flashbsa.integration", "hf_flashbsa.kernels.backends",
+        "hf_flashbsa.integration", "hf_flashbsa.kernels.backends", "hf_flashbsa.kernels.block_tables",
     },
     "hf_flashbsa.training": {
         "torch", "transformers", "rich", "matplotlib", "liger_kernel", "hf_flashbsa.integration",

@@ -6,7 +6,8 @@ import functools
 
 import pytest
 import torch
-from torch.func import grad, vmap
+from torch.autograd import forward_ad
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
 from hf_flashbsa import AttentionSpec, BlockLayout, attention
 from hf_flashbsa.ops.reference import reference_attention
@@ -27,10 +28,21 @@ def tensors(*leading: int, len_q: int = LEN_Q, len_k: int = LEN_K) -> tuple[torc
     )
 
 
-def layout(seed: int = 0) -> BlockLayout:
-    generator = torch.Generator().manual_seed(seed)
+def layout() -> BlockLayout:
+    generator = torch.Generator().manual_seed(0)
     masks = torch.rand(2, 32, 32, generator=generator) < 0.6
-    return BlockLayout(torch.randint(4, (1, HEADS, 2, 3), generator=generator, dtype=torch.int32), 32, masks)
+    return BlockLayout(torch.randint(4, (1, HEADS, 2, 2), generator=generator, dtype=torch.int32), 32, masks)
+
+
+def plain(q, k, v, bias):
+    """Causal attention in torch's own operations, which every transform knows."""
+    k, v = (x.repeat_interleave(HEADS // HEADS_K, 1) for x in (k, v))
+    s = (q @ k.mT / DIM**0.5 + bias).masked_fill(torch.ones(LEN_Q, LEN_K).triu(LEN_K - LEN_Q + 1) > 0, -torch.inf)
+    return torch.softmax(s, -1) @ v
+
+
+def causal(q, k, v, bias, backend: str):
+    return attention(q, k, v, bias=bias, causal=True, backend=backend)
 
 
 LENGTHS = torch.tensor([[3, 7], [7, 1], [5, 0]])
@@ -111,9 +123,216 @@ def assert_near(got, want) -> None:
         torch.testing.assert_close(a.double(), b, atol=2e-5, rtol=2e-5)
 
 
-@backends
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [*((name, "torch") for name in OPTIONS), *((name, "triton") for name in OPTIONS if " of all" not in name)],
+)
 def test_per_sample_gradients(name, backend):
     options, mapped = OPTIONS[name]
     inputs = tensors(SAMPLES, BATCH)
     assert_near(per_sample_gradients(inputs, options, mapped, backend), expected_gradients(inputs, options, mapped))
+
+
+@backends
+@pytest.mark.parametrize("mapped", [(), ("seqlens_k",)])
+def test_per_sample_gradients_of_block_layouts(backend, mapped):
+    inputs = tensors(2, 1, len_q=40, len_k=40)
+    lengths = torch.tensor([[40], [33]])
+    options = {"layout": layout(), "seqlens_k": lengths if mapped else lengths[1], "causal": True}
+    want = expected_gradients(inputs, options, mapped, count=2)
+    assert_near(per_sample_gradients(inputs, options, mapped, backend), want)
+
+
+def test_per_sample_gradients_of_layouts_of_each_row():
+    """A grid for each batch row, as selections from queries and keys make them."""
+    grids = torch.randint(2, (SAMPLES, BATCH, HEADS, 2, 2), dtype=torch.int32)
+    inputs = tensors(SAMPLES, BATCH, len_q=40, len_k=50)
+
+    def value(leaves, grid):
+        return loss(*leaves, {"layout": BlockLayout(grid, 32)}, functools.partial(ours, backend="torch"))
+
+    got = vmap(grad(value))(list(inputs), grids)
+    for i in range(SAMPLES):
+        options = {"layout": BlockLayout(grids[i], 32)}
+        want = expected_gradients([x[i : i + 1] for x in inputs], options, (), count=1)
+        assert_near([x[i : i + 1] for x in got], want)
+
+
+@backends
+@pytest.mark.parametrize("bias", [None, draw(SAMPLES, 1, HEADS, 5, 5), draw(1, HEADS, 5, 5)])
+def test_per_sample_gradients_of_packed_rows(backend, bias):
+    ends = torch.tensor([[0, 2, 6, 8], [0, 3, 3, 8], [0, 4, 8, 8]])
+    inputs = tensors(SAMPLES, 1, len_q=8, len_k=8)
+    options = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "causal": True}
+    mapped = ("cu_seqlens_q", "cu_seqlens_k")
+    if bias is not None:
+        options["bias"] = bias
+        mapped += ("bias",) if bias.ndim == 5 else ()
+    assert_near(per_sample_gradients(inputs, options, mapped, backend), expected_gradients(inputs, options, mapped))
+
+
+def test_nested_maps_over_any_dimension():
+    q, k, v = tensors(2, 3, 1)
+    bias = draw(2, 1, HEADS, LEN_Q, LEN_K)
+    arguments = q.movedim(1, -1), k[:, 0], v.movedim(1, 2), bias
+
+    def nested(function):
+        inner = vmap(function, in_dims=(-1, None, 1, None))
+        return vmap(inner, in_dims=(0, 0, 0, 0), out_dims=1)
+
+    def gradients(function):
+        return nested(grad(lambda *x: function(*x).square().sum(), argnums=(0, 1, 2, 3)))
+
+    ours = functools.partial(causal, backend="torch")
+    torch.testing.assert_close(nested(ours)(*arguments), nested(plain)(*arguments))
+    torch.testing.assert_close(gradients(ours)(*arguments), gradients(plain)(*arguments), atol=1e-5, rtol=1e-5)
+
+
+@backends
+def test_jacobians_and_tangents(backend):
+    ours = functools.partial(causal, backend=backend)
+    arguments = (*tensors(BATCH), draw(1, HEADS, LEN_Q, LEN_K))
+    tangents = tuple(draw(*x.shape, seed=7) for x in arguments)
+    transforms = {
+        "jvp": lambda f: jvp(f, arguments, tangents),
+        "jvp of keys": lambda f: jvp(lambda k: f(arguments[0], k, *arguments[2:]), arguments[1:2], tangents[1:2]),
+        "linearize": lambda f: linearize(f, *arguments)[1](*tangents),
+        "vjp": lambda f: vjp(f, *arguments)[1](draw(BATCH, HEADS, LEN_Q, DIM_V)),
+        "grad of vmap": lambda f: grad(lambda *x: vmap(f, in_dims=(0, 0, 0, None))(*x).sin().sum(), (0, 1, 2, 3))(
+            *(x[:, None] for x in arguments[:3]), arguments[3]
+        ),
+    }
+    if backend == "torch":  # a call for each of hundreds of entries
+        transforms |= {
+            "jacrev": lambda f: jacrev(f, (0, 1, 2, 3))(*arguments),
+            "jacfwd": lambda f: jacfwd(f, (0, 1, 2, 3))(*arguments),
+        }
+    for name, transform in transforms.items():
+        want = transform(plain)
+        torch.testing.assert_close(transform(ours), want, atol=2e-5, rtol=2e-5, msg=f"{name}: {{}}".format)
+
+
+@backends
+@pytest.mark.parametrize("name", ["causal window", "lengths of all", "masks", "biases", "one bias", "sinks", "layout"])
+def test_tangents_of_options(name, backend):
+    """Those of the oracle in float64, of `out` and `lse`, along all inputs."""
+    options, mapped = OPTIONS.get(name, ({"layout": layout(), "causal": True}, ()))
+    options = {key: x[0] if key in mapped else x for key, x in options.items()}
+    if name == "masks":
+        options["mask"] = options["mask"] | (torch.arange(LEN_K) == 0)  # the oracle's tangents of blind rows are NaN
+    names = differentiable(options)
+    inputs = (*tensors(BATCH), *(options[n] for n in names))
+    tangents = tuple(draw(*x.shape, seed=7) for x in inputs)
+
+    def run(function, *leaves):
+        return function(*leaves[:3], **{**options, **dict(zip(names, leaves[3:], strict=True))})
+
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(x, t) for x, t in zip(inputs, tangents, strict=True)]
+        got = [forward_ad.unpack_dual(x).tangent for x in run(functools.partial(ours, backend=backend), *duals)]
+    doubles = [tuple(x.double() for x in xs) for xs in (inputs, tangents)]
+    _, want = jvp(functools.partial(run, oracle), *doubles)
+    live = torch.isfinite(want[1])
+    assert_near(
+        [got[0] * live[..., None], got[1] * live], [want[0].nan_to_num() * live[..., None], want[1].nan_to_num()]
+    )
+    assert not got[0][~live].any()
+
+
+@backends
+def test_second_derivatives_are_never_zeros(backend):
+    """They are refused where they are asked for, and not before."""
+    q, k, v = tensors(1)
+    others = k, v, torch.zeros(1, 1, 1, LEN_K)
+
+    def energy(q):
+        return causal(q, *others, backend).square().sum()
+
+    def tangent(x):
+        return jvp(energy, (x,), (torch.ones_like(x),))[1]
+
+    for twice in (
+        hessian(energy),
+        grad(lambda x: grad(energy)(x).sum()),
+        jacrev(jacfwd(energy)),
+        jacfwd(jacfwd(energy)),
+        jacfwd(grad(energy)),
+        grad(tangent),
+        lambda x: jvp(grad(energy), (x,), (torch.ones_like(x),)),
+        lambda x: jvp(tangent, (x,), (torch.ones_like(x),)),
+        lambda x: torch.autograd.grad(grad(energy)(x.requires_grad_()).sum(), x),
+        lambda x: torch.autograd.grad(tangent(x.requires_grad_()), x),
+    ):
+        with pytest.raises(RuntimeError, match="hf_flashbsa: attention has no second derivative.*'eager'"):
+            twice(q.clone())
+    slope = grad(lambda c: grad(lambda c: energy(q) * c**3)(c))(torch.tensor(2.0))
+    torch.testing.assert_close(slope, 12 * energy(q))
+
+
+def test_batched_gradients_of_ordinary_calls():
+    arguments = [x.requires_grad_() for x in (*tensors(BATCH), draw(1, HEADS, LEN_Q, LEN_K))]
+    directions = draw(4, BATCH, HEADS, LEN_Q, DIM_V)
+
+    def gradients(function):
+        return torch.autograd.grad(function(*arguments), arguments, directions, is_grads_batched=True)
+
+    torch.testing.assert_close(gradients(functools.partial(causal, backend="torch")), gradients(plain))
+
+
+@backends
+def test_random_numbers_of_samples(backend):
+    q, k, v = tensors(BATCH)
+
+    def dropped(q, k, v):
+        return attention(q, k, v, dropout_p=0.5, backend=backend)
+
+    samples = [x.expand(2, *x.shape) for x in (q, k, v)]
+    with pytest.raises(RuntimeError, match="randomness error mode"):
+        vmap(dropped)(*samples)
+    torch.manual_seed(0)
+    want = dropped(q, k, v)
+    torch.manual_seed(0)
+    same = vmap(dropped, randomness="same")(*samples)
+    assert torch.equal(same, torch.stack([want, want]))
+    different = vmap(dropped, randomness="different")(*samples)
+    assert not torch.equal(different[0], different[1])
+    torch.manual_seed(0)
+    (jacobian,) = vjp(lambda q: dropped(q, k, v), q)[1](torch.ones_like(want))
+    leaf = q.clone().requires_grad_()
+    torch.manual_seed(0)
+    assert torch.equal(jacobian, torch.autograd.grad(dropped(leaf, k, v).sum(), leaf)[0])
+
+
+def test_jacobians_drop_what_the_output_dropped():
+    """Each row of a Jacobian comes of one forward pass, whatever row of a batch it is computed in."""
+    q, k, v = tensors(BATCH)
+
+    def dropped(q):
+        torch.manual_seed(0)
+        return attention(q, k, v, dropout_p=0.5)
+
+    torch.testing.assert_close(jacrev(dropped)(q), torch.autograd.functional.jacobian(dropped, q))
+
+
+def test_specs_and_layouts_outlive_transforms():
+    """What they keep for later calls is made of ordinary tensors."""
+    q, k, v = tensors(1, len_q=40, len_k=40)
+    spec = AttentionSpec(causal=True, seqlens_k=torch.tensor([33]), layout=layout())
+    grad(lambda q: attention(q, k, v, spec).sum())(q)
+    jvp(lambda q: attention(q, k, v, spec), (q,), (q,))
+    leaf = q.clone().requires_grad_()
+    for backend in ("torch", "triton"):
+        out = attention(leaf, k, v, spec, backend=backend)
+        torch.testing.assert_close(out.double(), reference_attention(q, k, v, spec)[0], atol=1e-5, rtol=1e-5)
+        out.sum().backward()
+
+
+def test_compiled_transforms():
+    inputs = tensors(SAMPLES, BATCH)
+
+    def per_sample(*samples):
+        return vmap(grad(lambda *x: attention(*x, causal=True).square().sum(), argnums=(0, 1, 2)))(*samples)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(per_sample, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs), per_sample(*inputs))

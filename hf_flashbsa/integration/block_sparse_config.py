@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import itertools
-import operator
-from collections.abc import Callable
 
 import torch
 
+from hf_flashbsa.integration.layout_cache import MADE, Pattern, layout_of, name_of
 from hf_flashbsa.masks.block_layout import BlockLayout, check_block_size
+from hf_flashbsa.masks.modes import ordinary_tensors
 from hf_flashbsa.masks.patterns import PATTERNS, has_diagonal, make_layout
-from hf_flashbsa.masks.patterns._builders import join_at_diagonal
 from hf_flashbsa.masks.patterns._parameters import check_parameters, unknown
 from hf_flashbsa.masks.selection import SELECTIONS
 
@@ -77,13 +75,14 @@ class Rule:
                 f"{where}: {self.pattern!r} follows the diagonal, which cross-attention does not have; give one of "
                 f"{', '.join(sorted(legal))}."
             )
-        size = self.block_size
+        size, options = self.block_size, dict(self.parameters)
         try:
-            if self.selects:
-                SELECTIONS[self.pattern](*torch.zeros(2, 1, 1, size, 1), size, **dict(self.parameters))
-            else:
-                options = dict(self.parameters)
-                make_layout(self.pattern, size, size, size, causal=role == "decoder", num_heads=_MANY_HEADS, **options)
+            with ordinary_tensors():
+                if self.selects:
+                    SELECTIONS[self.pattern](*torch.zeros(2, 1, 1, size, 1), size, **options)
+                else:
+                    sizes = dict(causal=role == "decoder", num_heads=_MANY_HEADS)
+                    make_layout(self.pattern, size, size, size, **sizes, **options)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
 
@@ -191,10 +190,10 @@ class BlockSparseConfig:
             raise ValueError(f"{rule.pattern} needs queries and keys; call select(), not layout().")
         if role == "decoder" and num_queries != num_keys:
             raise ValueError(f"A decoder's layout needs as many queries as keys, got {num_queries} and {num_keys}.")
-        # Under torch.compile lengths may be symbols; a graph holds for one number of blocks.
-        blocks = (operator.index(-(-length // rule.block_size)) for length in (num_queries, num_keys))
+        blocks = ((length + rule.block_size - 1) // rule.block_size for length in (num_queries, num_keys))
         form = "bidirectional" if role != "decoder" else "causal" if causal else "joined"
-        return getattr(_MADE, _name_of_layout(rule, form, *blocks, num_heads, torch.device(device)))
+        pattern = Pattern(rule.pattern, rule.block_size, rule.parameters, form, int(num_heads))
+        return layout_of(pattern, *blocks, torch.device(device))
 
     def select(
         self,
@@ -247,57 +246,13 @@ class BlockSparseConfig:
                 "hf_flashbsa.set_block_sparse(model, BlockSparseConfig('longformer', window=512, "
                 "num_global_tokens=128)), or use attn_implementation='bsa_dense'."
             )
-        return getattr(_MADE, _name_of_config(repr(fields)))
+        return getattr(MADE, _name_of_config(repr(fields)))
 
 
 _DENSE = Rule("dense")
 
 
-class _Made:
-    """Layouts and configs that were made, as attributes. torch.compile reads and guards those by name, and calls the
-    functions that tell the names instead of tracing them."""
-
-
-_MADE = _Made()
-_NAMES: dict[tuple | str, str] = {}
-_NUMBERS = itertools.count()
-
-
-@torch.compiler.assume_constant_result
-def _name_of_layout(*arguments) -> str:
-    """Which attribute of `_MADE` is the layout of these arguments."""
-    return _name(arguments, lambda: _make(*arguments))
-
-
 @torch.compiler.assume_constant_result
 def _name_of_config(fields: str) -> str:
-    """Which attribute of `_MADE` is the config of the dict with this `repr`, a constant to torch.compile."""
-    return _name(fields, lambda: BlockSparseConfig.from_dict(ast.literal_eval(fields)))
-
-
-def _name(key: tuple | str, make: Callable[[], object]) -> str:
-    if key not in _NAMES:
-        made = make()
-        name = f"made_{next(_NUMBERS)}"  # which no other thread has
-        setattr(_MADE, name, made)
-        _NAMES.setdefault(key, name)
-    return _NAMES[key]
-
-
-def _make(rule: Rule, form: str, rows: int, columns: int, num_heads: int, device: torch.device) -> BlockLayout:
-    if device.type != "cpu":
-        name = _name_of_layout(rule, form, rows, columns, num_heads, torch.device("cpu"))
-        return getattr(_MADE, name).to(device)
-    if form == "joined":
-        causal, bidirectional = (
-            _make(rule, part, rows, columns, num_heads, device) for part in ("causal", "bidirectional")
-        )
-        layout = join_at_diagonal(causal, bidirectional) if has_diagonal(rule.pattern) else bidirectional
-    else:
-        size, parameters = rule.block_size, dict(rule.parameters)
-        layout = make_layout(
-            rule.pattern, rows * size, columns * size, size, causal=form == "causal", num_heads=num_heads, **parameters
-        )
-    for side in ("q", "k"):
-        layout.lists(side)
-    return layout
+    """Which attribute of `MADE` is the config of the dict with this `repr`, a constant to torch.compile."""
+    return name_of(fields, lambda: BlockSparseConfig.from_dict(ast.literal_eval(fields)))

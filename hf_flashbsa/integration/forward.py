@@ -13,6 +13,7 @@ from hf_flashbsa.integration.packing import PackedMask
 from hf_flashbsa.integration.sparse import Call, SparseLayer
 from hf_flashbsa.integration.usage import note_backend
 from hf_flashbsa.kernels.backends import take_forward
+from hf_flashbsa.masks.modes import may_keep
 from hf_flashbsa.masks.spec import AttentionSpec, padding_segment_ids
 from hf_flashbsa.ops.api import attention
 
@@ -69,7 +70,7 @@ def _attend(
     value: torch.Tensor,
     attention_mask: MaskSpec | torch.Tensor | None,
     dropout: float = 0.0,
-    scaling: float | None = None,
+    scaling: float | torch.Tensor | None = None,
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -218,9 +219,14 @@ def _learns_bias(module: torch.nn.Module) -> bool:
 def _one_dtype(module: torch.nn.Module, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors in the dtype that Transformers' flash attention would run in, under autocast or when they differ."""
     query = tensors[0]
-    autocast = torch.is_autocast_enabled(query.device.type)
+    device = query.device.type
+    has_autocast = torch.amp.is_autocast_available(device)  # the meta device has none
+    autocast = has_autocast and torch.is_autocast_enabled(device)
     if autocast or any(t.dtype != query.dtype for t in tensors):
-        target = torch.get_autocast_dtype(query.device.type) if autocast else get_target_dtype(query, module)
+        if not has_autocast:
+            target = min((t.dtype for t in tensors), key=lambda dtype: dtype.itemsize)
+        else:
+            target = torch.get_autocast_dtype(device) if autocast else get_target_dtype(query, module)
         if target is not None and query.dtype != torch.float64:
             return tuple(t.to(target) for t in tensors)
     return tensors
@@ -238,7 +244,7 @@ def _selected_keys(mask: MaskSpec | torch.Tensor | None, indices: torch.Tensor, 
     """The 4-D mask that hides what `mask` hides and all keys but `indices`, see `_attend`."""
     places = torch.where(indices < 0, len_k, indices).long()
     selected = torch.zeros(*indices.shape[:2], len_k + 1, dtype=torch.bool, device=indices.device)
-    selected = selected.scatter_(-1, places, True)[:, None, :, :len_k]
+    selected = selected.scatter(-1, places, True)[:, None, :, :len_k]
     if mask is None:
         return selected
     if _is_additive(mask):
@@ -266,7 +272,7 @@ _SPECS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def _spec_of(mask: torch.Tensor, heads: int, len_q: int) -> AttentionSpec:
     """The spec of a bool mask of four dimensions, one for all layers that get it."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not may_keep():
         return AttentionSpec(mask=mask)
     known = _SPECS.get(mask)
     if known is None or not known.mask.is_set_to(_by_query(mask, heads, len_q)):  # `mask.data = other` moves it

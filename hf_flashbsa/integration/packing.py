@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.autograd import forward_ad
 
 from hf_flashbsa.integration.forward_pass import ForwardPass
 from hf_flashbsa.integration.mask import MaskSpec, replace_fields
+from hf_flashbsa.masks.modes import is_eager
 from hf_flashbsa.masks.spec import AttentionSpec, padding_segment_ids
 
 
@@ -62,7 +64,7 @@ class Packing:
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         """`(B, S, ...)` or `(1, S, ...)` as `(1, T, ...)`."""
         x = x.expand(self.batch, *x.shape[1:]).flatten(0, 1)
-        return (x if self.index is None else _Gather.apply(x, self.index))[None]
+        return (x if self.index is None else _gathered(x, self.index))[None]
 
     def unpack(self, x: torch.Tensor) -> torch.Tensor:
         """`(1, T, ...)` as `(B, S, ...)`, zero at padding."""
@@ -75,6 +77,11 @@ class Packing:
         index = None if self.index is None else self.index.to(device, non_blocking=True)
         ends = self.cu_seqlens.to(device, non_blocking=True)
         return Packing(self.batch, self.length, ends, index, self.has_holes)
+
+
+def _gathered(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return x.index_select(0, index) if transformed else _Gather.apply(x, index)
 
 
 class _Gather(torch.autograd.Function):
@@ -108,8 +115,12 @@ def measure(forward: ForwardPass, masks: list[torch.Tensor], totals: int | Seque
     the device checks them, and that no dead token lies between live ones.
 
     Raises:
-        ValueError: `totals` are not a number for each mask.
+        ValueError: `totals` are not a number for each mask; the masks hold no values that Python may read.
     """
+    if torch._C._get_tracing_state() is not None:
+        raise ValueError(
+            "padding_free: torch.jit.trace would fix the number of live tokens; trace the model without padding_free."
+        )
     if totals is not None:
         totals = tuple(totals) if isinstance(totals, (tuple, list)) else (totals,)
         if len(totals) != len(masks) or not all(isinstance(total, int) for total in totals):
@@ -117,18 +128,35 @@ def measure(forward: ForwardPass, masks: list[torch.Tensor], totals: int | Seque
     new = [i for i, x in enumerate(masks) if id(x) not in forward.packings]
     if not new:
         return
-    live = [masks[i].to(torch.bool) for i in new]
+    try:
+        packings = _packings([masks[i] for i in new], None if totals is None else [totals[i] for i in new])
+    except RuntimeError as error:
+        if is_eager() and not masks[0].is_meta:
+            raise
+        raise ValueError(
+            "padding_free: the number of live tokens sizes the packed tensors, and cannot be read from an attention "
+            f"mask that is on the meta device, traced or mapped by vmap; pass {HINT}, or, to vmap, run the model "
+            "without padding_free."
+        ) from error
+    for i, packing in zip(new, packings, strict=True):
+        forward.packings[id(masks[i])] = (masks[i], packing)
+
+
+def _packings(masks: list[torch.Tensor], totals: list[int] | None) -> list[Packing | None]:
+    live = [x.to(torch.bool) for x in masks]
     counts = [torch.stack([x.sum(), _holes(x)]) for x in live]
     if totals is None:
-        known = torch.cat([count.to(counts[0].device) for count in counts]).view(-1, 2).tolist()
+        counts = torch.cat([count.to(counts[0].device) for count in counts]).cpu()
+        known = [(int(total), int(holes)) for total, holes in counts.view(-1, 2)]
     else:
-        known = [(totals[i], 0) for i in new]
+        known = [(total, 0) for total in totals]
         for count, (total, _) in zip(counts, known, strict=True):
             torch._assert_async(count[0] == total, f"{HINT} is not the sum of the attention mask")
             torch._assert_async(count[1] == 0, f"{HINT}: the attention mask has dead tokens between live ones")
-    for i, x, (total, holes) in zip(new, live, known, strict=True):
-        packing = None if total == x.numel() else Packing.of_mask(x, total, holes > 0)
-        forward.packings[id(masks[i])] = (masks[i], packing)
+    return [
+        None if total == x.numel() else Packing.of_mask(x, total, holes > 0)
+        for x, (total, holes) in zip(live, known, strict=True)
+    ]
 
 
 def packing_of(forward: ForwardPass, mask: object, device: torch.device) -> Packing | None:

@@ -30,6 +30,7 @@ from hf_flashbsa.integration.mask import MaskSpec, bsa_mask, replace_fields
 from hf_flashbsa.integration.packing import PackedMask
 from hf_flashbsa.integration.roles import role_of, watch_roles
 from hf_flashbsa.masks.block_layout import BlockLayout
+from hf_flashbsa.masks.modes import is_eager
 from hf_flashbsa.masks.selection import shown_blocks
 from hf_flashbsa.masks.spec import AttentionSpec
 from hf_flashbsa.ops.lowering import remember
@@ -99,18 +100,19 @@ class SparseLayer(NamedTuple):
         spec = _by_row(call)
         if self.rule.selects:
             return replace_fields(spec, layout=self._selected(call, spec, query, key))
-        lengths, heads = _lengths(call, query, key), query.shape[1]
-        layout = self.config.layout(self.role, self.index, *lengths, heads, query.device, spec.causal)
         # A bias that is not one of distances belongs to the columns of a row.
         by_distance = call.bias is None or hasattr(module, "has_relative_attention_bias")
         starts_k = _starts(call.mask, spec, query.shape[0]) if by_distance else None
         starts_q = None if crosses else starts_k
+        wanted = self.rule, self.role, *_lengths(call, query, key), query.shape[1]
         made = remember(spec, "with layouts", (), list)
-        for known in made:  # a search, since torch.compile cannot hash layouts
-            if known.layout is layout and known.starts_q is starts_q and known.starts_k is starts_k:
+        for has, known in made:  # a search, since torch.compile cannot hash sizes
+            if has == wanted and known.starts_q is starts_q and known.starts_k is starts_k:
                 return known
-        made.append(replace_fields(spec, layout=layout, starts_q=starts_q, starts_k=starts_k))
-        return made[-1]
+        layout = self.config.layout(self.role, self.index, *wanted[2:], query.device, spec.causal)
+        known = replace_fields(spec, layout=layout, starts_q=starts_q, starts_k=starts_k)
+        made.append((wanted, known))
+        return known
 
     def _selected(self, call: Call, spec: AttentionSpec, query: torch.Tensor, key: torch.Tensor) -> BlockLayout:
         if spec.cu_seqlens_q is not None:
@@ -163,7 +165,7 @@ def _by_row(call: Call) -> AttentionSpec:
             "bsa_sparse: cu_seq_lens_* do not go together with a padding mask or a position bias; leave out the "
             "attention_mask, or pad the batch instead of packing it."
         )
-    if mask.packed:
+    if mask.packed and is_eager():  # where something traces, Transformers takes any positions for packed ones
         raise ValueError(f"bsa_sparse: {_SEVERAL_DOCUMENTS}")
     return mask.spec
 

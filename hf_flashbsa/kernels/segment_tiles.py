@@ -109,7 +109,7 @@ def _met(own: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def _chunks(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The least id of each CHUNK rows that is not negative, and the largest, `(B, chunks)`."""
     count = ids.shape[1] // CHUNK + 2  # two at least, or torch.compile would make graphs of one for themselves
-    chunks = torch.nn.functional.pad(ids, (0, count * CHUNK - ids.shape[1]), value=-1).unflatten(1, (count, CHUNK))
+    chunks = torch.nn.functional.pad(ids, (0, count * CHUNK - ids.shape[1]), value=-1).unfold(1, CHUNK, CHUNK)
     return chunks.masked_fill(chunks < 0, _MOST).amin(-1), chunks.amax(-1)
 
 

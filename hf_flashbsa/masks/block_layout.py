@@ -10,10 +10,13 @@ import base64
 import dataclasses
 import json
 import zlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from hf_flashbsa.masks.modes import is_eager, may_keep
 
 #: Entries of the grid: a block that is not visited, one whose every entry is visible, and the first partial one.
 EMPTY, FULL, PARTIAL = 0, 1, 2
@@ -146,12 +149,19 @@ class BlockLayout:
         """
         if side not in ("q", "k"):
             raise ValueError(f"side: {side!r}; give 'q' or 'k'.")
-        if side not in self._cache:
-            self._cache[side] = self._build_lists(side)
-        return self._cache[side]
+        return self._kept(side, lambda: self._build_lists(side))
+
+    def _kept(self, name: object, make: Callable[[], object]):
+        """`make()`, once."""
+        if name in self._cache:
+            return self._cache[name]
+        made = make()
+        if may_keep():
+            self._cache[name] = made
+        return made
 
     def _build_lists(self, side: str) -> BlockLists:
-        grid = self.grid if side == "q" else self.grid.transpose(-2, -1)
+        grid = self.grid if side == "q" else self.grid.transpose(-2, -1).contiguous()
         # Full blocks sort before partial ones, those before empty ones; a stable sort keeps each group ascending.
         kind = torch.where(grid == EMPTY, PARTIAL + 1, grid.clamp(max=PARTIAL)).to(torch.uint8)
         full = (kind == FULL).sum(-1, dtype=torch.int32)
@@ -167,13 +177,15 @@ class BlockLayout:
         device = torch.device(device)
         if device == self.device:
             return self
-        if device not in self._cache:
+
+        def moved() -> BlockLayout:
             masks = None if self.tile_masks is None else self.tile_masks.to(device, non_blocking=True)
-            moved = BlockLayout(self.grid.to(device, non_blocking=True), self.block_size, masks)
+            layout = BlockLayout(self.grid.to(device, non_blocking=True), self.block_size, masks)
             for side in ("q", "k"):
-                moved._cache[side] = BlockLists(*(x.to(device, non_blocking=True) for x in self.lists(side)))
-            self._cache[device] = moved
-        return self._cache[device]
+                layout._cache[side] = BlockLists(*(x.to(device, non_blocking=True) for x in self.lists(side)))
+            return layout
+
+        return self._kept(device, moved)
 
     def to_mask(self, len_q: int, len_k: int) -> torch.Tensor:
         """bool `(B or 1, H or 1, len_q, len_k)`, True where the layout shows an entry."""
@@ -307,6 +319,18 @@ class BlockLayout:
         )
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class TracedLayout(BlockLayout):
+    """A layout that a traced graph makes for the lengths of its call, to run and for nothing else.
+
+    Args:
+        packed_masks: int32 `(U, block_size, block_size // 32)`, the tile masks as kernels read them, filled up with
+            unused ones.
+    """
+
+    packed_masks: torch.Tensor | None = None
+
+
 def distinct_masks(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The distinct ones of bool masks `(n, block, block)` in a fixed order, and which of them each is, `(n,)`."""
     words = masks.flatten(1).contiguous().view(torch.int64)
@@ -315,8 +339,8 @@ def distinct_masks(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _can_read(grid: torch.Tensor) -> bool:
-    """Whether values may decide what happens next: on a GPU that waits, under `torch.compile` it is impossible."""
-    return grid.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether values may decide what happens next: that waits for a GPU, and is impossible where something traces."""
+    return grid.device.type == "cpu" and is_eager()
 
 
 def _four_dimensions(name: str, mask: torch.Tensor) -> torch.Tensor:

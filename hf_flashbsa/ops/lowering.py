@@ -26,7 +26,8 @@ from hf_flashbsa.kernels.tile_schedule import (
     sequence_rows,
     tile_schedule,
 )
-from hf_flashbsa.masks.block_layout import BlockLayout
+from hf_flashbsa.masks.block_layout import BlockLayout, TracedLayout
+from hf_flashbsa.masks.modes import may_keep
 from hf_flashbsa.masks.spec import AttentionSpec
 from hf_flashbsa.ops import validation
 
@@ -186,6 +187,8 @@ def _block_table(layout: BlockLayout, side: str) -> torch.Tensor:
 
 
 def _block_masks(layout: BlockLayout) -> torch.Tensor | None:
+    if isinstance(layout, TracedLayout):
+        return layout.packed_masks
     if layout.tile_masks is None:
         return None
     return remember(layout, "masks", (), lambda: pack_block_masks(layout.tile_masks))
@@ -219,7 +222,7 @@ def remember(owner: AttentionSpec | BlockLayout, kind: str, key: tuple, make: Ca
     """
     if torch.compiler.is_compiling():  # Dynamo traces no memo by id; a graph carries it in the mask
         entries = owner.__dict__.setdefault("_traced", {}).setdefault(kind, [])
-    elif torch._C._are_functorch_transforms_active():  # tensors that a transform wraps must not outlive it
+    elif not may_keep():
         return make()
     else:
         memo = _MEMOS.get(id(owner))

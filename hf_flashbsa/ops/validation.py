@@ -7,7 +7,7 @@ import math
 import torch
 
 from hf_flashbsa.kernels.tile_schedule import Sequences, Sizes
-from hf_flashbsa.masks.block_layout import BlockLayout
+from hf_flashbsa.masks.block_layout import BlockLayout, TracedLayout
 from hf_flashbsa.masks.spec import AttentionSpec
 
 MAX_HEAD_DIM = 256
@@ -117,7 +117,7 @@ def check_layout(layout: BlockLayout, heads: int, batch: int, len_q: int, len_k:
     if layout_batch not in (1, batch):
         raise ValueError(f"layout: made for batch {layout_batch}, the queries have {batch}; give 1 or {batch}.")
     for name, length, blocks in (("queries", len_q, rows), ("keys", len_k, columns)):
-        if length > blocks * layout.block_size:
+        if not isinstance(layout, TracedLayout) and length > blocks * layout.block_size:
             raise ValueError(
                 f"layout: covers {blocks * layout.block_size} {name} ({blocks} blocks of {layout.block_size}), the "
                 f"call has {length}; make the layout for the longest sequence."

@@ -38,6 +38,7 @@ __all__ = [
     "from_mask_function",
     "global_columns",
     "has_diagonal",
+    "has_tile_masks",
     "local",
     "longformer",
     "make_layout",
@@ -64,6 +65,11 @@ PATTERNS = {
         openai_strided,
     )
 }
+
+
+def has_tile_masks(pattern: str) -> bool:
+    """Whether layouts of a pattern may have partial blocks."""
+    return pattern not in ("all_blocks", "bigbird", "butterfly", "deepspeed_fixed", "deepspeed_variable")
 
 
 def has_diagonal(pattern: str) -> bool:
