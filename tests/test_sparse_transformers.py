@@ -11,8 +11,9 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, DataCollatorWithFlattening
 from transformers_models import OWN_ATTENTION, assert_checkpointing_repeats, assert_same, batch_for, run, tiny
 
-from hf_flashbsa import AttentionSpec, BlockSparseConfig, backends_used, enable_padding_free, set_block_sparse
+from hf_flashbsa import BlockSparseConfig, backends_used, enable_padding_free, set_block_sparse
 from hf_flashbsa.integration.sparse import SparseLayer
+from hf_flashbsa.ops import lowering
 
 CONFIGS = {"patterns": MIXED, "selection": SELECTING}
 BY_QUERY = BlockSparseConfig("top_k_blocks", BLOCK, top_k=2)
@@ -167,13 +168,13 @@ def test_saved_and_loaded(name, tmp_path):
 def test_tables_are_made_once_for_a_layout(monkeypatch):
     """BART: two encoder layers and two decoder layers with a layout each, one cross-attention with and one without."""
     made = []
-    build = AttentionSpec._build_work
+    build = lowering._schedule
 
     def counted(spec, side, *rest):
         made.append((spec.layout, side))
         return build(spec, side, *rest)
 
-    monkeypatch.setattr(AttentionSpec, "_build_work", counted)
+    monkeypatch.setattr(lowering, "_schedule", counted)
     run(sparse("bart"), inputs_for("bart", "right"))
     assert len(made) == len(set(made)) == 2 * 6
     made.clear()
