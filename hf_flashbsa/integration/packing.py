@@ -146,8 +146,9 @@ def _packings(masks: list[torch.Tensor], totals: list[int] | None) -> list[Packi
     live = [x.to(torch.bool) for x in masks]
     counts = [torch.stack([x.sum(), _holes(x)]) for x in live]
     if totals is None:
-        counts = torch.cat([count.to(counts[0].device) for count in counts]).cpu()
-        known = [(int(total), int(holes)) for total, holes in counts.view(-1, 2)]
+        counts = torch.cat([count.to(counts[0].device) for count in counts]).view(-1, 2)
+        # One wait for the device; what traces gives a symbol for each number read by itself.
+        known = counts.tolist() if is_eager() else [(int(total), int(holes)) for total, holes in counts.cpu()]
     else:
         known = [(total, 0) for total in totals]
         for count, (total, _) in zip(counts, known, strict=True):
