@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
 from hf_flashbsa.integration.forward_pass import ForwardPass
@@ -148,7 +149,8 @@ def _packings(masks: list[torch.Tensor], totals: list[int] | None) -> list[Packi
     if totals is None:
         counts = torch.cat([count.to(counts[0].device) for count in counts]).view(-1, 2)
         # One wait for the device; what traces gives a symbol for each number read by itself.
-        known = counts.tolist() if is_eager() else [(int(total), int(holes)) for total, holes in counts.cpu()]
+        traced = isinstance(counts, FakeTensor)
+        known = [(int(total), int(holes)) for total, holes in counts] if traced else counts.tolist()
     else:
         known = [(total, 0) for total in totals]
         for count, (total, _) in zip(counts, known, strict=True):
