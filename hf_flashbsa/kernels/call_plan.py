@@ -12,17 +12,17 @@ import torch
 
 
 class CallTensors(NamedTuple):
-    """Tensors of a call, on the device of q.
+    """Tensors of a call, on the device of q: `OWN` that each call brings itself, then those derived from its mask.
 
     Args:
         bias: `(B or 1, Hq or 1, Sq, Sk)`, added to the scaled scores; packed calls read it by place in the sequence.
-        mask: bool `(B, Hq, Sq, Sk)`, expanded.
         sinks: `(Hq,)`.
+        seed: int64 `(1,)`, of dropout.
+        mask: bool `(B, Hq, Sq, Sk)`, expanded.
         segment_ids_q, segment_ids_k: integers `(B, Sq)` and `(B, Sk)`.
         schedule_q, schedule_k: tile schedules of queries and of keys, see tile_schedule.py. The latter is there for
             the backward pass only.
         sequences: `Sequences.table`, for the gradient of a bias only.
-        seed: int64 `(1,)`, of dropout.
         block_grid: a layout's int32 `(B or 1, H or 1, query blocks, key blocks)`: 0 not visited, 1 full, `i >= 2` the
             partial block whose entries are `block_masks[i - 2]`.
         block_masks: int32 `(U, block_size, block_size // 32)`, key `i` of a row in bit `i % 32` of word `i // 32`.
@@ -31,20 +31,22 @@ class CallTensors(NamedTuple):
     """
 
     bias: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
     sinks: torch.Tensor | None = None
+    seed: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
     segment_ids_q: torch.Tensor | None = None
     segment_ids_k: torch.Tensor | None = None
     schedule_q: torch.Tensor | None = None
     schedule_k: torch.Tensor | None = None
     sequences: torch.Tensor | None = None
-    seed: torch.Tensor | None = None
     block_grid: torch.Tensor | None = None
     block_masks: torch.Tensor | None = None
     block_table_q: torch.Tensor | None = None
     block_table_k: torch.Tensor | None = None
 
 
+#: How many of them a call brings itself: bias, sinks and seed.
+OWN = 3
 #: The tensors of most calls. Passing a dozen None on costs the host time, so that calls leave them out; see `given`.
 NO_TENSORS = CallTensors()
 

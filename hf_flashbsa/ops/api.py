@@ -8,7 +8,7 @@ import logging
 
 import torch
 
-from hf_flashbsa.kernels.call_plan import CallPlan
+from hf_flashbsa.kernels.call_plan import OWN, CallPlan, CallTensors
 from hf_flashbsa.masks.block_layout import BlockLayout
 from hf_flashbsa.masks.spec import AttentionSpec
 from hf_flashbsa.ops.autograd import attend
@@ -166,7 +166,7 @@ def _with_own_tensors(
     seed = None
     if plan.scalars.drop_threshold is not None:
         seed = torch.randint(torch.iinfo(torch.int64).max, (1,), dtype=torch.int64, device=q.device)
-    return CallPlan(plan.tensors._replace(bias=bias, sinks=sinks, seed=seed), plan.scalars)
+    return CallPlan(CallTensors(bias, sinks, seed, *plan.tensors[OWN:]), plan.scalars)
 
 
 def _expanded_bias(bias: torch.Tensor, q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
@@ -227,4 +227,4 @@ class use_deterministic:  # noqa: N801  called as torch.set_grad_enabled is
 
 
 def _is_deterministic(asked: bool | None) -> bool:
-    return bool(_deterministic if asked is None else asked) or torch.are_deterministic_algorithms_enabled()
+    return bool(_deterministic if asked is None else asked) or torch._C._get_deterministic_algorithms()

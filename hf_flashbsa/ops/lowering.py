@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections import defaultdict
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
@@ -207,7 +208,7 @@ class _Memo:
     def __init__(self, owner: AttentionSpec | BlockLayout):
         #: The tensors of a spec that count changes in place. Layouts are immutable.
         self.tensors = () if isinstance(owner, BlockLayout) else _tensors_that_count(owner)
-        self.entries: dict[str, list[tuple[tuple, object]]] = {}
+        self.entries: defaultdict[str, list[tuple[tuple, object]]] = defaultdict(list)
 
 
 #: The memos of masks and layouts that are alive, by their ids.
@@ -225,15 +226,15 @@ def remember(owner: AttentionSpec | BlockLayout, kind: str, key: tuple, make: Ca
     elif not may_keep():
         return make()
     else:
-        memo = _MEMOS.get(id(owner))
-        if memo is None:
-            memo = _MEMOS[id(owner)] = _Memo(owner)
-            weakref.finalize(owner, _MEMOS.pop, id(owner), None).atexit = False
-        entries = memo.entries.setdefault(kind, [])
+        memo = _MEMOS.get(id(owner)) or _new_memo(owner)
+        entries = memo.entries[kind]
         # Tensors made in inference mode are of no use to the backward pass, nor fake ones outside of their mode.
         mode = _get_current_dispatch_mode() if torch._C._len_torch_dispatch_stack() else None
-        key = (key, torch.is_inference_mode_enabled(), mode, *[x._version for x in memo.tensors])
-    for known, value in reversed(entries):
+        versions = [x._version for x in memo.tensors] if memo.tensors else None
+        key = (key, torch.is_inference_mode_enabled(), mode, versions)
+    if entries and entries[-1][0] == key:
+        return entries[-1][1]
+    for known, value in entries:
         if known == key:
             return value
     value = make()
@@ -241,6 +242,12 @@ def remember(owner: AttentionSpec | BlockLayout, kind: str, key: tuple, make: Ca
         del entries[0]
     entries.append((key, value))
     return value
+
+
+def _new_memo(owner: AttentionSpec | BlockLayout) -> _Memo:
+    memo = _MEMOS[id(owner)] = _Memo(owner)
+    weakref.finalize(owner, _MEMOS.pop, id(owner), None).atexit = False
+    return memo
 
 
 def _tensors_that_count(spec: AttentionSpec) -> tuple[torch.Tensor, ...]:
