@@ -386,7 +386,7 @@ def test_another_gluon_is_a_reason(on_hopper, asked_anew, caplog):
 
 
 def test_an_unknown_triton_is_a_reason(on_hopper, asked_anew, monkeypatch):
-    monkeypatch.setattr(dispatch.launch.triton, "__version__", "3.99.0")
+    monkeypatch.setattr(dispatch.launch_cache.triton, "__version__", "3.99.0")
     assert dispatch.why_unsupported("forward", *_arguments()) == "tested with Triton 3.6 and 3.7 only"
 
 
