@@ -104,7 +104,7 @@ def main() -> None:
         mock.patch.multiple(JITFunction, run=run, _do_compile=do_compile),
         mock.patch.object(backend, "launch_cached", compared),
         mock.patch.object(tuning, "architecture", lambda device: "sm_90"),
-        mock.patch.object(torch.Tensor, "get_device", lambda self: 0),
+        mock.patch.object(torch.Tensor, "get_device", lambda self: triton_driver.active.get_current_device()),
         mock.patch.dict(os.environ, TRITON_INTERPRET="1"),  # `attention` then takes tensors on the CPU
     ):
         for _ in range(2):
