@@ -119,7 +119,7 @@ def _attend(
     if kwargs.get("output_attentions") and not torch.compiler.is_compiling():
         logger.warning_once("hf_flashbsa keeps no attention weights; use attn_implementation='eager' to see them.")
     if indices is not None:
-        attention_mask = _selected_keys(attention_mask, indices, key.shape[2])
+        attention_mask = _selected_keys(attention_mask, indices, query.shape[2], key.shape[2])
     if position_bias is not None and _is_cross(module, is_causal) and not _learns_bias(module):
         position_bias = None
     query, key, value = _one_dtype(module, query, key, value)
@@ -240,8 +240,15 @@ def _is_additive(mask: MaskSpec | torch.Tensor | None) -> bool:
     return _is_4d(mask) and mask.is_floating_point()
 
 
-def _selected_keys(mask: MaskSpec | torch.Tensor | None, indices: torch.Tensor, len_k: int) -> torch.Tensor:
+def _selected_keys(
+    mask: MaskSpec | torch.Tensor | None, indices: torch.Tensor, len_q: int, len_k: int
+) -> torch.Tensor:
     """The 4-D mask that hides what `mask` hides and all keys but `indices`, see `_attend`."""
+    if indices.ndim != 3 or indices.shape[1] != len_q or indices.is_floating_point():
+        raise ValueError(
+            f"indices: expected integers of shape (B, Q, n) with Q = {len_q}, got {indices.dtype} "
+            f"of shape {tuple(indices.shape)}."
+        )
     places = torch.where(indices < 0, len_k, indices).long()
     selected = torch.zeros(*indices.shape[:2], len_k + 1, dtype=torch.bool, device=indices.device)
     selected = selected.scatter(-1, places, True)[:, None, :, :len_k]

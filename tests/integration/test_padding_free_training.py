@@ -6,7 +6,6 @@ import pytest
 import torch
 import transformers
 from packed_models import labelled, layers_of, live_rows, losses, packed, widths
-from test_transformers_training import WordTokens, pad
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers_models import (
@@ -18,6 +17,7 @@ from transformers_models import (
     mask_of,
     tiny,
 )
+from word_tokens import WordTokens, pad
 
 from hf_flashbsa import enable_padding_free
 from hf_flashbsa.integration import forward as integration

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 from recipes.xsum import train as script
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "recipes" / "xsum" / "train.py"
 HEADS = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
 BART = {"model_type": "bart", "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, **HEADS}

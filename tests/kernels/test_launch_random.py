@@ -1,6 +1,6 @@
 """Launches from the cache give kernels what Triton itself would give, in random calls.
 
-`python tests/test_launch_random.py` makes them, in a process of its own: here Triton may be the interpreter.
+`python tests/kernels/test_launch_random.py` makes them, in a process of its own: here Triton may be the interpreter.
 """
 
 from __future__ import annotations
@@ -8,12 +8,10 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 from unittest import mock
 
 import torch
+from aot import run_compiling
 from noted_launches import Compiled
 
 from hf_flashbsa import BlockLayout, attention
@@ -124,11 +122,7 @@ def main() -> None:
 
 
 def test_plans_launch_what_triton_would():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    (result,) = run_compiling(__file__)
     assert result["wrong"] == []
     assert PROBLEMS < result["plans"] <= MAX_LAUNCHES
     first, second = result["asked"]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "hf_flashbsa"
+PACKAGE = Path(__file__).parents[2] / "hf_flashbsa"
 #: Words that are no part of any identifier of the package, and what to write instead.
 REPLACED = {
     "agenda": "mailbox",

@@ -1,6 +1,6 @@
 """Fingerprints of the machine code of the kernels, to show that a change of names changes nothing else.
 
-    PYTHONPATH=. python tests/machine_code.py --out after.json --compare before.json
+    PYTHONPATH=. python tests/tools/machine_code.py --out after.json --compare before.json
 
 Compiles the kernels of a fixed set of calls for sm_80 and sm_90 on a machine that needs no GPU, and hashes their SASS
 without kernel names. The calls reach every entry of the configuration files and every feature at least once. Kernels
@@ -32,8 +32,8 @@ from unittest import mock
 import torch
 import triton
 from aot import _Driver
-from test_hopper import call as hopper_call
-from test_hopper import kinds_for
+from compile_hopper import call as hopper_call
+from compile_hopper import kinds_for
 from triton import knobs
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import JITFunction, driver

@@ -1,6 +1,6 @@
 """Judges random cases on a GPU, spread over worker processes, then repeats some of them and compares bits.
 
-    PYTHONPATH=. python tests/run_cases.py --cases 500 --workers 16 --out cases.jsonl
+    PYTHONPATH=. python tests/tools/run_cases.py --cases 500 --workers 16 --out cases.jsonl
 
 Triton's compiler takes most of the time, since nearly every case is a variant of its own. Uninitialised memory holds
 NaN throughout. Rows are written as they come; the summary comes last. Exit code 1 if anything failed.

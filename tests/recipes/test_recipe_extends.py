@@ -7,7 +7,7 @@ import pytest
 
 from recipes.xsum.config import ConfigError, load_config
 
-CONFIGS = Path(__file__).resolve().parents[1] / "recipes" / "xsum" / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "xsum" / "configs"
 BASE = "model_config: {model_type: bart, d_model: 32}\nseed: 1\nmax_steps: 5\n"
 
 

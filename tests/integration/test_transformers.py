@@ -292,7 +292,13 @@ def test_lengths_that_do_not_fit_raise(batch, len_k, kwargs, message):
 # Keywords
 
 
-@pytest.mark.parametrize("keyword", ["indices", "block_indices", "sinks", "cache", "head_mask", "layer_head_mask"])
+@pytest.mark.parametrize("indices", [torch.ones(1), torch.zeros(1, 5, 2), torch.zeros(1, 4, 2, dtype=torch.long)])
+def test_indices_that_do_not_fit_raise(indices):
+    with pytest.raises(ValueError, match=r"indices: .*\(B, Q, n\)"):
+        DENSE(Layer(), *qkv(5, 5), None, indices=indices)
+
+
+@pytest.mark.parametrize("keyword", ["block_indices", "sinks", "cache", "head_mask", "layer_head_mask"])
 def test_keywords_that_would_be_ignored_raise(keyword):
     with pytest.raises(ValueError, match=f"{keyword}.*attn_implementation='eager'"):
         DENSE(Layer(), *qkv(5, 5), None, **{keyword: torch.ones(1)})

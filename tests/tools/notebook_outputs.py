@@ -1,6 +1,6 @@
 """Runs notebooks and stores their outputs, with a hash of the code that made them.
 
-    python tests/notebook_outputs.py notebooks/*.ipynb
+    python tests/tools/notebook_outputs.py notebooks/*.ipynb
 
 The tests compare the hash with the code (was it edited since?), and the words of the outputs with those of a new run
 (does the package still say this?).
@@ -18,7 +18,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 #: Where a notebook keeps the hash of the code that made its outputs.
 HASH = "outputs_of"
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?%?")

@@ -7,10 +7,10 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
+from made_runs import make_run
 from notebook_outputs import HASH, code_cells, execute, source_hash, texts, words
-from test_recipe_report import make_run
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
@@ -50,7 +50,7 @@ def assert_stored(name, shown, but=()):
     for cell in code_cells(nbformat.read(ROOT / "notebooks" / name, as_version=4)):
         if cell.id not in but:
             found = words(shown.cells[cell.id])
-            assert words(cell) == found, f"{cell.id}: run python tests/notebook_outputs.py notebooks/{name}"
+            assert words(cell) == found, f"{cell.id}: run python tests/tools/notebook_outputs.py notebooks/{name}"
 
 
 @pytest.mark.parametrize("folder", [ROOT, ROOT / "notebooks"], ids=["root", "notebooks"])
@@ -119,7 +119,7 @@ def test_outputs_belong_to_the_code(path):
     """Code that changed since its outputs were stored changes the hash."""
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
-    assert notebook.metadata.get(HASH) == source_hash(notebook), f"run: python tests/notebook_outputs.py {path}"
+    assert notebook.metadata.get(HASH) == source_hash(notebook), f"run: python tests/tools/notebook_outputs.py {path}"
     assert [cell.execution_count for cell in code_cells(notebook)] == list(range(1, len(code_cells(notebook)) + 1))
     assert str(ROOT) not in path.read_text() and "/tmp/" not in path.read_text()
 

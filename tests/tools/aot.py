@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import json
 import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
@@ -109,3 +113,15 @@ def read(kernel, module: str, log: str) -> Compiled:
         len(overwritten_operands(sass)),
         len(lost_operands(sass)),
     )
+
+
+def run_compiling(script: str, *arguments: str) -> list:
+    """The JSON lines that a script prints in a process of its own; in that of a test Triton may be the interpreter."""
+    root = Path(__file__).resolve().parents[2]
+    paths = (root, root / "tests" / "tools", root / "tests" / "helpers")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
+    command = [sys.executable, script, *arguments]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]

@@ -6,16 +6,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
 import pytest
 import torch
-from aot import SHARED_LIMIT, compile_only
+from aot import SHARED_LIMIT, compile_only, run_compiling
 
 from hf_flashbsa import attention
 from hf_flashbsa.kernels import tuning
@@ -104,11 +101,7 @@ def test_narrow_loads_feed_no_wgmma(kernel, head_dim, plain):
 def test_every_entry_compiles_well(arch):
     """Within the GPU's shared memory, and without spills of kilobytes, which ptxas makes of tiles that are too large;
     for plain aligned 16-bit calls without any, and on Hopper to wgmma."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, str(arch)]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    rows = run_compiling(__file__, str(arch))
     assert len(rows) == sum(map(len, _table(arch).values()))
     wrong = []
     for row in rows:

@@ -1,6 +1,6 @@
 """Compiles for a Hopper GPU that need not be there: time on one is then not spent on Triton's compiler.
 
-    TRITON_CACHE_DIR=/tmp/triton PYTHONPATH=. python tests/prewarm.py --preset hopper --gpu-tests --cases 200
+    TRITON_CACHE_DIR=/tmp/triton PYTHONPATH=. python tests/tools/prewarm.py --preset hopper --gpu-tests --cases 200
 
 What is left there is the launcher in C that Triton builds for each signature. The cache must lie under the same path,
 beside the same source of the kernels and the same wheel of Triton, of which each release of Python has its own: its
@@ -18,8 +18,8 @@ from unittest import mock
 
 import aot
 import cases
+import hopper_specs
 import run_cases
-import test_hopper_gpu
 import torch
 from hopper_calls import every_call_on_hopper
 
@@ -42,10 +42,10 @@ def _bench(case: Case, deterministic: bool) -> None:
 
 
 def _gpu_test(launches: tuple[int, int], name: str, head_dim: int, deterministic: bool = True) -> None:
-    *tensors, dout = test_hopper_gpu.tensors_for(name, head_dim)
+    *tensors, dout = hopper_specs.tensors_for(name, head_dim)
     run = functools.partial(attend, deterministic=deterministic)
     with every_call_on_hopper(*launches):
-        test_hopper_gpu.results(run, tensors, dout, test_hopper_gpu.SPECS[name]())
+        hopper_specs.results(run, tensors, dout, hopper_specs.SPECS[name]())
 
 
 def _case(seed: int, options: argparse.Namespace) -> None:
@@ -63,11 +63,11 @@ def works(options: argparse.Namespace) -> Iterator[Work]:
             for case in dict.fromkeys(job.case for job in jobs if job.provider == provider):
                 yield f"{preset} {case}, {provider}", functools.partial(_bench, case, deterministic)
     if options.gpu_tests:
-        for launches in test_hopper_gpu.LAUNCHES:
-            for name in test_hopper_gpu.SPECS:
+        for launches in hopper_specs.LAUNCHES:
+            for name in hopper_specs.SPECS:
                 for head_dim in (64, 128):
                     yield f"{name} {head_dim} {launches}", functools.partial(_gpu_test, launches, name, head_dim)
-        for name in test_hopper_gpu.SPECS:
+        for name in hopper_specs.SPECS:
             yield f"{name}, fused backward", functools.partial(_gpu_test, (132, 0), name, 64, deterministic=False)
     random_cases = run_cases.parse(["--hopper", "--out", "-", *(["--unordered"] if options.unordered else [])])
     for seed in range(options.seed0, options.seed0 + options.cases):
@@ -77,8 +77,8 @@ def works(options: argparse.Namespace) -> Iterator[Work]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", nargs="+", choices=targets.PRESETS, default=[], help="cells of the benchmark")
-    parser.add_argument("--gpu-tests", action="store_true", help="tests/test_hopper_gpu.py")
-    parser.add_argument("--cases", type=int, default=0, help="so many of tests/run_cases.py --hopper")
+    parser.add_argument("--gpu-tests", action="store_true", help="tests/kernels/test_hopper_gpu.py")
+    parser.add_argument("--cases", type=int, default=0, help="so many of tests/tools/run_cases.py --hopper")
     parser.add_argument("--unordered", action="store_true", help="compile the cases for sums whose order may vary")
     parser.add_argument("--seed0", type=int, default=0, help="seed of the first case")
     parser.add_argument("--share", default="0/1", help="i/n: this process does every n-th from the i-th on")
@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
     with (
         mock.patch.object(tuning, "architecture", lambda device: "sm_90"),
         mock.patch.object(tuning, "is_hopper", lambda device: True),
-        mock.patch.object(test_hopper_gpu, "DEVICE", CPU),
+        mock.patch.object(hopper_specs, "DEVICE", CPU),
         mock.patch.object(aot, "read", lambda kernel, module, log: kernel),  # nobody asks what became of it
     ):
         for i, (name, work) in enumerate(works(options)):

@@ -25,7 +25,7 @@ from recipes.xsum.records import load_records
 from recipes.xsum.rouge import KINDS, rouge_scores
 from recipes.xsum.tokenizer import load_tokenizer, pretrained_tokenizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MODELS = {
     "seq2seq": {"model_type": "bart", "d_model": 32, "encoder_layers": 1, "decoder_layers": 1,
                 "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32,

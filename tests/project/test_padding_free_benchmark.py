@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tokenizers import ByteLevelBPETokenizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 #: The longest documents are longer than what a query sees of them in bsa_sparse, and else as short as may be.
 EXAMPLES = [
     {"document": "rain fell on the town " * 13 * n, "summary": "it rained " * (1 + n % 3)} for n in (3, 9, 1, 6, 2, 8)

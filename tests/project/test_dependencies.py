@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SOURCES = [*ROOT.glob("hf_flashbsa/**/*.py"), *ROOT.glob("recipes/**/*.py")]
 #: What lowers a mask, and what back ends are told: nothing that imports Triton.
 HOST_KERNELS = {

@@ -9,7 +9,7 @@ import yaml
 
 from recipes.xsum.config import Config, ConfigError, load_config, parse_arguments
 
-CONFIGS = Path(__file__).resolve().parents[1] / "recipes" / "xsum" / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "xsum" / "configs"
 TINY = {"model_config": {"model_type": "bart", "d_model": 32}}
 # study_base.yaml leaves its files to the command line.
 FILES = {"train_file": "a.jsonl", "validation_file": "b.jsonl"}

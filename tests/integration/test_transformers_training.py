@@ -17,6 +17,7 @@ from transformers_models import (
     run,
     tiny,
 )
+from word_tokens import WordTokens, pad
 
 from hf_flashbsa import backends_used
 
@@ -157,30 +158,6 @@ def test_saving_forgets_the_implementation_and_keeps_the_weights(tmp_path):
     torch.testing.assert_close(plain.eval()(**inputs).logits, expected)
     torch.testing.assert_close(copy.deepcopy(model)(**inputs).logits, expected)
     assert len(backends_used(plain)) == 6
-
-
-class WordTokens(torch.utils.data.Dataset):
-    """Sources and targets of ragged lengths."""
-
-    def __len__(self) -> int:
-        return 4
-
-    def __getitem__(self, i: int) -> dict:
-        generator = torch.Generator().manual_seed(i)
-        return {
-            "input_ids": torch.randint(3, 64, (7 + 3 * i,), generator=generator).tolist(),
-            "labels": torch.randint(3, 64, (4 + i,), generator=generator).tolist(),
-        }
-
-
-def pad(features: list[dict]) -> dict:
-    """What DataCollatorForSeq2Seq makes, without a tokenizer."""
-    batch = {}
-    for key, filler in (("input_ids", 0), ("labels", -100)):
-        rows = [torch.tensor(f[key]) for f in features]
-        batch[key] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=filler)
-    batch["attention_mask"] = (batch["input_ids"] != 0).long()
-    return batch
 
 
 @pytest.mark.parametrize("name", ["bart", "t5"])

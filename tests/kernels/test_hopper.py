@@ -1,117 +1,34 @@
-"""The Hopper kernels: which calls they take, and what the compiler makes of them on a machine that need not have one.
-
-`python tests/test_hopper.py HEAD_DIM` does the compiling, in a process of its own: here Triton may be the interpreter.
-"""
+"""The Hopper kernels: which calls they take, and what the compiler makes of them, without a GPU."""
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import subprocess
-import sys
-from pathlib import Path
 from unittest import mock
 
+import compile_hopper
 import pytest
 import torch
-from aot import SHARED_LIMIT, compile_only
+from aot import SHARED_LIMIT, run_compiling
+from compile_hopper import KERNELS, kernels_of, kinds_for
 from sass import lost_operands, overwritten_operands
 
-from hf_flashbsa import BlockLayout, attention
+from hf_flashbsa import BlockLayout
 from hf_flashbsa.kernels import tuning
 from hf_flashbsa.kernels.block_tables import block_table
 from hf_flashbsa.kernels.call_plan import NO_TENSORS, CallPlan, CallScalars
 from hf_flashbsa.kernels.gluon_sm90 import dispatch
 
-KERNELS = ("forward", "dq", "dkdv")
 #: Bytes that a kernel may spill: addresses and bounds, one of each thread, none of the tensors.
 SPILLS = 128
 UNLISTED = "a shape or options that configs/gluon_sm90.json does not list"
-#: Kinds of calls that compile to code of their own. `length` is 4096 where they do not say.
-CALLS = {
-    "plain": {},
-    "short": {"causal": True, "length": 512},
-    "window": {"window_size": (1000, 1100), "sinks": True},
-    "dropout": {"causal": True, "dropout_p": 0.1},
-    "packed": {},
-    "padded": {"causal": True},
-    "documents": {"causal": True},
-    "grouped": {"causal": True},
-    "layout": {"length": 512},
-    "layout-partial": {"causal": True},
-    "layout-packed": {"causal": True, "dropout_p": 0.1},
-    "fused": {"causal": True, "deterministic": False},
-    "fused-dropout": {"causal": True, "dropout_p": 0.1, "deterministic": False},
-    "fused-grouped": {"causal": True, "deterministic": False},
-}
 #: Those that leave some of the kernels to the portable ones: configs/gluon_sm90.json.
 PORTABLE = {("packed", 64, "dq"), ("dropout", 64, "dq"), ("short", 64, "dq")}
 PORTABLE |= {("layout-packed", head_dim, "forward") for head_dim in (64, 128)}
 
 
-def kernels_of(kind: str) -> tuple[str, ...]:
-    """What a call of a kind launches."""
-    return ("forward", "bwd_preprocess", "dkdv", "bwd_postprocess") if "fused" in kind else KERNELS
-
-
-def kinds_for(head_dim: int) -> list[str]:
-    """Kinds of calls that compile to code of their own at a head dim."""
-    return [kind for kind in CALLS if head_dim == 64 or "fused" not in kind]
-
-
-def call(kind: str, head_dim: int) -> None:
-    """Calls `attention` and its backward pass, with `kind` of `CALLS`."""
-    heads_k = 2 if "grouped" in kind or kind == "layout-packed" else 4
-    options = dict(CALLS[kind])
-    length = options.pop("length", 4096)
-    q, dout = (torch.zeros(1, length, 4, head_dim, dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
-    k, v = (torch.zeros(1, length, heads_k, head_dim, dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
-    if "sinks" in options:
-        options["sinks"] = torch.zeros(4)
-    if "packed" in kind:
-        cu_seqlens = torch.tensor([0, 700, length], dtype=torch.int32)
-        options |= {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
-    if kind == "padded":
-        options["segment_ids_k"] = torch.zeros(1, length, dtype=torch.int32)
-    if kind == "documents":
-        options |= {f"segment_ids_{side}": torch.arange(length, dtype=torch.int32)[None] // 400 for side in "qk"}
-    if "layout" in kind:
-        masks = None if kind == "layout" else torch.ones(1, 128, 128, dtype=torch.bool)
-        grid = torch.ones(1, 1, length // 128, length // 128, dtype=torch.int32)
-        options["layout"] = BlockLayout(grid, 128, masks)
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    attention(*leaves, backend="triton", **options).backward(dout)
-
-
-def main(head_dim: int) -> None:
-    """Prints a JSON line for each kernel of each kind of call, what the compiler did, and at last the options that
-    configs/gluon_sm90.json had for them."""
-    tuning.architecture = lambda device: "sm_90"
-    tuning.is_hopper = lambda device: True
-    options_of, reached = dispatch._options, []
-
-    def noted(kernel: str, *arguments) -> dict | None:
-        options = options_of(kernel, *arguments)
-        reached.append((kernel, options))
-        return options
-
-    dispatch._options = noted
-    for kind in kinds_for(head_dim):
-        with compile_only(90, within=dispatch.__package__) as compiled:
-            call(kind, head_dim)
-        for result in compiled:
-            print(json.dumps({"kind": kind, **result._asdict()}), flush=True)
-    print(json.dumps(reached))
-
-
 def compiled_for(head_dim: int) -> tuple[list[dict], list]:
     """What `main` prints, from a process of its own: the rows, and the options that were reached."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, str(head_dim)]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    *rows, reached = map(json.loads, done.stdout.splitlines())
+    *rows, reached = run_compiling(compile_hopper.__file__, str(head_dim))
     return rows, reached
 
 
@@ -388,7 +305,3 @@ def test_another_gluon_is_a_reason(on_hopper, asked_anew, caplog):
 def test_an_unknown_triton_is_a_reason(on_hopper, asked_anew, monkeypatch):
     monkeypatch.setattr(dispatch.launch_cache.triton, "__version__", "3.99.0")
     assert dispatch.why_unsupported("forward", *_arguments()) == "tested with Triton 3.6 and 3.7 only"
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from aot import compile_only
+from aot import compile_only, run_compiling
 
 from hf_flashbsa import AttentionSpec, attention
 from hf_flashbsa.kernels import tuning
@@ -60,11 +57,7 @@ def main(arch: int) -> None:
 @pytest.mark.minutes
 @pytest.mark.parametrize("arch", [80, 90])
 def test_all_that_can_be_wide_is(arch):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, str(arch)]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    counts = json.loads(done.stdout)
+    (counts,) = run_compiling(__file__, str(arch))
     kernels = ("forward_kernel", "dq_kernel", "dkdv_kernel")
     for kernel in kernels:
         assert counts["rows of 40"][kernel] == 0

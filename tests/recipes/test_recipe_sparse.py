@@ -12,7 +12,7 @@ from recipes.xsum import train as script
 from recipes.xsum.config import load_config
 from recipes.xsum.evaluate import load_trained
 
-CONFIGS = Path(__file__).resolve().parents[1] / "recipes" / "xsum" / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "xsum" / "configs"
 SPARSE = {"attn_implementation": "bsa_sparse", "max_steps": 2}
 
 
