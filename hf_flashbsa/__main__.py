@@ -7,9 +7,9 @@ import importlib
 import sys
 
 COMMANDS = {
-    "doctor": ("hf_flashbsa.doctor", "what this machine can run, and why not"),
-    "bench": ("hf_flashbsa.bench.run", "time attention beside other implementations"),
-    "tune": ("hf_flashbsa.bench.tune", "search launch configurations for this GPU"),
+    "doctor": ("hf_flashbsa.cli.doctor", "what this machine can run, and why not"),
+    "bench": ("hf_flashbsa.cli.bench", "time attention beside other implementations"),
+    "tune": ("hf_flashbsa.cli.tune", "search launch configurations for this GPU"),
 }
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from hf_flashbsa.integration.guard import dispatches
+from hf_flashbsa.integration.model_source import dispatches
 from hf_flashbsa.integration.register import DENSE, SPARSE
 from hf_flashbsa.integration.roles import watch_roles
 

@@ -24,10 +24,10 @@ def register() -> None:
             f"run: pip install -U 'transformers>={OLDEST}'"
         )
     # Older releases may lack what these import.
-    from hf_flashbsa.integration.forward import bsa_dense_forward, bsa_sparse_forward
+    from hf_flashbsa.integration.attention_function import bsa_dense_forward, bsa_sparse_forward
     from hf_flashbsa.integration.loading import watch_loading
-    from hf_flashbsa.integration.mask import bsa_mask
-    from hf_flashbsa.integration.sparse import bsa_sparse_mask
+    from hf_flashbsa.integration.mask_function import bsa_mask
+    from hf_flashbsa.integration.sparse_layers import bsa_sparse_mask
 
     transformers.AttentionInterface.register(DENSE, bsa_dense_forward)
     transformers.AttentionMaskInterface.register(DENSE, bsa_mask)

@@ -6,7 +6,8 @@ import json
 import pytest
 import torch
 
-from hf_flashbsa import __main__, doctor
+from hf_flashbsa import __main__
+from hf_flashbsa.cli import doctor
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from hf_flashbsa import __main__
-from hf_flashbsa.bench import tune
 from hf_flashbsa.bench.measure import Timing
-from hf_flashbsa.bench.tune import KERNELS, VARIANTS, Target
+from hf_flashbsa.cli import tune
+from hf_flashbsa.cli.tune import KERNELS, VARIANTS, Target
 from hf_flashbsa.kernels import tuning
 from hf_flashbsa.kernels.tuning import Config
 

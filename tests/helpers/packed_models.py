@@ -9,7 +9,7 @@ from torch import nn
 from transformers_models import FAMILIES, batch_for, tiny
 
 from hf_flashbsa import enable_padding_free
-from hf_flashbsa.integration import stacks
+from hf_flashbsa.integration.padding_free import layer_stacks
 
 #: Families whose layer stacks are declared.
 KNOWN = (
@@ -52,7 +52,7 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     return [
         layer
         for module in model.modules()
-        if (stack := stacks.declared_stack(module)) is not None
+        if (stack := layer_stacks.declared_stack(module)) is not None
         for layer in module.get_submodule(stack.layers)
     ]
 

@@ -9,9 +9,9 @@ import torch
 from transformers_models import batch_for, tiny
 
 from hf_flashbsa import attention, padding_free
-from hf_flashbsa.integration import bias as module
-from hf_flashbsa.integration import forward
-from hf_flashbsa.integration.bias import in_wide_rows
+from hf_flashbsa.integration import attention_function
+from hf_flashbsa.integration import bias_alignment as module
+from hf_flashbsa.integration.bias_alignment import in_wide_rows
 
 
 def heads_last(queries: int = 5, keys: int = 7, heads: int = 4, dtype=torch.float32) -> torch.Tensor:
@@ -60,7 +60,7 @@ def test_the_layers_of_t5_share_a_copy_of_each_stack(packed):
         return attention(*args, bias=bias, **kwargs)
 
     with (
-        mock.patch.object(forward, "attention", noted),
+        mock.patch.object(attention_function, "attention", noted),
         mock.patch.object(module, "_copied", wraps=module._copied) as copied,
     ):
         if packed:

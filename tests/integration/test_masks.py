@@ -13,8 +13,8 @@ from transformers import AttentionInterface, DynamicCache, StaticCache, masking_
 from transformers_models import DECODER, PADDINGS, mask_of
 
 from hf_flashbsa import AttentionSpec
-from hf_flashbsa.integration.guard import computes_own_attention
-from hf_flashbsa.integration.mask import MaskSpec, Structure, bsa_mask, recognise
+from hf_flashbsa.integration.mask_function import MaskSpec, Structure, bsa_mask, recognise
+from hf_flashbsa.integration.model_source import computes_own_attention
 from hf_flashbsa.ops.reference import reference_attention
 
 BATCH, LENGTH = 4, 11

@@ -13,9 +13,8 @@ from packed_models import KNOWN, labelled, live_rows, losses, packed, widths
 from transformers_models import SIZE, assert_same, batch_for, strengthen, tiny
 
 from hf_flashbsa import LayerStack, enable_padding_free, register_layer_stack
-from hf_flashbsa.integration import packing, stacks
-from hf_flashbsa.integration import padding_free as implementation
-from hf_flashbsa.integration.packing import Packing
+from hf_flashbsa.integration.padding_free import hooks, layer_stacks, packing
+from hf_flashbsa.integration.padding_free.packing import Packing
 
 RAGGED = ("right", "left", "holes")
 
@@ -33,8 +32,8 @@ def test_loss_and_gradients(name, padding):
 
 def test_every_declared_class_is_tested():
     models = [tiny(name, "bsa_dense") for name in KNOWN]
-    tested = {type(m).__name__ for model in models for m in model.modules() if stacks.declared_stack(m)}
-    assert tested == set(stacks.declared_classes())
+    tested = {type(m).__name__ for model in models for m in model.modules() if layer_stacks.declared_stack(m)}
+    assert tested == set(layer_stacks.declared_classes())
 
 
 def documents_shifted(monkeypatch):
@@ -53,7 +52,7 @@ def holes_unnoticed(monkeypatch):
 
 
 def companions_of_the_row(monkeypatch):
-    monkeypatch.setattr(implementation._Plan, "companion", lambda plan, x: x.repeat(1, 3, 1)[:, : plan.rows.total])
+    monkeypatch.setattr(hooks._Plan, "companion", lambda plan, x: x.repeat(1, 3, 1)[:, : plan.rows.total])
 
 
 def bias_forgotten(monkeypatch):
@@ -61,8 +60,8 @@ def bias_forgotten(monkeypatch):
         call.set("position_bias", torch.zeros(1, 1, packing.length, packing.length))
         call.set("encoder_decoder_position_bias", torch.zeros(1, 1, 1, 1))
 
-    declared = stacks._STACKS["transformers.models.t5.modeling_t5.T5Stack"]
-    monkeypatch.setattr(stacks, "_STACKS", dict(stacks._STACKS))
+    declared = layer_stacks._STACKS["transformers.models.t5.modeling_t5.T5Stack"]
+    monkeypatch.setattr(layer_stacks, "_STACKS", dict(layer_stacks._STACKS))
     register_layer_stack(
         transformers.models.t5.modeling_t5.T5Stack, LayerStack(**{**vars(declared), "prepare": no_bias})
     )

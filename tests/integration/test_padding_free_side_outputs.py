@@ -14,10 +14,10 @@ from torch import nn
 from transformers_models import DECODER, assert_same, batch_for, tiny
 
 from hf_flashbsa import LayerStack, enable_padding_free, register_layer_stack
-from hf_flashbsa.integration import stacks
-from hf_flashbsa.integration.packing import Packing
-from hf_flashbsa.integration.padding_free import _has_cache, _restored
-from hf_flashbsa.integration.stacks import Call
+from hf_flashbsa.integration.hook_args import HookArgs
+from hf_flashbsa.integration.padding_free import layer_stacks
+from hf_flashbsa.integration.padding_free.hooks import _has_cache, _restored
+from hf_flashbsa.integration.padding_free.packing import Packing
 
 EXPERTS = dict(DECODER, num_experts_per_tok=2)
 QWEN_MOE = dict(EXPERTS, num_experts=4, moe_intermediate_size=16)
@@ -36,7 +36,7 @@ MIXTURES = {
 @pytest.fixture
 def stacks_of_others(monkeypatch):
     """Lets a test declare stacks."""
-    monkeypatch.setattr(stacks, "_STACKS", dict(stacks._STACKS))
+    monkeypatch.setattr(layer_stacks, "_STACKS", dict(layer_stacks._STACKS))
 
 
 @pytest.mark.usefixtures("stacks_of_others")
@@ -101,8 +101,8 @@ class Older(nn.Module):
 def test_caches_are_seen_by_every_name_that_transformers_has_for_them(module):
     cache = transformers.DynamicCache()
     for args, kwargs in (((None, None, cache), {}), ((), {"cache": cache}), ((), {"past_key_values": cache})):
-        assert _has_cache(Call(module, args, kwargs))
-    assert not _has_cache(Call(module, (None, None, None), {"use_cache": True}))
+        assert _has_cache(HookArgs(module, args, kwargs))
+    assert not _has_cache(HookArgs(module, (None, None, None), {"use_cache": True}))
 
 
 @pytest.mark.parametrize("training", [True, False])

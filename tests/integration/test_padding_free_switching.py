@@ -10,8 +10,8 @@ from packed_models import labelled, losses, packed, widths
 from transformers_models import assert_same, batch_for, tiny
 
 from hf_flashbsa import LayerStack, disable_padding_free, enable_padding_free, padding_free, register_layer_stack
-from hf_flashbsa.integration import stacks
-from hf_flashbsa.integration.forward_pass import current_pass
+from hf_flashbsa.integration.padding_free import layer_stacks
+from hf_flashbsa.integration.padding_free.forward_pass import current_pass
 
 
 def test_padding_free_is_for_the_length_of_the_block():
@@ -69,7 +69,7 @@ def test_errors_leave_no_trace():
 
 
 def test_unknown_models_raise_and_may_be_declared(monkeypatch):
-    monkeypatch.setattr(stacks, "_STACKS", dict(stacks._STACKS))
+    monkeypatch.setattr(layer_stacks, "_STACKS", dict(layer_stacks._STACKS))
     model = tiny("gpt_oss", "bsa_dense")
     with pytest.raises(
         ValueError, match=r"register_layer_stack\(GptOssModel, hf_flashbsa.LayerStack\(layers='layers'\)\)"
@@ -82,7 +82,7 @@ def test_unknown_models_raise_and_may_be_declared(monkeypatch):
 
 
 def test_undeclared_companions_raise(monkeypatch):
-    monkeypatch.setattr(stacks, "_STACKS", dict(stacks._STACKS))
+    monkeypatch.setattr(layer_stacks, "_STACKS", dict(layer_stacks._STACKS))
     model = tiny("gpt_oss", "bsa_dense")
     register_layer_stack(type(model.model), LayerStack(per_token=("position_ids",)))
     enable_padding_free(model)

@@ -20,8 +20,8 @@ from transformers_models import (
 from word_tokens import WordTokens, pad
 
 from hf_flashbsa import enable_padding_free
-from hf_flashbsa.integration import forward as integration
-from hf_flashbsa.integration.packing import Packing
+from hf_flashbsa.integration import attention_function
+from hf_flashbsa.integration.padding_free.packing import Packing
 
 # Training
 
@@ -283,7 +283,7 @@ def test_the_host_waits_at_most_once(name, given, monkeypatch):
     expected = losses(tiny(name, "eager"), {k: v for k, v in inputs.items() if k != "num_live_tokens"})
     assert_same(losses(model, inputs), expected)
     inputs |= {k: v.clone() for k, v in inputs.items() if k.endswith("attention_mask")}  # not yet measured
-    monkeypatch.setattr(integration, "attention", without_attention)
+    monkeypatch.setattr(attention_function, "attention", without_attention)
     model.eval()  # in training Transformers 5.17 compares a random number with BART's layerdrop, on the host
     with Waits(monkeypatch) as waits, widths(model) as seen:
         model(**inputs, use_cache=False).loss.backward()
@@ -295,7 +295,7 @@ def test_without_a_mask_the_host_never_waits(monkeypatch):
     inputs = labelled("bart", "none")
     inputs.pop("labels")
     model = packed("bart").eval()
-    monkeypatch.setattr(integration, "attention", without_attention)
+    monkeypatch.setattr(attention_function, "attention", without_attention)
     with Waits(monkeypatch) as waits:
         model(**inputs, use_cache=False)
     assert waits.count == 0

@@ -17,8 +17,8 @@ from transformers_models import assert_dropout_is_applied, assert_matches_eager,
 from unusual_models import COMPUTING, LATER_KEYS, NARROW, SHARED_CLASSES, WIDE, assert_matches_the_oracle
 
 from hf_flashbsa import BlockSparseConfig
-from hf_flashbsa.integration import sparse
-from hf_flashbsa.integration.mask import MaskSpec
+from hf_flashbsa.integration import sparse_layers
+from hf_flashbsa.integration.mask_function import MaskSpec
 from hf_flashbsa.masks.spec import AttentionSpec
 
 EXACT = AttentionInterface()["bsa_dense"]
@@ -264,7 +264,7 @@ SURROUNDING = [
     (MaskSpec, "as_tensor", tensor_that_shows_all, COMPUTING["doge"].assert_matches_eager),
     (MaskSpec, "as_tensor", tensor_that_shows_all, COMPUTING["t5gemma2"].assert_matches_eager),
     (BlockSparseConfig, "layout", layout_cut_at_the_diagonal, assert_shows_later_keys),
-    (sparse, "role_of", every_layer_taken_for_cross_attention, assert_roles),
+    (sparse_layers, "role_of", every_layer_taken_for_cross_attention, assert_roles),
 ]
 
 

@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 from transformers_models import assert_same, batch_for, run, tiny
 
 from hf_flashbsa import enable_padding_free
-from hf_flashbsa.integration.forward_pass import current_pass
+from hf_flashbsa.integration.padding_free.forward_pass import current_pass
 
 DENSE = AttentionInterface()["bsa_dense"]
 

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounter
 
 from hf_flashbsa.integration import layout_cache
 from hf_flashbsa.integration.block_sparse_config import BlockSparseConfig, Rule
-from hf_flashbsa.integration.sparse import set_block_sparse
+from hf_flashbsa.integration.sparse_layers import set_block_sparse
 from hf_flashbsa.patterns import make_layout
 from hf_flashbsa.selection import top_k_blocks
 

@@ -11,7 +11,7 @@ from sparse_models import MIXED, NAMES, SELECTING, SIZES, inputs_for, sparse
 from transformers_models import TOLERANCE, assert_same, errors_of, host_never_waits, live_logits, run
 
 from hf_flashbsa import attention, backends_used, enable_padding_free
-from hf_flashbsa.integration import forward
+from hf_flashbsa.integration import attention_function
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,7 +42,7 @@ def test_logits_and_gradients(name, rules, padding, monkeypatch):
     inputs, config = inputs_for(name, padding), CONFIGS[rules]
     expected = run(sparse(name, config).double(), inputs)
     result = on_cpu(run(sparse(name, config).cuda(), on_gpu(inputs)))
-    monkeypatch.setattr(forward, "attention", functools.partial(attention, backend="torch"))
+    monkeypatch.setattr(attention_function, "attention", functools.partial(attention, backend="torch"))
     native = errors_of(on_cpu(run(sparse(name, config).cuda(), on_gpu(inputs))), expected)
     assert_same(result, expected, max(TOLERANCE, 3 * max(native.values())))
 

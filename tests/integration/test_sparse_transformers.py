@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DataCollato
 from transformers_models import OWN_ATTENTION, assert_checkpointing_repeats, assert_same, batch_for, run, tiny
 
 from hf_flashbsa import BlockSparseConfig, backends_used, enable_padding_free, set_block_sparse
-from hf_flashbsa.integration.sparse import SparseLayer
+from hf_flashbsa.integration.sparse_layers import SparseLayer
 from hf_flashbsa.ops import lowering
 
 CONFIGS = {"patterns": MIXED, "selection": SELECTING}

@@ -28,8 +28,7 @@ from transformers_models import (
 )
 
 from hf_flashbsa import backends_used
-from hf_flashbsa.integration import forward as integration
-from hf_flashbsa.integration import register
+from hf_flashbsa.integration import attention_function, register
 from hf_flashbsa.masks.spec import AttentionSpec
 from hf_flashbsa.ops.reference import reference_attention
 
@@ -195,7 +194,7 @@ def test_masks_that_mean_nothing_raise(mask):
 def test_masks_of_the_caller_are_resolved_once_and_not_kept_alive():
     q, k, _ = qkv(5, 9)
     mask = torch.ones(2, 1, 5, 9, dtype=torch.bool)
-    specs = [integration._as_mask_spec(mask, q, k, True, None).spec for _ in range(2)]
+    specs = [attention_function._as_mask_spec(mask, q, k, True, None).spec for _ in range(2)]
     assert specs[0] is specs[1], "layers share one spec"
     gone = weakref.ref(specs[0])
     del specs, mask
@@ -260,8 +259,8 @@ def test_a_position_bias_with_packed_documents():
 
 def test_layers_share_the_spec_of_packed_documents(monkeypatch):
     seen = []
-    attention = integration.attention
-    monkeypatch.setattr(integration, "attention", lambda *a, **k: seen.append(a[3]) or attention(*a, **k))
+    attention = attention_function.attention
+    monkeypatch.setattr(attention_function, "attention", lambda *a, **k: seen.append(a[3]) or attention(*a, **k))
     for way in ("cu_seq_lens", "position_ids"):
         seen.clear()
         tiny("llama", "bsa_dense")(**WAYS[way](documents("llama")[1]), use_cache=False)
@@ -307,7 +306,7 @@ def test_keywords_that_would_be_ignored_raise(keyword):
 
 def test_output_attentions_warns_once(monkeypatch):
     lines = []
-    monkeypatch.setattr(integration.logger, "warning_once", lines.append)
+    monkeypatch.setattr(attention_function.logger, "warning_once", lines.append)
     DENSE(Layer(), *qkv(5, 5), None, output_attentions=True, is_causal=True)
     DENSE(Layer(), *qkv(5, 5), None, output_attentions=False, is_causal=True)
     assert len(lines) == 1 and "eager" in lines[0]

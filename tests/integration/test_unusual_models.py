@@ -16,8 +16,9 @@ from transformers_models import additive, assert_same, mask_of, strengthen
 from unusual_models import CALM, COMPUTING, LATER_KEYS, SHARED_CLASSES, SIZES, TABLES, TEXT, VISION
 
 from hf_flashbsa import BlockSparseConfig, backends_used, enable_padding_free, register_layer_stack, set_block_sparse
-from hf_flashbsa.integration import loading, stacks
+from hf_flashbsa.integration import loading
 from hf_flashbsa.integration.loading import _tables
+from hf_flashbsa.integration.padding_free import layer_stacks
 
 ALL = {**TABLES, **COMPUTING, **LATER_KEYS, **SHARED_CLASSES}
 
@@ -91,8 +92,8 @@ def test_the_reason_for_a_mask_as_tensor_is_logged_once(caplog):
 
 
 def test_padding_free_refuses_a_model_that_computes_on_its_mask(monkeypatch):
-    monkeypatch.setattr(stacks, "_STACKS", dict(stacks._STACKS))
-    register_layer_stack(t.DogeModel, stacks.LayerStack())
+    monkeypatch.setattr(layer_stacks, "_STACKS", dict(layer_stacks._STACKS))
+    register_layer_stack(t.DogeModel, layer_stacks.LayerStack())
     case = COMPUTING["doge"]
     model = case.make("bsa_dense")
     enable_padding_free(model)

@@ -24,7 +24,7 @@ from transformers import AttentionInterface
 from transformers_models import DECODER, assert_same, batch_for, tiny
 
 from hf_flashbsa import AttentionSpec
-from hf_flashbsa.integration import forward as integration
+from hf_flashbsa.integration import attention_function
 from hf_flashbsa.ops.reference import reference_attention
 
 DENSE = AttentionInterface()["bsa_dense"]
@@ -106,7 +106,7 @@ def test_without_a_mask_all_keys_are_seen_unless_the_call_says_otherwise(module,
 
 def test_a_causal_module_without_a_mask_is_warned_of_once(monkeypatch):
     lines = []
-    monkeypatch.setattr(integration.logger, "warning_once", lines.append)
+    monkeypatch.setattr(attention_function.logger, "warning_once", lines.append)
     for module, kwargs in ((Bare, {}), (Bidirectional, {}), (Causal, {"is_causal": True})):
         DENSE(module(), *qkv(), None, **kwargs)
     assert not lines

@@ -21,7 +21,7 @@ HOST_KERNELS = {
 ALLOWED = {
     "hf_flashbsa": {
         "hf_flashbsa.ops", "hf_flashbsa.masks", "hf_flashbsa.kernels.backends", "hf_flashbsa.integration",
-        "hf_flashbsa.training.losses", "hf_flashbsa.patterns", "hf_flashbsa.selection", "hf_flashbsa._deprecated",
+        "hf_flashbsa.patterns", "hf_flashbsa.selection", "hf_flashbsa._deprecated",
     },
     "hf_flashbsa.masks": {"torch", "hf_flashbsa.masks"},
     "hf_flashbsa.masks.block_layout": {"torch", "matplotlib", "hf_flashbsa.masks.modes"},
@@ -64,13 +64,12 @@ ALLOWED = {
         "torch", "transformers", "packaging", "hf_flashbsa.ops.api", "hf_flashbsa.ops.lowering", "hf_flashbsa.masks",
         "hf_flashbsa.integration", "hf_flashbsa.kernels.backends", "hf_flashbsa.kernels.block_tables",
     },
-    "hf_flashbsa.training": {
-        "torch", "transformers", "rich", "matplotlib", "liger_kernel", "hf_flashbsa.integration",
-        "hf_flashbsa.training",
-    },
+    "hf_flashbsa.integration.fused_loss": {"torch", "transformers", "liger_kernel", "hf_flashbsa.integration"},
+    "hf_flashbsa.training": {"torch", "transformers", "rich", "matplotlib", "hf_flashbsa.training"},
     "hf_flashbsa.environment": {"torch"},
     "hf_flashbsa.bench": {"torch", "triton", "rich", "matplotlib", "hf_flashbsa"},
-    "hf_flashbsa.doctor": {"torch", "transformers", "packaging", "hf_flashbsa"},
+    "hf_flashbsa.cli": {"torch", "triton", "rich", "hf_flashbsa"},
+    "hf_flashbsa.cli.doctor": {"torch", "transformers", "packaging", "hf_flashbsa"},
     "recipes": {
         "torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "yaml", "rich", "matplotlib",
         "rouge_score", "safetensors", "hf_flashbsa", "recipes",

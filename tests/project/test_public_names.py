@@ -13,7 +13,7 @@ from transformers_models import tiny
 import hf_flashbsa
 from hf_flashbsa import BlockSparseConfig, LayerStack, attention, use_deterministic
 from hf_flashbsa._deprecated import renamed
-from hf_flashbsa.integration import stacks
+from hf_flashbsa.integration.padding_free import layer_stacks
 from hf_flashbsa.ops import api
 
 
@@ -39,7 +39,7 @@ def test_patterns_and_selections_can_be_imported_by_their_public_paths():
 
 @pytest.mark.parametrize("name", ["configure", "register_stack"])
 def test_former_names_work_and_warn_once(name, monkeypatch):
-    monkeypatch.setattr(stacks, "_STACKS", dict(stacks._STACKS))
+    monkeypatch.setattr(layer_stacks, "_STACKS", dict(layer_stacks._STACKS))
     model, config = tiny("llama", "bsa_sparse"), BlockSparseConfig("local", window=3)
     arguments = (model, config) if name == "configure" else (torch.nn.Identity, LayerStack())
     new = {"configure": "set_block_sparse", "register_stack": "register_layer_stack"}[name]
@@ -52,7 +52,7 @@ def test_former_names_work_and_warn_once(name, monkeypatch):
     if name == "configure":
         assert model.config.block_sparse == config.to_dict()
     else:
-        assert stacks.declared_stack(torch.nn.Identity()) == LayerStack()
+        assert layer_stacks.declared_stack(torch.nn.Identity()) == LayerStack()
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import yaml
 import hf_flashbsa
 from hf_flashbsa.__main__ import COMMANDS as SUBCOMMANDS
 from hf_flashbsa.__main__ import main
-from hf_flashbsa.integration import stacks
+from hf_flashbsa.integration.padding_free import layer_stacks
 from recipes.xsum.config import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +57,7 @@ def checkpoints(tmp_path_factory):
 def test_python_runs(page, checkpoints, monkeypatch, capsys):
     """The snippets of a page, one after the other in one namespace, with tiny checkpoints instead of the Hub's."""
     doc_models.use_instead(monkeypatch, checkpoints)
-    monkeypatch.setattr(stacks, "_STACKS", dict(stacks._STACKS))  # a snippet registers one
+    monkeypatch.setattr(layer_stacks, "_STACKS", dict(layer_stacks._STACKS))  # a snippet registers one
     namespace = {}
     for source in blocks(page, "python"):
         exec(compile(source, name_of(page), "exec"), namespace)

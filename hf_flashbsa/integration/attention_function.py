@@ -7,11 +7,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.integrations.flash_attention import get_target_dtype
 from transformers.utils import logging
 
-from hf_flashbsa.integration.bias import in_wide_rows
-from hf_flashbsa.integration.mask import MaskSpec
-from hf_flashbsa.integration.packing import PackedMask
-from hf_flashbsa.integration.sparse import Call, SparseLayer
-from hf_flashbsa.integration.usage import note_backend
+from hf_flashbsa.integration.backend_log import note_backend
+from hf_flashbsa.integration.bias_alignment import in_wide_rows
+from hf_flashbsa.integration.mask_function import MaskSpec
+from hf_flashbsa.integration.padding_free.packing import PackedMask
+from hf_flashbsa.integration.sparse_layers import LayerCall, SparseLayer
 from hf_flashbsa.kernels.backends import take_forward
 from hf_flashbsa.masks.modes import may_keep
 from hf_flashbsa.masks.spec import AttentionSpec, padding_segment_ids
@@ -52,8 +52,8 @@ def bsa_sparse_forward(
 ) -> tuple[torch.Tensor, None]:
     """The attention function "bsa_sparse": a layer visits the blocks that the model's `BlockSparseConfig` gives it.
 
-    Arguments as in `_attend`. What the mask hides stays hidden; see `hf_flashbsa.integration.sparse` for where layouts
-    begin, and which calls stay dense.
+    Arguments as in `_attend`. What the mask hides stays hidden; `hf_flashbsa.integration.sparse_layers` says
+    where layouts begin, and which calls stay dense.
 
     Raises:
         ValueError: the model has no `BlockSparseConfig`; the layer's role cannot be told; a layout cannot be applied.
@@ -147,7 +147,7 @@ def _attend(
     else:
         spec = mask.spec
     if sparse is not None and not sparse.rule.is_dense:
-        call = Call(mask, spec, packed, position_bias, max_length_q, max_length_k)
+        call = LayerCall(mask, spec, packed, position_bias, max_length_q, max_length_k)
         spec = sparse.spec(module, call, query, key)
 
     out = attention(

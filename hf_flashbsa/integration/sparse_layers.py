@@ -25,9 +25,9 @@ import torch
 from torch import nn
 
 from hf_flashbsa.integration.block_sparse_config import BlockSparseConfig, Rule
-from hf_flashbsa.integration.guard import computes_own_attention
-from hf_flashbsa.integration.mask import MaskSpec, bsa_mask, replace_fields
-from hf_flashbsa.integration.packing import PackedMask
+from hf_flashbsa.integration.mask_function import MaskSpec, bsa_mask, replace_fields
+from hf_flashbsa.integration.model_source import computes_own_attention
+from hf_flashbsa.integration.padding_free.packing import PackedMask
 from hf_flashbsa.integration.roles import role_of, watch_roles
 from hf_flashbsa.masks.block_layout import BlockLayout
 from hf_flashbsa.masks.modes import is_eager
@@ -41,7 +41,7 @@ _SEVERAL_DOCUMENTS = (
 )
 
 
-class Call(NamedTuple):
+class LayerCall(NamedTuple):
     """What is known of an attention call beside its queries and keys.
 
     `spec` is what the call runs where it stays dense.
@@ -87,7 +87,7 @@ class SparseLayer(NamedTuple):
             )
         return cls(config, role, index, config.rule(role, index))
 
-    def spec(self, module: nn.Module, call: Call, query: torch.Tensor, key: torch.Tensor) -> AttentionSpec:
+    def spec(self, module: nn.Module, call: LayerCall, query: torch.Tensor, key: torch.Tensor) -> AttentionSpec:
         """The spec of a call with this layer's layout, or as it was where the call stays dense."""
         crosses = self.role == "cross"
         if not crosses and _has_cached_keys(call, query, key):
@@ -114,7 +114,7 @@ class SparseLayer(NamedTuple):
         made.append((wanted, known))
         return known
 
-    def _selected(self, call: Call, spec: AttentionSpec, query: torch.Tensor, key: torch.Tensor) -> BlockLayout:
+    def _selected(self, call: LayerCall, spec: AttentionSpec, query: torch.Tensor, key: torch.Tensor) -> BlockLayout:
         if spec.cu_seqlens_q is not None:
             raise ValueError(
                 f"bsa_sparse: {self.rule.pattern} selects blocks of padded batches, not of rows packed with "
@@ -127,7 +127,7 @@ class SparseLayer(NamedTuple):
         return self.config.select(self.role, self.index, query, key, live_q, live_k, spec.causal, shown)
 
 
-def _shown_blocks(call: Call, spec: AttentionSpec, query: torch.Tensor, size: int) -> torch.Tensor | None:
+def _shown_blocks(call: LayerCall, spec: AttentionSpec, query: torch.Tensor, size: int) -> torch.Tensor | None:
     """Which blocks a mask of the call shows, where a selection must not lose its choice to hidden ones."""
     if spec.mask is not None:
         whole = spec.mask.expand(-1, -1, query.shape[2], -1)
@@ -138,12 +138,12 @@ def _shown_blocks(call: Call, spec: AttentionSpec, query: torch.Tensor, size: in
     return shown_blocks(visible.expand(-1, -1, query.shape[2], -1), size)
 
 
-def _has_cached_keys(call: Call, query: torch.Tensor, key: torch.Tensor) -> bool:
+def _has_cached_keys(call: LayerCall, query: torch.Tensor, key: torch.Tensor) -> bool:
     offset = call.spec.query_offset
     return query.shape[2] != key.shape[2] or (isinstance(offset, int) and offset != 0)
 
 
-def _lengths(call: Call, query: torch.Tensor, key: torch.Tensor) -> tuple[int, int]:
+def _lengths(call: LayerCall, query: torch.Tensor, key: torch.Tensor) -> tuple[int, int]:
     """Queries and keys that a layout must cover, as the host knows them."""
     if isinstance(call.mask, PackedMask):
         return call.mask.rows_q.length, call.mask.rows_k.length
@@ -152,7 +152,7 @@ def _lengths(call: Call, query: torch.Tensor, key: torch.Tensor) -> tuple[int, i
     return tuple(known if isinstance(known, int) else length for known, length in zip(longest, lengths, strict=True))
 
 
-def _by_row(call: Call) -> AttentionSpec:
+def _by_row(call: LayerCall) -> AttentionSpec:
     """The spec of a call whose documents each have a row, or have their beginnings known.
 
     Raises where a row holds several documents.

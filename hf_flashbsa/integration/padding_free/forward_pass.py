@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 if TYPE_CHECKING:
-    from hf_flashbsa.integration.packing import Packing
+    from hf_flashbsa.integration.padding_free.packing import Packing
 
 
 class ForwardPass:

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from transformers import masking_utils
 
-from hf_flashbsa.integration.guard import computes_own_attention, takes_tensor_masks
 from hf_flashbsa.integration.mask_tensor import TensorOnDemand, visible_entries
+from hf_flashbsa.integration.model_source import computes_own_attention, takes_tensor_masks
 from hf_flashbsa.masks.spec import AttentionSpec, padding_segment_ids
 
 

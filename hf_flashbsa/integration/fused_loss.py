@@ -20,8 +20,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from hf_flashbsa.integration.hook_args import HookArgs
 from hf_flashbsa.integration.model_families import FAMILIES, class_path
-from hf_flashbsa.integration.stacks import Call
 
 logger = logging.get_logger(__name__)
 
@@ -167,7 +167,7 @@ def _enable_decoder_only(model: PreTrainedModel, label_smoothing: float) -> list
     patched = _PatchedForward(model)
     others = ("rope", "rms_norm", "layer_norm", "swiglu", "geglu", "cross_entropy")
     _apply_liger_kernel_to_instance(model, fused_linear_cross_entropy=True, **dict.fromkeys(others, False))
-    position = Call(model, (), {}).names["labels"]
+    position = HookArgs(model, (), {}).names["labels"]
 
     def before_model(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if hasattr(model.get_output_embeddings(), "base_layer"):  # an adapter's, whose weight is that of the base
@@ -230,7 +230,7 @@ class _FusedLoss:
 
     @torch.compiler.disable
     def before_model(self, model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        call = Call(model, args, kwargs)
+        call = HookArgs(model, args, kwargs)
         items, skip_logits = call.kwargs.pop("num_items_in_batch", None), call.kwargs.pop("skip_logits", None)
         labels = call.get("labels")
         if labels is None:

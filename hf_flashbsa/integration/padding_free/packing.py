@@ -12,8 +12,8 @@ import torch
 from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
-from hf_flashbsa.integration.forward_pass import ForwardPass
-from hf_flashbsa.integration.mask import MaskSpec, replace_fields
+from hf_flashbsa.integration.mask_function import MaskSpec, replace_fields
+from hf_flashbsa.integration.padding_free.forward_pass import ForwardPass
 from hf_flashbsa.masks.modes import is_eager
 from hf_flashbsa.masks.spec import AttentionSpec, padding_segment_ids
 

@@ -15,7 +15,7 @@ from torch import nn
 from transformers_models import tiny
 
 from hf_flashbsa import disable_fused_loss, enable_fused_loss, enable_padding_free, fused_loss
-from hf_flashbsa.training import losses as module
+from hf_flashbsa.integration import fused_loss as module
 
 pytest.importorskip("liger_kernel", reason="liger-kernel is optional: pip install --no-deps 'liger-kernel>=0.8.5'")
 SEQ2SEQ = ("bart", "mbart", "pegasus", "marian", "t5", "mt5")

@@ -20,11 +20,12 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from hf_flashbsa.integration.forward_pass import ForwardPass, current_pass, current_plan, enter, leave
-from hf_flashbsa.integration.mask import MaskSpec
-from hf_flashbsa.integration.packing import HINT, PackedMask, Packing, is_padding, measure, packing_of
+from hf_flashbsa.integration.hook_args import HookArgs, takes
+from hf_flashbsa.integration.mask_function import MaskSpec
+from hf_flashbsa.integration.padding_free.forward_pass import ForwardPass, current_pass, current_plan, enter, leave
+from hf_flashbsa.integration.padding_free.layer_stacks import LayerStack, declared_classes, declared_stack
+from hf_flashbsa.integration.padding_free.packing import HINT, PackedMask, Packing, is_padding, measure, packing_of
 from hf_flashbsa.integration.register import DENSE, SPARSE
-from hf_flashbsa.integration.stacks import Call, LayerStack, declared_classes, declared_stack, takes
 
 _HANDLES = "_padding_free_handles"
 
@@ -154,17 +155,17 @@ def _unknown(model: nn.Module) -> str:
 @torch.compiler.disable
 def _enter_model(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Forward pre-hook of the modules around stacks: measures their padding masks together."""
-    call = Call(module, args, kwargs)
+    call = HookArgs(module, args, kwargs)
     _measure(enter(module), module, call, cached=_has_cache(call) or bool(call.get("use_cache")))
     return call.result()
 
 
-def _has_cache(call: Call) -> bool:
+def _has_cache(call: HookArgs) -> bool:
     """Whether a key-value cache is given, by any of the names that Transformers has had for it."""
     return any(call.get(name) is not None for name in ("cache", "past_key_values", "cache_params"))
 
 
-def _measure(forward: ForwardPass, module: nn.Module, call: Call, cached: bool) -> None:
+def _measure(forward: ForwardPass, module: nn.Module, call: HookArgs, cached: bool) -> None:
     """Measures the padding masks of a call, unless a cache rules out packing."""
     totals = call.kwargs.pop(HINT, None)
     if cached:
@@ -211,7 +212,7 @@ class _Plan:
 @torch.compiler.disable
 def _enter_stack(stack: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Forward pre-hook of a stack: decides how it is packed, and packs the other stack's states for all layers."""
-    call = Call(stack, args, kwargs)
+    call = HookArgs(stack, args, kwargs)
     _check_implementation(stack)
     plan = _Plan(stack)
     forward = enter(stack, plan)
@@ -247,7 +248,7 @@ def _enter_stack(stack: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
     return call.result()
 
 
-def _uses_cache(stack: nn.Module, call: Call) -> bool:
+def _uses_cache(stack: nn.Module, call: HookArgs) -> bool:
     if _has_cache(call):
         return True
     if not takes(stack, "use_cache"):
@@ -264,7 +265,7 @@ def _pack_states(forward: ForwardPass, states: torch.Tensor, rows: Packing) -> t
 @torch.compiler.disable
 def _enter_layer(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """Forward pre-hook of a layer: packs what is still padded."""
-    call = Call(layer, args, kwargs)
+    call = HookArgs(layer, args, kwargs)
     mask = call.get("attention_mask")
     # The mask remembers the plan for the second forward of gradient checkpointing, when the stack has been left.
     plan = mask.derived("plan", (), current_plan) if isinstance(mask, MaskSpec) else current_plan()
@@ -296,7 +297,7 @@ def _enter_layer(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
     return call.result()
 
 
-def _check_companions(layer: nn.Module, call: Call, rows: Packing, declared: LayerStack, states: str) -> None:
+def _check_companions(layer: nn.Module, call: HookArgs, rows: Packing, declared: LayerStack, states: str) -> None:
     """Raises where an argument that looks like one entry for each token is not declared to be one."""
     known = {states, "encoder_hidden_states", *declared.per_token, *declared.shared}
     for name, value in call.items():
