@@ -37,7 +37,7 @@ MAX_LAUNCHES = 256
 MAX_DESCRIPTORS = 8192
 #: Releases of Triton whose `JITFunction.run` launches a compiled kernel as `Launches.run` does, whose `CudaLauncher`
 #: does no more than `_call_of` says and copies what it gets, and whose Gluon the Hopper kernels are written in.
-KNOWN_TRITON = ("3.6", "3.7")
+KNOWN_TRITON = ("3.6", "3.7", "3.8", "3.9")
 
 
 def is_known_triton() -> bool:
@@ -78,7 +78,8 @@ class Recorder:
         return self
 
     def __call__(self, kernel, grid: tuple[int, ...], *arguments, **options) -> None:
-        compiled = kernel[grid](*arguments, **options)
+        # Triton 3.10 will not fuse products and sums unless told to.
+        compiled = kernel[grid](*arguments, **options, enable_fp_fusion=True)
         if isinstance(compiled, CompiledKernel):  # the interpreter gives None
             arguments += tuple(options[name] for name in kernel.arg_names[len(arguments) :])
         self.launched.append((compiled, (*grid, 1, 1)[:3], arguments))
@@ -167,7 +168,8 @@ def _call_of(kernel: CompiledKernel, grid: tuple[int, ...], arguments: tuple) ->
     """
     arguments = (*grid, _STREAM, kernel.function, kernel.packed_metadata, _METADATA, _ENTER, _LEAVE, *arguments)
     run = kernel.run
-    if not isinstance(run, CudaLauncher) or run.global_scratch_size or run.profile_scratch_size:
+    adds_more = not isinstance(run, CudaLauncher) or getattr(run, "gsan_enabled", False)  # a sanitizer of Triton 3.8
+    if adds_more or run.global_scratch_size or run.profile_scratch_size:
         return run, arguments
     called: list[tuple] = []
     probe = copy.copy(run)
@@ -189,11 +191,19 @@ def _encoded(arguments: tuple, metadata: Iterator[dict | None]) -> tuple:
             made.append(_encoded(x, metadata))
         elif hasattr(x, "base"):
             of = next(metadata)
-            first, *sizes = make_tensordesc_arg(x, of)
+            first, *sizes = _tensordesc_arg(x, of)
             made += first if of is None else _Encoded(x, of), *sizes
         else:
             made.append(x)
     return tuple(made)
+
+
+#: Arguments of `make_tensordesc_arg` beyond the descriptor and its metadata, which Triton 3.8 added and ignores.
+_IGNORED = (None,) * (len(inspect.signature(make_tensordesc_arg).parameters) - 2)
+
+
+def _tensordesc_arg(descriptor, metadata: dict | None) -> list:
+    return make_tensordesc_arg(descriptor, metadata, *_IGNORED)
 
 
 def _picker(places: tuple[int, ...]) -> Callable:
@@ -230,7 +240,7 @@ class _Redescribed:
     def at(self, address: int):
         made = object.__new__(self._class)  # the checks of its constructor hold for the address too
         made.__dict__ = {**self._fields, "base": _Address(address)}
-        return made if self._metadata is None else make_tensordesc_arg(made, self._metadata)[0]
+        return made if self._metadata is None else _tensordesc_arg(made, self._metadata)[0]
 
 
 @functools.lru_cache(MAX_DESCRIPTORS)

@@ -1,8 +1,12 @@
-"""Makes Triton's CPU interpreter compute in bfloat16 as a GPU does (Triton 3.6 and 3.7; their issue 11584).
+"""Makes Triton's CPU interpreter compute in bfloat16 as a GPU does (Triton 3.6 to 3.9; their issue 11584).
 
-The interpreter holds bfloat16 as uint16 and neither multiplies nor rounds those numbers as floats. Matrix products
-get float32 operands here, which hold every bfloat16 exactly, and conversions go through torch, which rounds to
-nearest even. Arithmetic on bfloat16 elements stays wrong: kernels convert to float32 first, as they must anyway.
+The interpreter holds bfloat16 as uint16 and neither multiplies, compares nor rounds those numbers as floats. Products
+of matrices and comparisons get float32 operands here, which hold every bfloat16 exactly, and conversions go through
+torch, which rounds to nearest even. Arithmetic on bfloat16 elements stays wrong: kernels convert to float32 first, as
+they must anyway.
+
+That of Triton 3.9 makes integers of a bool that it spreads over a block, and then rejects them as a mask: they stay
+bools here.
 
 It also holds kernels to what they promise of their numbers (`tl.multiple_of`, `tl.max_contiguous`), which the compiler
 would believe, and spares the interpreter more than a quarter of its time, which went into looking for the same things
@@ -19,6 +23,9 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+
+_COMPARISONS = (np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal)
 
 
 def _widened(bits: np.ndarray) -> np.ndarray:
@@ -65,6 +72,7 @@ def _patch_builtin(place, builder, scope) -> None:
 def repair() -> None:
     """Patches the interpreter of this process. Call once, before the first kernel runs."""
     dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+    binary, splat = InterpreterBuilder.binary_op, InterpreterBuilder.create_splat
 
     def create_dot(self, a, b, acc, *rest):
         return dot(self, _as_float32(a), _as_float32(b), acc, *rest)
@@ -74,11 +82,24 @@ def repair() -> None:
             return TensorHandle(_narrowed(cast(self, _as_float32(x), tl.float32).data), tl.bfloat16)
         return cast(self, _as_float32(x), dtype)
 
+    def binary_op(self, a, b, op):
+        if op in _COMPARISONS:
+            a, b = _as_float32(a), _as_float32(b)
+        return binary(self, a, b, op)
+
+    def create_splat(self, shape, x):
+        made = splat(self, shape, x)
+        if x.data.dtype == np.bool_:
+            made.data = made.data.astype(np.bool_)
+        return made
+
     def set_attr(self, key, value):
         _check_promise(self, key, value)
         self.attr[key] = value
 
     TensorHandle.set_attr = set_attr
+    InterpreterBuilder.binary_op = binary_op
+    InterpreterBuilder.create_splat = create_splat
     InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder.cast_impl = cast_impl
     interpreter._patch_builtin = _patch_builtin

@@ -34,6 +34,7 @@ from hf_flashbsa.kernels.gluon_sm90.bwd_pipeline import (
     store_results,
     wait_resident,
 )
+from hf_flashbsa.kernels.gluon_sm90.compat import tma_load
 from hf_flashbsa.kernels.gluon_sm90.mask import apply_window_mask
 from hf_flashbsa.kernels.gluon_sm90.pipeline import CONSUMER_M, NUM_CONSUMERS, Problem
 from hf_flashbsa.kernels.gluon_sm90.tile_scheduler import (
@@ -73,11 +74,9 @@ def _produce_out(pipeline, i, out, scheduled, tiles: gl.constexpr):
     batch, begin = scheduled.work_tile.batch, scheduled.work_tile.begin
     mbarrier.wait(pipeline.empty.index(stage), phase ^ 1)
     mbarrier.expect(full, tiles.m * tiles.d * 2)
-    tma.async_copy_global_to_shared(out, [batch, scheduled.head, begin, 0], full, pipeline.first.index(stage))
+    tma_load(out, [batch, scheduled.head, begin, 0], full, pipeline.first.index(stage))
     if tiles.n == CONSUMER_M:
-        tma.async_copy_global_to_shared(
-            out, [batch, scheduled.head, begin + CONSUMER_M, 0], full, pipeline.second.index(stage)
-        )
+        tma_load(out, [batch, scheduled.head, begin + CONSUMER_M, 0], full, pipeline.second.index(stage))
 
 
 @gluon.jit

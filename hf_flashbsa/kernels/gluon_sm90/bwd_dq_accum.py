@@ -20,7 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from hf_flashbsa.kernels.gluon_sm90.bwd_pipeline import q_block, wait_resident
-from hf_flashbsa.kernels.gluon_sm90.pipeline import CONSUMER_M, NUM_CONSUMERS, barrier, tma_reduce_add
+from hf_flashbsa.kernels.gluon_sm90.compat import barrier, tma_reduce_add
+from hf_flashbsa.kernels.gluon_sm90.pipeline import CONSUMER_M, NUM_CONSUMERS
 from hf_flashbsa.kernels.gluon_sm90.tile_scheduler import load_scheduled_tile
 
 #: Stages of dS, and of dS K.

@@ -16,11 +16,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 
+from hf_flashbsa.kernels.gluon_sm90.compat import barrier, tma_load, tma_store
 from hf_flashbsa.kernels.gluon_sm90.epilogue import store_smem_rows
 from hf_flashbsa.kernels.gluon_sm90.pipeline import (
     CONSUMER_M,
     NUM_CONSUMERS,
-    barrier,
     smem_load,
     smem_store,
     warp_uniform,
@@ -125,9 +125,9 @@ def store_results(resident, tile_iter, first, second, length, problem):
             if problem.schedule is not None:
                 # TMA clips at the end of the tensor. Consumers store partial tiles themselves (`stage_results`).
                 begin = gl.where(begin + CONSUMER_M > work_tile.end, length, begin)
-            tma.async_copy_shared_to_global(first, [work_tile.batch, head, begin, 0], resident.first.index(slot))
+            tma_store(first, [work_tile.batch, head, begin, 0], resident.first.index(slot))
             if second is not None:
-                tma.async_copy_shared_to_global(second, [work_tile.batch, head, begin, 0], resident.second.index(slot))
+                tma_store(second, [work_tile.batch, head, begin, 0], resident.second.index(slot))
 
 
 @gluon.jit
@@ -145,10 +145,8 @@ def load_resident(resident, tile_iter, first, second, problem, tiles: gl.constex
         full, begin = resident.full.index(slot), work_tile.begin + wg * CONSUMER_M
         if is_valid:
             mbarrier.expect(full, 2 * CONSUMER_M * tiles.d * 2)
-            tma.async_copy_global_to_shared(first, [work_tile.batch, head, begin, 0], full, resident.first.index(slot))
-            tma.async_copy_global_to_shared(
-                second, [work_tile.batch, head, begin, 0], full, resident.second.index(slot)
-            )
+            tma_load(first, [work_tile.batch, head, begin, 0], full, resident.first.index(slot))
+            tma_load(second, [work_tile.batch, head, begin, 0], full, resident.second.index(slot))
         else:
             mbarrier.arrive(full, count=1)
 
@@ -212,8 +210,8 @@ def produce(pipeline, i, first, second, batch, head, start, publish, BLOCK: gl.c
         smem_store(pipeline.block_info, stage * BLOCK_INFO_WORDS + 1, head)
         barrier()
     mbarrier.expect(full, 2 * BLOCK * DIM * 2)
-    tma.async_copy_global_to_shared(first, [batch, head, start, 0], full, pipeline.first.index(stage))
-    tma.async_copy_global_to_shared(second, [batch, head, start, 0], full, pipeline.second.index(stage))
+    tma_load(first, [batch, head, start, 0], full, pipeline.first.index(stage))
+    tma_load(second, [batch, head, start, 0], full, pipeline.second.index(stage))
 
 
 @gluon.jit

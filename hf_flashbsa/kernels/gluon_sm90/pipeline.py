@@ -1,26 +1,20 @@
-"""Building blocks of the Gluon kernels: named barriers, shared-memory words, uniform values, TMA reduce-add.
-
-What differs between releases of Gluon is here.
-"""
+"""Building blocks of the Gluon kernels: named barriers, shared-memory words, uniform values."""
 
 from __future__ import annotations
 
 from enum import IntEnum
 from typing import NamedTuple
 
-from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from hf_flashbsa.kernels import tables
+from hf_flashbsa.kernels.gluon_sm90.compat import barrier, reinterpret
 
 #: Consumer warpgroups, and rows of each: the M of one wgmma.
 NUM_CONSUMERS = gl.constexpr(2)
 CONSUMER_M = gl.constexpr(tables.SCHEDULE_TILE // NUM_CONSUMERS.value)
-#: bar.sync of the threads of this partition.
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # renamed in Triton 3.7
 
 
 class NamedBarrier(IntEnum):
@@ -58,15 +52,6 @@ class Problem(NamedTuple):
     tile_counter: object
 
 
-@builtin
-def tma_reduce_add(descriptor, begin, tile, _semantic=None):
-    """TMA reduce-add of a shared-memory tile to global memory. The builder has the op; Gluon 3.6 has no wrapper for
-    it.
-    """
-    begin = _semantic._convert_to_ir_values(begin, require_i64=False)
-    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, descriptor.handle, begin, tile.handle)
-
-
 @gluon.jit
 def warp_uniform(x):
     """Broadcast lane 0's value, so that ptxas knows it to be uniform and keeps it in a uniform register."""
@@ -89,7 +74,7 @@ def zero_rows(tile, start, lo, hi, BLOCK: gl.constexpr, DIM: gl.constexpr):
     PIECES: gl.constexpr = BLOCK // PIECE
     HALVES: gl.constexpr = DIM // 64
     LAYOUT: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
-    pieces = tile._reinterpret(gl.int32, [HALVES * PIECES, PIECE * ROW], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    pieces = reinterpret(tile, gl.int32, [HALVES * PIECES, PIECE * ROW], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     for i in range(gl.where(start < lo, 0, gl.maximum(hi - start, 0) // PIECE), PIECES):
         begin = start + i * PIECE
         if (begin < lo) | (begin + PIECE > hi):

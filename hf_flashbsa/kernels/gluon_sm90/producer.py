@@ -15,7 +15,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from hf_flashbsa.kernels.gluon_sm90.pipeline import CONSUMER_M, NUM_CONSUMERS, barrier, smem_store, zero_rows
+from hf_flashbsa.kernels.gluon_sm90.compat import barrier, tma_load, tma_store
+from hf_flashbsa.kernels.gluon_sm90.pipeline import CONSUMER_M, NUM_CONSUMERS, smem_store, zero_rows
 from hf_flashbsa.kernels.gluon_sm90.tile_scheduler import (
     allocate_mailbox,
     count_blocks,
@@ -135,7 +136,7 @@ def _drain_q_stage(out, smem, tile_iter, problem):
             if problem.schedule is not None:
                 # TMA clips at the end of the tensor. Consumers store partial tiles themselves (`epilogue`).
                 begin = gl.where(begin + CONSUMER_M > work_tile.end, problem.len_q, begin)
-            tma.async_copy_shared_to_global(out, [work_tile.batch, head, begin, 0], smem.q_tiles.index(slot))
+            tma_store(out, [work_tile.batch, head, begin, 0], smem.q_tiles.index(slot))
     tma.store_wait(0)
 
 
@@ -150,7 +151,7 @@ def _load_q(q, out, tile_iter, smem, problem, tiles: gl.constexpr):
         full, begin = smem.q_full.index(slot), work_tile.begin + wg * CONSUMER_M
         if is_valid:
             mbarrier.expect(full, CONSUMER_M * tiles.d * 2)
-            tma.async_copy_global_to_shared(q, [work_tile.batch, head, begin, 0], full, smem.q_tiles.index(slot))
+            tma_load(q, [work_tile.batch, head, begin, 0], full, smem.q_tiles.index(slot))
         else:
             mbarrier.arrive(full, count=1)
 
@@ -173,7 +174,7 @@ def _load_k(k, kv_block, step, smem, tiles: gl.constexpr, STAGES: gl.constexpr):
     stage = step % STAGES
     full, tile = smem.k_full.index(stage), smem.k_tiles.index(stage)
     mbarrier.expect(full, tiles.n * tiles.d * 2)
-    tma.async_copy_global_to_shared(k, [kv_block.batch, kv_block.head, kv_block.start, 0], full, tile)
+    tma_load(k, [kv_block.batch, kv_block.head, kv_block.start, 0], full, tile)
 
 
 @gluon.jit
@@ -187,14 +188,14 @@ def _load_v(v, kv_block, step, num_zeroed, smem, problem, tiles: gl.constexpr, S
     # TMA fills with 0 beyond the end of the tensor.
     if (kv_block.start < kv_block.lo) | (gl.minimum(kv_block.start + tiles.n, problem.len_k) > kv_block.hi):
         mbarrier.expect(smem.v_loaded, tiles.n * tiles.d * 2)
-        tma.async_copy_global_to_shared(v, [kv_block.batch, kv_block.head, kv_block.start, 0], smem.v_loaded, tile)
+        tma_load(v, [kv_block.batch, kv_block.head, kv_block.start, 0], smem.v_loaded, tile)
         mbarrier.wait(smem.v_loaded, num_zeroed & 1)
         zero_rows(tile, kv_block.start, kv_block.lo, kv_block.hi, tiles.n, tiles.d)
         mbarrier.arrive(full, count=1)
         num_zeroed += 1
     else:
         mbarrier.expect(full, tiles.n * tiles.d * 2)
-        tma.async_copy_global_to_shared(v, [kv_block.batch, kv_block.head, kv_block.start, 0], full, tile)
+        tma_load(v, [kv_block.batch, kv_block.head, kv_block.start, 0], full, tile)
     return num_zeroed
 
 

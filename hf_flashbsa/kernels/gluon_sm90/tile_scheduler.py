@@ -14,10 +14,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from hf_flashbsa.kernels.gluon_sm90.compat import barrier
 from hf_flashbsa.kernels.gluon_sm90.pipeline import (
     CONSUMER_M,
     NEXT_TILE,
-    barrier,
     named_barrier_arrive,
     named_barrier_sync,
     smem_load,
