@@ -77,7 +77,7 @@ def _why_not_hopper(triton: str | None, device: torch.device) -> str | None:
         return "they need the triton back end"
     if not tuning.is_hopper(device):
         return "the GPU is no Hopper (sm_90)"
-    return importlib.import_module("hf_flashbsa.kernels.gluon_sm90.dispatch").unavailable_reason()
+    return importlib.import_module("hf_flashbsa.kernels.gluon_sm90.dispatch").unavailable_reason(device)
 
 
 def _trial(backend: str, device: torch.device) -> str | None:

@@ -56,7 +56,7 @@ def test_says_why_hopper_kernels_do_not_run(monkeypatch):
     assert "sm_90" in doctor._why_not_hopper(None, gpu)
     monkeypatch.setattr(doctor.tuning, "is_hopper", lambda device: True)
     assert doctor._why_not_hopper(None, gpu) is None
-    monkeypatch.setattr("hf_flashbsa.kernels.gluon_sm90.dispatch.unavailable_reason", lambda: "another Gluon")
+    monkeypatch.setattr("hf_flashbsa.kernels.gluon_sm90.dispatch.unavailable_reason", lambda device: "another Gluon")
     assert doctor._why_not_hopper(None, gpu) == "another Gluon"
 
 

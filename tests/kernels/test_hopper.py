@@ -288,9 +288,9 @@ def test_reasons_are_logged_once(on_hopper, caplog):
 
 @pytest.fixture
 def asked_anew():
-    dispatch.unavailable_reason.cache_clear()
+    dispatch._unavailable_reason.cache_clear()
     yield
-    dispatch.unavailable_reason.cache_clear()
+    dispatch._unavailable_reason.cache_clear()
 
 
 def test_another_gluon_is_a_reason(on_hopper, asked_anew, caplog):
@@ -300,8 +300,3 @@ def test_another_gluon_is_a_reason(on_hopper, asked_anew, caplog):
         for _ in range(2):
             assert dispatch.why_unsupported("forward", *_arguments()) == reason
     assert [record.message for record in caplog.records] == [f"Hopper kernels: {reason}"]
-
-
-def test_an_unknown_triton_is_a_reason(on_hopper, asked_anew, monkeypatch):
-    monkeypatch.setattr(dispatch.launch_cache.triton, "__version__", "3.99.0")
-    assert dispatch.why_unsupported("forward", *_arguments()) == "tested with Triton 3.6 and 3.7 only"

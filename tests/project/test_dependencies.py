@@ -54,6 +54,9 @@ ALLOWED = {
         "torch", "hf_flashbsa.kernels.arguments", "hf_flashbsa.kernels.launch_cache", "hf_flashbsa.kernels.call_plan",
         "hf_flashbsa.kernels.tuning",
     },
+    "hf_flashbsa.kernels.gluon_sm90.trial": {
+        "torch", "triton", "hf_flashbsa.kernels.call_plan", "hf_flashbsa.kernels.torch",
+    },
     "hf_flashbsa.kernels.gluon_sm90.launch": {
         "torch", "triton", "hf_flashbsa.kernels.arguments", "hf_flashbsa.kernels.gluon_sm90",
         "hf_flashbsa.kernels.call_plan", "hf_flashbsa.kernels.tables", "hf_flashbsa.kernels.triton",

@@ -23,24 +23,44 @@ logger = logging.getLogger(__name__)
 
 _log_once = functools.cache(logger.info)
 
-#: The module that needs Gluon.
+#: The modules that need Gluon.
 _LAUNCH = "hf_flashbsa.kernels.gluon_sm90.launch"
+_TRIAL = "hf_flashbsa.kernels.gluon_sm90.trial"
+
+
+#: Devices on which the kernels are being tried.
+_on_trial: set[torch.device] = set()
+
+
+def unavailable_reason(device: torch.device) -> str | None:
+    """Why this release of Triton cannot run the kernels, logged once; None where it can. A release that they were not
+    tested with is tried on the device first (trial.py)."""
+    return None if device in _on_trial else _unavailable_reason(device)
 
 
 @functools.cache
-def unavailable_reason() -> str | None:
-    """Why this release of Triton cannot compile the kernels, logged once; None where it can."""
-    reason = None
-    if not launch_cache.is_known_triton():
-        reason = f"tested with Triton {' and '.join(launch_cache.KNOWN_TRITON)} only"
-    else:
-        try:
-            importlib.import_module(_LAUNCH)
-        except (ImportError, AttributeError) as error:
-            reason = f"this release of Triton lacks what they need ({error})"
+def _unavailable_reason(device: torch.device) -> str | None:
+    try:
+        importlib.import_module(_LAUNCH)
+        reason = None if launch_cache.is_known_triton() else _failure_on_trial(device)
+    except (ImportError, AttributeError) as error:
+        reason = f"this release of Triton lacks what they need ({error})"
     if reason is not None:
         logger.warning("Hopper kernels: %s", reason)
     return reason
+
+
+def _failure_on_trial(device: torch.device) -> str | None:
+    known = f"{', '.join(launch_cache.KNOWN_TRITON[:-1])} and {launch_cache.KNOWN_TRITON[-1]}"
+    logger.info(
+        "Hopper kernels: tested with Triton %s; they are tried with %s", known, launch_cache.triton.__version__
+    )
+    _on_trial.add(device)
+    try:
+        failure = importlib.import_module(_TRIAL).failure(device)
+    finally:
+        _on_trial.remove(device)
+    return None if failure is None else f"they failed a trial with Triton {launch_cache.triton.__version__}: {failure}"
 
 
 @functools.cache
@@ -114,7 +134,7 @@ def why_unsupported(
         # TMA needs 16-byte alignment and positive strides.
         if not is_aligned(x) or any(n > 1 and s <= 0 for n, s in zip(x.shape, x.stride(), strict=True)):
             return "rows that do not begin at multiples of 16 bytes, or expanded tensors"
-    return unavailable_reason()
+    return unavailable_reason(q.device)
 
 
 def new_tile_counters(
