@@ -134,8 +134,7 @@ def test_gradient_checkpointing(name, rules, use_reentrant):
     assert_checkpointing_repeats(lambda: sparse(name, CONFIGS[rules], **{setting: 0.2}), run, inputs, use_reentrant)
 
 
-@pytest.mark.parametrize("rules", CONFIGS)
-@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize(("name", "rules"), zip(["bert", "llama"], CONFIGS, strict=True))
 def test_compiled_training_step(name, rules):
     inputs = inputs_for(name, "right")
     expected = run(oracle(name, CONFIGS[rules]), inputs)

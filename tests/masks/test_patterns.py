@@ -353,10 +353,10 @@ LONG = {
 @pytest.mark.parametrize("name", sorted(PATTERNS))
 def test_long_sequences_take_seconds(name):
     start = time.perf_counter()
-    layout = make_layout(name, 131_072, 131_072, causal=True, num_heads=4, **LONG[name])
-    assert layout.grid.shape[2:] == (1024, 1024)
+    layout = make_layout(name, 65_536, 65_536, causal=True, num_heads=4, **LONG[name])
+    assert layout.grid.shape[2:] == (512, 512)
     assert layout.tile_masks is None or len(layout.tile_masks) < 50
-    assert time.perf_counter() - start < 20
+    assert time.perf_counter() - start < 10
 
 
 @pytest.mark.parametrize("name", sorted(PATTERNS))

@@ -251,6 +251,13 @@ class Memory:
         return step(), self.bytes
 
 
+@pytest.fixture
+def little_garbage(monkeypatch):
+    """Collecting the garbage of a process full of models, before each try, takes seconds."""
+    monkeypatch.setattr("gc.collect", lambda: 0)
+
+
+@pytest.mark.usefixtures("little_garbage")
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
 @pytest.mark.parametrize("total", [float("inf"), 20 * GIB])
 @pytest.mark.parametrize("start", [1, 3, 64, 1000])
@@ -261,6 +268,7 @@ def test_largest_batch_is_exact(start, total, error):
     assert len(memory.tried) == len(set(memory.tried)) < 20
 
 
+@pytest.mark.usefixtures("little_garbage")
 @pytest.mark.parametrize("start", [16, 30, 60])
 def test_largest_batch_takes_few_tries_where_memory_is_linear(start):
     memory = Memory(GIB // 2, 6 * GIB)
@@ -268,6 +276,7 @@ def test_largest_batch_takes_few_tries_where_memory_is_linear(start):
     assert found.batch == 68 and memory.tried[-2:] == [68, 69] and len(memory.tried) <= 4
 
 
+@pytest.mark.usefixtures("little_garbage")
 def test_largest_batch_is_exact_where_memory_is_not_linear():
     """A fixed peak until activations outgrow it, and memory that grows by pages of ten examples."""
     for bytes_of in (lambda n: max(8 * GIB, n * n * GIB // 1000), lambda n: (3 + n // 10) * GIB):
@@ -281,6 +290,7 @@ def test_largest_batch_is_exact_where_memory_is_not_linear():
         assert bytes_of(found.batch) <= 24 * GIB < bytes_of(found.batch + 1) and len(tried) < 25
 
 
+@pytest.mark.usefixtures("little_garbage")
 def test_largest_batch_limits_and_resolution():
     memory = Memory(GIB // 8)
     assert largest_batch(memory.step, 16, limit=50, progress=False, measure=memory.measure).batch == 50
