@@ -7,11 +7,12 @@ BIN := $(VENV)/bin
 # No notice of mkdocs-material about its successor.
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help demo test lint docs clean
+.PHONY: help demo test fast lint docs clean
 
 help:
 	@echo "make demo   train, evaluate and report a small BART on generated documents: CPU, a few minutes"
 	@echo "make test   run the tests: CPU, Triton kernels in Triton's interpreter"
+	@echo "make fast   run the tests that are known to be fast: two minutes"
 	@echo "make lint   check style and formatting"
 	@echo "make docs   build the documentation into site/"
 	@echo "make clean  remove $(VENV) and site/"
@@ -22,6 +23,9 @@ demo: $(VENV)/.recipes
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+fast: $(VENV)/.test
+	$(BIN)/python -m pytest -n $(WORKERS) -m fast
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import durations
 import pytest
 import torch
 
@@ -20,15 +21,24 @@ if not torch.cuda.is_available():
 from run_cases import poisoned_memory
 
 
+def pytest_addoption(parser):
+    parser.addoption("--record-durations", action="store_true", help=f"write {durations.FILE.name} of a whole run")
+
+
+def pytest_configure(config):
+    if config.getoption("record_durations"):
+        config.pluginmanager.register(durations.Recording())
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by markers
 def pytest_collection_modifyitems(items):
-    """Tests that take minutes come first, so that none of them is the last one running."""
-    items.sort(key=lambda item: item.get_closest_marker("minutes") is None)
+    durations.sort_and_mark(items)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Workers without tests take over what others have not begun. By default, those that take minutes would all stay
-    with the first worker."""
+    """Workers without tests take over what others have not begun. By default, the longest would all stay with the
+    first worker."""
     if config.getoption("dist") == "load":
         from xdist.scheduler import WorkStealingScheduling
 

@@ -96,7 +96,6 @@ def test_narrow_loads_feed_no_wgmma(kernel, head_dim, plain):
     assert not _fills_wgmma(kernel, config._asdict())
 
 
-@pytest.mark.minutes
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_entry_compiles_well(arch):
     """Within the GPU's shared memory, and without spills of kilobytes, which ptxas makes of tiles that are too large;

@@ -32,7 +32,6 @@ def compiled_for(head_dim: int) -> tuple[list[dict], list]:
     return rows, reached
 
 
-@pytest.mark.minutes
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_calls_reach_the_kernels_which_compile_well(head_dim):

@@ -54,7 +54,6 @@ def main(arch: int) -> None:
     print(json.dumps(counts))
 
 
-@pytest.mark.minutes
 @pytest.mark.parametrize("arch", [80, 90])
 def test_all_that_can_be_wide_is(arch):
     (counts,) = run_compiling(__file__, str(arch))

@@ -41,7 +41,6 @@ def run(files: Path, *arguments: str) -> tuple[list[dict], str]:
     return [json.loads(line) for line in (files / "rows.jsonl").read_text().splitlines()], done.stdout
 
 
-@pytest.mark.minutes
 def test_all_parts(files):
     variants = (
         DENSE,
@@ -73,7 +72,6 @@ def predictions(ledger: dict[str, dict]) -> list[float]:
     return [ledger[variant]["double_predicted_over_measured"] for variant in (DENSE, PACKED)]
 
 
-@pytest.mark.minutes
 @pytest.mark.parametrize("model", ["t5-base", "llama-1b"])
 def test_memory_of_other_models(files, model):
     sizes = ("--window", "1", "--ledger-batch", "4")
