@@ -76,7 +76,9 @@ def segment_tiles(
 
 def _changes(ids: torch.Tensor) -> torch.Tensor:
     """bool `(B, n)`: rows whose id is not that of the row before."""
-    return torch.nn.functional.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True)
+    changes = ids != ids.roll(1, 1)  # no slice of n - 1 rows, or tracers would ask whether n is 2
+    changes[:, 0] = True
+    return changes
 
 
 def _cumulative_tiles(edges: torch.Tensor, tile: int) -> torch.Tensor:
@@ -90,8 +92,9 @@ def _next(edges: torch.Tensor) -> torch.Tensor:
     """`(B, n)`: the first of `edges` behind each row, n where there is none."""
     length = edges.shape[1]
     at = torch.where(edges, torch.arange(length, device=edges.device), length)
-    here = at.flip(1).cummin(1).values.flip(1)
-    return torch.cat([here[:, 1:], torch.full_like(here[:, :1], length)], dim=1)
+    behind = at.flip(1).cummin(1).values.flip(1).roll(-1, 1)
+    behind[:, -1] = length
+    return behind
 
 
 def _met(own: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, ...]:
