@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from hf_flashbsa.bench import report, targets
+from hf_flashbsa.bench import presets, report
 from hf_flashbsa.bench.cases import MASKS, PASSES, Case
 from hf_flashbsa.bench.jobs import Job, measure_job
 from hf_flashbsa.bench.layouts import PATTERNS
+from hf_flashbsa.bench.presets import PRESETS
 from hf_flashbsa.bench.providers import CPU_PROVIDERS, GPU_PROVIDERS, PROVIDERS
-from hf_flashbsa.bench.targets import PRESETS
 from hf_flashbsa.bench.workers import JobError, run_jobs
 from hf_flashbsa.environment import device_name, environment
 
@@ -62,7 +62,7 @@ def _layout(name: str, density: float, options: argparse.Namespace) -> tuple[tup
 
 def jobs_of(options: argparse.Namespace) -> list[Job]:
     if options.preset:
-        return targets.jobs(PRESETS[options.preset]())
+        return presets.jobs(PRESETS[options.preset]())
     if options.host:
         cases = [
             Case("causal", **HOST_CASE, heads_k=HOST_CASE["heads"], head_dim=dim, dtype=options.dtype)
@@ -90,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, help="default: all that the device can have")
     parser.add_argument("--baseline", choices=PROVIDERS, help="whose speed counts as 1; default fa2, on CPU sdpa")
-    parser.add_argument("--preset", choices=PRESETS, help="time the cells of these targets instead, and judge them")
+    parser.add_argument("--preset", choices=PRESETS, help="time the comparisons of a preset instead")
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no measurement after this long")
     parser.add_argument("--resume", action="store_true", help="leave out what the file has rows of, by this code")
     parser.add_argument("--repeats", type=int, default=30)
@@ -117,7 +117,7 @@ def _left(jobs: list[Job], path: Path, made_with: dict) -> tuple[list[Job], list
 
 
 def _show(rows: list[dict], options: argparse.Namespace) -> None:
-    """Prints why measurements are missing, and the rows or, for a preset, its targets."""
+    """Prints why measurements are missing, and the rows or, for a preset, its comparisons."""
     console = Console(width=None if sys.stdout.isatty() else 180)
     for reason in report.reasons(rows):
         print(reason)
@@ -125,7 +125,7 @@ def _show(rows: list[dict], options: argparse.Namespace) -> None:
         report.plot(rows, options.plot)
         print(f"drew {options.plot}")
     if options.preset:
-        console.print(targets.table(PRESETS[options.preset](), rows))
+        console.print(presets.table(PRESETS[options.preset](), rows))
     else:
         baseline = options.baseline or ("fa2" if options.device == "cuda" else "sdpa")
         console.print(report.table(rows, baseline))

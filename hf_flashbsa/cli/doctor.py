@@ -111,7 +111,7 @@ def examine() -> dict:
     if unavailable["triton"] is None:
         unavailable["triton"] = _trial("triton", device)
     arch = tuning.architecture(device)
-    file = resources.files("hf_flashbsa.kernels").joinpath("configs", f"{arch}.json")
+    file = resources.files("hf_flashbsa.kernels").joinpath("configs", tuning.file_name(arch))
     gpu = None
     if cuda:
         properties = torch.cuda.get_device_properties(device)

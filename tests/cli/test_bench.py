@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from hf_flashbsa import __main__
-from hf_flashbsa.bench import jobs, report, targets
+from hf_flashbsa.bench import jobs, presets, report
 from hf_flashbsa.bench.cases import MASKS, Case, make_inputs, reference_error
 from hf_flashbsa.bench.jobs import Job, measure_job
 from hf_flashbsa.bench.layouts import PATTERNS, flex_block_mask
 from hf_flashbsa.bench.measure import measure, measure_host, measure_wall, peak_bytes
+from hf_flashbsa.bench.presets import PRESETS, Comparison
 from hf_flashbsa.bench.providers import PROVIDERS, Unsupported, _flash_package, enabled
-from hf_flashbsa.bench.targets import PRESETS
 from hf_flashbsa.bench.workers import JobError, run_jobs
 from hf_flashbsa.masks.block_layout import BlockLayout
 
@@ -230,26 +230,26 @@ def test_bench_times_layouts(tmp_path, capsys):
         __main__.main([*command.split(), "--masks", "window"])
 
 
-def test_preset_times_its_jobs_and_judges_its_targets(tmp_path, monkeypatch, capsys):
+def test_preset_times_its_jobs_and_compares_them(tmp_path, monkeypatch, capsys):
     case = small("full", dtype="float32")
     ours, other = (Job(name, case, "forward", "wall") for name in ("hf_flashbsa", "sdpa"))
     preset = [
-        targets.Target("easy", "ms", ours, other, 1e-6, 1e6),
-        targets.Target("hard", "ms", other, ours, 1e6),
-        targets.Target("shown", "ms", ours, ours),
-        targets.Target("memory", "peak_bytes", ours, other, None, 1.0),
+        Comparison("speed", "ms", other, ours),
+        Comparison("itself", "ms", ours, ours),
+        Comparison("memory", "peak_bytes", ours, other),
     ]
     monkeypatch.setitem(PRESETS, "hopper", lambda: iter(preset))
     path = tmp_path / "rows.jsonl"
     assert __main__.main(f"bench --device cpu --preset hopper --repeats 2 --out {path}".split()) == 0
-    assert len(path.read_text().splitlines()) == 2, "a job that several targets name is timed once"
+    assert len(path.read_text().splitlines()) == 2, "a job that several comparisons name is timed once"
     printed = capsys.readouterr().out
     lines = {words[0]: words for words in (line.split() for line in printed.splitlines()) if words}
-    assert lines["easy"][-1] == "yes" and lines["hard"][-1] == "NO"
-    assert lines["shown"] == ["shown", "1.000"]
+    ms = {row["provider"]: row["ms"] for row in report.read([path])}
+    assert lines["speed"] == ["speed", f"{ms['sdpa'] / ms['hf_flashbsa']:.3f}"]
+    assert lines["itself"] == ["itself", "1.000"]
     assert lines["memory"][1:3] == ["not", "measured"]
     assert __main__.main(f"bench --device cpu --preset hopper --show {path}".split()) == 0
-    assert "easy" in capsys.readouterr().out
+    assert "itself" in capsys.readouterr().out
     assert __main__.main(f"bench --device cpu --preset hopper --seconds 0 --out {path}".split()) == 0
     assert "2 of 2 measurements were left out" in capsys.readouterr().out
 
@@ -278,9 +278,9 @@ def test_bench_resumes_where_it_was_stopped(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_name_jobs_that_can_be_told_apart(name):
-    named = targets.jobs(PRESETS[name]())
-    assert len({targets._key(job.fields()) for job in named}) == len(named)
-    texts = [target.text for target in PRESETS[name]()]
+    named = presets.jobs(PRESETS[name]())
+    assert len({presets._key(job.fields()) for job in named}) == len(named)
+    texts = [comparison.text for comparison in PRESETS[name]()]
     assert len(set(texts)) == len(texts)
     assert all(job.provider in PROVIDERS for job in named)
 

@@ -2,6 +2,10 @@
 
 import argparse
 import json
+import os
+import signal
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +27,7 @@ def test_examines_this_machine(no_interpreter, capsys):
     assert found["backends"]["triton"]["ok"] == torch.cuda.is_available()
     assert found["registered"]["bsa_dense"] == "with its mask function"
     assert found["versions"]["torch"] == torch.__version__
-    assert found["configuration"]["file"].endswith(".json")
+    assert Path(found["configuration"]["file"]).is_file()
 
 
 def test_prints_one_line_each(no_interpreter, capsys):
@@ -81,3 +85,12 @@ def test_missing_extra_is_named(monkeypatch, capsys):
     monkeypatch.setitem(__main__.COMMANDS, "doctor", ("a_package_nobody_has", "?"))
     assert __main__.main(["doctor"]) == 1
     assert "pip install" in capsys.readouterr().err
+
+
+def test_reader_that_has_enough_ends_the_command_quietly(monkeypatch):
+    """As in `hf-flashbsa doctor | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert __main__.main([]) == 128 + signal.SIGPIPE

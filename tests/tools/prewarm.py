@@ -24,7 +24,7 @@ import torch
 from hopper_calls import every_call_on_hopper
 
 from hf_flashbsa import attention, use_deterministic
-from hf_flashbsa.bench import targets
+from hf_flashbsa.bench import presets
 from hf_flashbsa.bench.cases import Case, make_inputs
 from hf_flashbsa.kernels import tuning
 
@@ -58,8 +58,8 @@ def _case(seed: int, options: argparse.Namespace) -> None:
 def works(options: argparse.Namespace) -> Iterator[Work]:
     """What the options name."""
     for preset in options.preset:
-        jobs = targets.jobs(targets.PRESETS[preset]())
-        for deterministic, provider in ((True, targets.OURS), (False, targets.UNORDERED)):
+        jobs = presets.jobs(presets.PRESETS[preset]())
+        for deterministic, provider in ((True, presets.OURS), (False, presets.UNORDERED)):
             for case in dict.fromkeys(job.case for job in jobs if job.provider == provider):
                 yield f"{preset} {case}, {provider}", functools.partial(_bench, case, deterministic)
     if options.gpu_tests:
@@ -76,7 +76,7 @@ def works(options: argparse.Namespace) -> Iterator[Work]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", nargs="+", choices=targets.PRESETS, default=[], help="cells of the benchmark")
+    parser.add_argument("--preset", nargs="+", choices=presets.PRESETS, default=[], help="cells of the benchmark")
     parser.add_argument("--gpu-tests", action="store_true", help="tests/kernels/test_hopper_gpu.py")
     parser.add_argument("--cases", type=int, default=0, help="so many of tests/tools/run_cases.py --hopper")
     parser.add_argument("--unordered", action="store_true", help="compile the cases for sums whose order may vary")
