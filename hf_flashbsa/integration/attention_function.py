@@ -10,7 +10,7 @@ from transformers.utils import logging
 from hf_flashbsa.integration.backend_log import note_backend
 from hf_flashbsa.integration.bias_alignment import in_wide_rows
 from hf_flashbsa.integration.mask_function import MaskSpec
-from hf_flashbsa.integration.padding_free.packing import PackedMask
+from hf_flashbsa.integration.padding_free.packed_mask import PackedMask
 from hf_flashbsa.integration.sparse_layers import LayerCall, SparseLayer
 from hf_flashbsa.kernels.backends import take_forward
 from hf_flashbsa.masks.modes import may_keep
@@ -37,8 +37,8 @@ def bsa_dense_forward(
     attention_mask: MaskSpec | torch.Tensor | None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """The attention function "bsa_dense" of Transformers' `AttentionInterface`: exact. Arguments as in `_attend`."""
-    return _attend(None, module, query, key, value, attention_mask, **kwargs)
+    """The attention function "bsa_dense" of Transformers: exact. Arguments as in `_bsa_forward`."""
+    return _bsa_forward(None, module, query, key, value, attention_mask, **kwargs)
 
 
 def bsa_sparse_forward(
@@ -52,17 +52,17 @@ def bsa_sparse_forward(
 ) -> tuple[torch.Tensor, None]:
     """The attention function "bsa_sparse": a layer visits the blocks that the model's `BlockSparseConfig` gives it.
 
-    Arguments as in `_attend`. What the mask hides stays hidden; `hf_flashbsa.integration.sparse_layers` says
+    Arguments as in `_bsa_forward`. What the mask hides stays hidden; `hf_flashbsa.integration.sparse_layers` says
     where layouts begin, and which calls stay dense.
 
     Raises:
         ValueError: the model has no `BlockSparseConfig`; the layer's role cannot be told; a layout cannot be applied.
     """
     layer = SparseLayer.of(module, is_causal, _mask_is_causal(attention_mask))
-    return _attend(layer, module, query, key, value, attention_mask, is_causal=is_causal, **kwargs)
+    return _bsa_forward(layer, module, query, key, value, attention_mask, is_causal=is_causal, **kwargs)
 
 
-def _attend(
+def _bsa_forward(
     sparse: SparseLayer | None,
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -113,30 +113,19 @@ def _attend(
     Raises:
         ValueError: a keyword that would change the result and is not supported; masks that do not fit.
     """
-    for name, meaning in _UNSUPPORTED.items():
-        if kwargs.get(name) is not None:
-            raise ValueError(f"{name}: hf_flashbsa does not support {meaning}; use attn_implementation='eager'.")
-    if kwargs.get("output_attentions") and not torch.compiler.is_compiling():
-        logger.warning_once("hf_flashbsa keeps no attention weights; use attn_implementation='eager' to see them.")
+    _check_keywords(kwargs)
     if indices is not None:
         attention_mask = _selected_keys(attention_mask, indices, query.shape[2], key.shape[2])
     if position_bias is not None and _is_cross(module, is_causal) and not _learns_bias(module):
         position_bias = None
     query, key, value = _one_dtype(module, query, key, value)
     rows = None
-    if isinstance(attention_mask, PackedMask) and (
-        attention_mask.needs_padding
-        or (position_bias is not None and not attention_mask.takes_bias)
-        or (sparse is not None and sparse.rule.selects)
-    ):
+    if _must_unpack(attention_mask, position_bias, sparse):
         rows = attention_mask.rows_q
         query, key, value = attention_mask.unpack(query, key, value)
         attention_mask = attention_mask.padded
 
-    if _is_additive(attention_mask):
-        position_bias = attention_mask if position_bias is None else _masked_bias(position_bias, attention_mask)
-    if position_bias is not None:
-        position_bias = _aligned_bias(position_bias, attention_mask)
+    position_bias = _bias_of(position_bias, attention_mask)
     packed = cu_seq_lens_q is not None or cu_seq_lens_k is not None
     if attention_mask is None or attention_mask.ndim == 2:
         is_causal = _is_causal(module, is_causal, attention_mask is not None or packed)
@@ -151,20 +140,31 @@ def _attend(
         spec = sparse.spec(module, call, query, key)
 
     out = attention(
-        query,
-        key,
-        value,
-        spec,
-        bias=position_bias,
-        sinks=s_aux,
-        softmax_scale=scaling,
-        softcap=softcap,
-        dropout_p=dropout,
-    )
+        query, key, value, spec,
+        bias=position_bias, sinks=s_aux, softmax_scale=scaling, softcap=softcap, dropout_p=dropout,
+    )  # fmt: skip
     if not torch.compiler.is_compiling():
         note_backend(module, take_forward())
     out = out.transpose(1, 2)
     return (out if rows is None else rows.pack(out)), None
+
+
+def _check_keywords(keywords: dict) -> None:
+    """Raises for keywords that would change the result; warns of attention weights, which nobody gets."""
+    for name, meaning in _UNSUPPORTED.items():
+        if keywords.get(name) is not None:
+            raise ValueError(f"{name}: hf_flashbsa does not support {meaning}; use attn_implementation='eager'.")
+    if keywords.get("output_attentions") and not torch.compiler.is_compiling():
+        logger.warning_once("hf_flashbsa keeps no attention weights; use attn_implementation='eager' to see them.")
+
+
+def _must_unpack(mask: MaskSpec | torch.Tensor | None, bias: torch.Tensor | None, sparse: SparseLayer | None) -> bool:
+    """Whether a call on packed rows runs on the padded batch: its mask, bias or selected blocks belong to that."""
+    return isinstance(mask, PackedMask) and (
+        mask.needs_padding
+        or (bias is not None and not mask.takes_bias)
+        or (sparse is not None and sparse.rule.selects)
+    )
 
 
 def _mask_is_causal(mask: MaskSpec | torch.Tensor | None) -> bool | None:
@@ -243,7 +243,7 @@ def _is_additive(mask: MaskSpec | torch.Tensor | None) -> bool:
 def _selected_keys(
     mask: MaskSpec | torch.Tensor | None, indices: torch.Tensor, len_q: int, len_k: int
 ) -> torch.Tensor:
-    """The 4-D mask that hides what `mask` hides and all keys but `indices`, see `_attend`."""
+    """The 4-D mask that hides what `mask` hides and all keys but `indices`, see `_bsa_forward`."""
     if indices.ndim != 3 or indices.shape[1] != len_q or indices.is_floating_point():
         raise ValueError(
             f"indices: expected integers of shape (B, Q, n) with Q = {len_q}, got {indices.dtype} "
@@ -265,8 +265,15 @@ def _masked_bias(bias: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return total.masked_fill(mask <= torch.finfo(mask.dtype).min, torch.finfo(total.dtype).min)
 
 
-def _aligned_bias(bias: torch.Tensor, mask: MaskSpec | torch.Tensor | None) -> torch.Tensor:
-    """The bias in rows that kernels read fast, copied once for all layers of a forward pass that share a mask."""
+def _bias_of(bias: torch.Tensor | None, mask: MaskSpec | torch.Tensor | None) -> torch.Tensor | None:
+    """What a call adds to its scores, in rows that kernels read fast: its bias, its additive mask, or their sum.
+
+    Copied once for all layers of a forward pass that share a mask.
+    """
+    if _is_additive(mask):
+        bias = mask if bias is None else _masked_bias(bias, mask)
+    if bias is None:
+        return None
     if not isinstance(mask, MaskSpec) or torch.compiler.is_compiling():
         return in_wide_rows(bias)
     return mask.derived("bias in wide rows", (bias, torch.is_grad_enabled()), lambda: in_wide_rows(bias))

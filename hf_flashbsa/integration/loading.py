@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_flashbsa.integration.model_source import dispatches
-from hf_flashbsa.integration.register import DENSE, SPARSE
+from hf_flashbsa.integration.names import DENSE, SPARSE
 from hf_flashbsa.integration.roles import watch_roles
 
 logger = logging.get_logger(__name__)
@@ -41,7 +41,7 @@ def _choosing(original):
             if name in (DENSE, SPARSE):
                 _extend_tables(type(self))
         else:
-            _switch_held_configs(self, name)
+            _switch_layer_configs(self, name)
             if name == SPARSE:
                 _prepare_sparse(self)
         return name
@@ -135,18 +135,18 @@ def _extend_tables(cls: type) -> None:
 # Configs that layers hold
 
 
-def _switch_held_configs(model: PreTrainedModel, name: str) -> None:
+def _switch_layer_configs(model: PreTrainedModel, name: str) -> None:
     """Switches other config objects of the model's own kind that its layers hold.
 
     `EncoderDecoderModel` gives its encoder a new config and leaves the old one to the layers, which
     `set_attn_implementation` does not see: masks would be of one implementation, attention of another.
     """
     for module in _own_modules(model):
-        held = getattr(module, "config", None)
-        if held is model.config or type(held) is not type(model.config):
+        layer_config = getattr(module, "config", None)
+        if layer_config is model.config or type(layer_config) is not type(model.config):
             continue
-        if {name, held._attn_implementation} & {DENSE, SPARSE}:
-            held._attn_implementation_internal = name
+        if {name, layer_config._attn_implementation} & {DENSE, SPARSE}:
+            layer_config._attn_implementation_internal = name
 
 
 def _own_modules(module: nn.Module) -> Iterator[nn.Module]:

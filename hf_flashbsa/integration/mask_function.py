@@ -177,7 +177,7 @@ def recognise(mask_function: Callable) -> Structure | None:
         return Structure()
     if torch.compiler.is_compiling() or getattr(mask_function, "__module__", None) != masking_utils.__name__:
         return None
-    held = dict(
+    cells = dict(
         zip(
             mask_function.__code__.co_freevars, (c.cell_contents for c in mask_function.__closure__ or ()), strict=True
         )
@@ -185,20 +185,20 @@ def recognise(mask_function: Callable) -> Structure | None:
     maker = mask_function.__qualname__.partition(".")[0]
     if maker == "sliding_window_overlay":
         # Configs write 0 or -1 for "no window".
-        return Structure(left=held["sliding_window"] - 1) if held["sliding_window"] > 0 else Structure()
+        return Structure(left=cells["sliding_window"] - 1) if cells["sliding_window"] > 0 else Structure()
     if maker == "sliding_window_bidirectional_overlay":
-        reach = held["sliding_window"]  # tokens on each side, besides the own one
+        reach = cells["sliding_window"]  # tokens on each side, besides the own one
         return Structure(left=reach, right=reach) if reach >= 0 else Structure()
     if maker == "chunked_overlay":
-        return Structure(chunks=(held["chunk_size"], held["left_padding"])) if held["chunk_size"] else Structure()
+        return Structure(chunks=(cells["chunk_size"], cells["left_padding"])) if cells["chunk_size"] else Structure()
     if maker == "packed_sequence_mask_function":
-        return Structure(documents=held["packed_sequence_mask"])
+        return Structure(documents=cells["packed_sequence_mask"])
     if maker == "remap_positions_for_packed_sequence":
         # Within a document positions run on by one, so that distances are those of the row. Chunks are not distances.
-        inner = recognise(held["mask_function"])
+        inner = recognise(cells["mask_function"])
         return None if inner is None or inner.chunks is not None or inner.documents is not None else inner
     if maker == "and_masks":
-        return _intersection([recognise(f) for f in held["mask_functions"]])
+        return _intersection([recognise(f) for f in cells["mask_functions"]])
     return None
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import transformers
 from packaging.version import Version
 
-#: Name of the exact attention. Names must not contain "flash": Transformers loads a FlashAttention build for such.
-DENSE = "bsa_dense"
-#: Name of block-sparse attention, for models with a `BlockSparseConfig`.
-SPARSE = "bsa_sparse"
+from hf_flashbsa.integration.names import DENSE, SPARSE
+
 OLDEST = "5.17"
 
 

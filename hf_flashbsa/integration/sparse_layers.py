@@ -27,7 +27,7 @@ from torch import nn
 from hf_flashbsa.integration.block_sparse_config import BlockSparseConfig, Rule
 from hf_flashbsa.integration.mask_function import MaskSpec, bsa_mask, replace_fields
 from hf_flashbsa.integration.model_source import computes_own_attention
-from hf_flashbsa.integration.padding_free.packing import PackedMask
+from hf_flashbsa.integration.padding_free.packed_mask import PackedMask
 from hf_flashbsa.integration.roles import role_of, watch_roles
 from hf_flashbsa.masks.block_layout import BlockLayout
 from hf_flashbsa.masks.modes import is_eager
@@ -204,9 +204,9 @@ def set_block_sparse(model: nn.Module, config: BlockSparseConfig) -> None:
     if not isinstance(config, BlockSparseConfig):
         raise ValueError(f"config: {config!r}; give a BlockSparseConfig.")
     for module in model.modules():
-        held = getattr(module, "config", None)
-        if hasattr(held, "model_type"):
-            held.block_sparse = config.to_dict()
+        module_config = getattr(module, "config", None)
+        if hasattr(module_config, "model_type"):
+            module_config.block_sparse = config.to_dict()
         if isinstance(module, nn.ModuleList):
             for index, layer in enumerate(module):
                 for part in layer.modules():

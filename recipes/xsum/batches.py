@@ -22,7 +22,7 @@ from recipes.xsum.data import (
     epoch_batches,
     tokenize_records,
 )
-from recipes.xsum.model import IGNORED_LABEL
+from recipes.xsum.model import IGNORED_LABEL, architecture_of, check_prompt
 from recipes.xsum.processes import main_first
 from recipes.xsum.records import load_records
 from recipes.xsum.tokenizer import load_tokenizer
@@ -42,8 +42,8 @@ class RunData:
 
     def __init__(self, config: Config, accelerator: Accelerator, tokenizer_folder: Path | None) -> None:
         self.config, self.accelerator = config, accelerator
-        architecture = config.architecture  # a model that does not exist is known before documents are read
-        config.check_prompt()
+        self.architecture = architecture_of(config)  # a model that does not exist is known before documents are read
+        check_prompt(config, self.architecture)
         if config.seed + accelerator.num_processes > 2**32:
             raise ConfigError(f"seed {config.seed}: each process adds its rank, beyond 2**32 - 1; lower it")
 
@@ -52,7 +52,7 @@ class RunData:
             name = config.tokenizer if tokenizer_folder is None else str(tokenizer_folder)
             self.tokenizer = load_tokenizer(replace(config, tokenizer=name), self.records["train"])
             self.tokens = {
-                split: tokenize_records(records, self.tokenizer, config, architecture)
+                split: tokenize_records(records, self.tokenizer, config, self.architecture)
                 for split, records in self.records.items()
             }
 
@@ -76,7 +76,7 @@ class RunData:
             )
 
     def collator(self, model: PreTrainedModel) -> Collator:
-        kind = Seq2SeqCollator if self.config.architecture == "seq2seq" else CausalCollator
+        kind = Seq2SeqCollator if self.architecture == "seq2seq" else CausalCollator
         collator = kind(self.tokenizer, model=model)
         return PaddingFreeCollator(collator) if self.config.padding_free else collator
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import functools
 import math
 import types
 import typing
@@ -173,25 +172,6 @@ class Config:
         """The splits that a run reads, training first."""
         held_out = {self.final_split} | ({"validation"} if self.eval_every else set())
         return ["train", *sorted(held_out)]
-
-    @functools.cached_property
-    def architecture(self) -> str:
-        """Either "seq2seq" or "causal" (decoder-only), read from the model's Transformers config.
-
-        Raises `ConfigError` for a model that cannot be found, and for any other architecture.
-        """
-        from recipes.xsum.model import architecture_of, transformers_config
-
-        return architecture_of(transformers_config(self))
-
-    def check_prompt(self) -> None:
-        """Raise `ConfigError` where `prompt_template` is given and an encoder-decoder would not read it."""
-        default = type(self).prompt_template
-        if self.architecture == "seq2seq" and self.prompt_template != default:
-            raise ConfigError(
-                f"prompt_template {self.prompt_template!r} is for decoder-only models, and this one is an "
-                "encoder-decoder, which reads the bare document; leave prompt_template out"
-            )
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)

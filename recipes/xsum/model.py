@@ -122,12 +122,13 @@ def transformers_config(config: Config) -> PreTrainedConfig:
         raise ConfigError(f"model_config does not make a {kind} config: {first_line(error)}") from error
 
 
-def architecture_of(model_config: PreTrainedConfig) -> str:
-    """ "seq2seq" for encoder-decoders, "causal" for decoder-only language models.
+def architecture_of(config: Config) -> str:
+    """The kind of the model: "seq2seq" for encoder-decoders, "causal" for decoder-only language models.
 
-    Raises `ConfigError` for all others. Transformers makes language models of encoders too, whose tokens see the ones
-    that they are to predict.
+    Raises `ConfigError` for a model that cannot be found, and for all others. Transformers makes language models of
+    encoders too, whose tokens see the ones that they are to predict.
     """
+    model_config = transformers_config(config)
     kind, usable = model_config.model_type, "use an encoder-decoder (bart, t5) or a decoder-only model (llama, gpt2)"
     seq2seq = model_config.is_encoder_decoder
     is_encoder = kind in ENCODERS or getattr(model_config, "use_bidirectional_attention", None) is True
@@ -139,6 +140,15 @@ def architecture_of(model_config: PreTrainedConfig) -> str:
     if not hasattr(model_config, "vocab_size"):
         raise ConfigError(f"{kind} is made of several models, each with its own config; {usable}")
     return "seq2seq" if seq2seq else "causal"
+
+
+def check_prompt(config: Config, architecture: str) -> None:
+    """Raise `ConfigError` where `prompt_template` is given and an encoder-decoder would not read it."""
+    if architecture == "seq2seq" and config.prompt_template != Config.prompt_template:
+        raise ConfigError(
+            f"prompt_template {config.prompt_template!r} is for decoder-only models, and this one is an "
+            "encoder-decoder, which reads the bare document; leave prompt_template out"
+        )
 
 
 def build_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

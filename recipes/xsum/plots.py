@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib
 
@@ -14,9 +13,7 @@ import numpy as np
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from recipes.xsum.files import new_file
-
-if TYPE_CHECKING:
-    from recipes.xsum.report import Run
+from recipes.xsum.runs import Run
 
 GIB = 2**30
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

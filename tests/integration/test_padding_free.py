@@ -13,7 +13,7 @@ from packed_models import KNOWN, labelled, live_rows, losses, packed, widths
 from transformers_models import SIZE, assert_same, batch_for, strengthen, tiny
 
 from hf_flashbsa import LayerStack, enable_padding_free, register_layer_stack
-from hf_flashbsa.integration.padding_free import hooks, layer_stacks, packing
+from hf_flashbsa.integration.padding_free import hooks, layer_stacks, live_tokens
 from hf_flashbsa.integration.padding_free.packing import Packing
 
 RAGGED = ("right", "left", "holes")
@@ -48,11 +48,11 @@ def documents_shifted(monkeypatch):
 
 
 def holes_unnoticed(monkeypatch):
-    monkeypatch.setattr(packing, "_holes", lambda live: torch.tensor(0))
+    monkeypatch.setattr(live_tokens, "_holes", lambda live: torch.tensor(0))
 
 
 def companions_of_the_row(monkeypatch):
-    monkeypatch.setattr(hooks._Plan, "companion", lambda plan, x: x.repeat(1, 3, 1)[:, : plan.rows.total])
+    monkeypatch.setattr(hooks._Plan, "pack_per_token", lambda plan, x: x.repeat(1, 3, 1)[:, : plan.rows.total])
 
 
 def bias_forgotten(monkeypatch):

@@ -8,14 +8,12 @@ in the tensor's version counter.
 from __future__ import annotations
 
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-if TYPE_CHECKING:
-    from hf_flashbsa.integration.padding_free.packing import Packing
+from hf_flashbsa.integration.padding_free.packing import Packing
 
 
 class ForwardPass:

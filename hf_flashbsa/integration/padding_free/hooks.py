@@ -22,10 +22,12 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_flashbsa.integration.hook_args import HookArgs, takes
 from hf_flashbsa.integration.mask_function import MaskSpec
+from hf_flashbsa.integration.names import DENSE, SPARSE
 from hf_flashbsa.integration.padding_free.forward_pass import ForwardPass, current_pass, current_plan, enter, leave
 from hf_flashbsa.integration.padding_free.layer_stacks import LayerStack, declared_classes, declared_stack
-from hf_flashbsa.integration.padding_free.packing import HINT, PackedMask, Packing, is_padding, measure, packing_of
-from hf_flashbsa.integration.register import DENSE, SPARSE
+from hf_flashbsa.integration.padding_free.live_tokens import HINT, is_padding, measure, packing_of
+from hf_flashbsa.integration.padding_free.packed_mask import PackedMask
+from hf_flashbsa.integration.padding_free.packing import Packing
 
 _HANDLES = "_padding_free_handles"
 
@@ -198,15 +200,15 @@ class _Plan:
 
     stack: nn.Module
     rows: Packing | None = None
-    _companions: dict[int, tuple[torch.Tensor, torch.Tensor]] = dataclasses.field(default_factory=dict)
+    _packed: dict[int, tuple[torch.Tensor, torch.Tensor]] = dataclasses.field(default_factory=dict)
 
-    def companion(self, x: torch.Tensor) -> torch.Tensor:
+    def pack_per_token(self, x: torch.Tensor) -> torch.Tensor:
         """A tensor with an entry for each token, packed; kept for the next layer unless gradients flow through it."""
         if x.requires_grad:
             return self.rows.pack(x)
-        if id(x) not in self._companions:
-            self._companions[id(x)] = (x, self.rows.pack(x))  # holds x, so that its id stays its own
-        return self._companions[id(x)][1]
+        if id(x) not in self._packed:
+            self._packed[id(x)] = (x, self.rows.pack(x))  # holds x, so that its id stays its own
+        return self._packed[id(x)][1]
 
 
 @torch.compiler.disable
@@ -276,7 +278,7 @@ def _enter_layer(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
         raise ValueError(f"padding_free: {type(layer).__name__} got {what}; its stack cannot be packed.")
     rows, declared = plan.rows, declared_stack(plan.stack)
     states = next(iter(call.names))
-    _check_companions(layer, call, rows, declared, states)
+    _check_per_token(layer, call, rows, declared, states)
     hidden = call.get(states)
     if not rows.is_packed(hidden):
         if not rows.is_padded(hidden):
@@ -289,15 +291,15 @@ def _enter_layer(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
     for name in declared.per_token:
         value = call.get(name)
         if isinstance(value, (tuple, list)):
-            call.set(name, type(value)(plan.companion(x) for x in value))
+            call.set(name, type(value)(plan.pack_per_token(x) for x in value))
         elif value is not None:
-            call.set(name, plan.companion(value))
+            call.set(name, plan.pack_per_token(value))
     if declared.prepare is not None:
         declared.prepare(layer, call, rows)
     return call.result()
 
 
-def _check_companions(layer: nn.Module, call: HookArgs, rows: Packing, declared: LayerStack, states: str) -> None:
+def _check_per_token(layer: nn.Module, call: HookArgs, rows: Packing, declared: LayerStack, states: str) -> None:
     """Raises where an argument that looks like one entry for each token is not declared to be one."""
     known = {states, "encoder_hidden_states", *declared.per_token, *declared.shared}
     for name, value in call.items():

@@ -198,10 +198,10 @@ def backward(dout, dlse, q, k, v, out, lse, gradients, plan: CallPlan) -> None:
         p = torch.exp(s - total.masked_fill(total == float("-inf"), 0.0)[..., None])
         dp = (_grouped(do, heads_k) @ v_[:, :, None].mT).flatten(1, 2)
         keep = _dropout_factors(piece, q.shape[1], plan)
-        p_kept = p
+        p_dropped = p
         if keep is not None:
-            p_kept, dp = p * keep, dp * keep
-        dv_sum[piece.rows_k, :, piece.k] += (_grouped(p_kept, heads_k).mT @ _grouped(do, heads_k)).sum(2)
+            p_dropped, dp = p * keep, dp * keep
+        dv_sum[piece.rows_k, :, piece.k] += (_grouped(p_dropped, heads_k).mT @ _grouped(do, heads_k)).sum(2)
         ds = p * (dp - delta[piece.rows_q, :, piece.q, None])
         if dbias is not None:
             part = _bias_piece(dbias_sum, piece)
