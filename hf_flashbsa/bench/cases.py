@@ -201,21 +201,21 @@ class Inputs:
             visible &= self.document_q.T == self.document_k
         visible = visible[None, None]
         if case.pattern is not None:
-            visible = visible & self._shown()
+            visible = visible & self._visible_by_layout()
         return visible & self.live[:, None, None] if case.mask == "padded" else visible
 
-    def _shown(self) -> torch.Tensor:
+    def _visible_by_layout(self) -> torch.Tensor:
         """bool `(1, H or 1, S, S)`: what the layout shows, of packed documents from the first token of each."""
         if not self.case.is_packed:
             return self.layout.to_mask(self.case.length, self.case.length)
         total = self.k.shape[2]
-        shown = torch.zeros(*self.layout.grid.shape[:2], total, total, dtype=torch.bool, device=self.k.device)
+        visible = torch.zeros(*self.layout.grid.shape[:2], total, total, dtype=torch.bool, device=self.k.device)
         begin = 0
         for length in self.case.documents:
             own = slice(begin, begin + length)
-            shown[:, :, own, own] = self.layout.to_mask(length, length)
+            visible[:, :, own, own] = self.layout.to_mask(length, length)
             begin += length
-        return shown
+        return visible
 
 
 def _document(cu_seqlens: torch.Tensor, total: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ from hf_flashbsa.masks.patterns import make_layout
 REACH, GLOBAL_TOKENS = 256, 128
 
 
-class Timed(NamedTuple):
+class TimedPattern(NamedTuple):
     """A pattern with its parameters, and as FlexAttention's users write it, a rule on entries; None where blocks are
     whole."""
 
@@ -24,20 +24,20 @@ class Timed(NamedTuple):
     rule: Callable | None = None
 
 
-TIMED = {
-    "local": Timed("local", {"window": REACH}, lambda b, h, q, k: (q - k).abs() <= REACH),
-    "longformer": Timed(
+TIMED_PATTERNS = {
+    "local": TimedPattern("local", {"window": REACH}, lambda b, h, q, k: (q - k).abs() <= REACH),
+    "longformer": TimedPattern(
         "longformer",
         {"window": 2 * REACH, "num_global_tokens": GLOBAL_TOKENS},
         lambda b, h, q, k: ((q - k).abs() <= REACH) | (q < GLOBAL_TOKENS) | (k < GLOBAL_TOKENS),
     ),
-    "bigbird": Timed("bigbird", {"num_random_blocks": 3}),
+    "bigbird": TimedPattern("bigbird", {"num_random_blocks": 3}),
     # Eight blocks in every block row but the first and last, whatever the length.
-    "eight": Timed("bigbird", {"num_global_blocks": 0, "num_random_blocks": 5, "per_head": False}),
-    "butterfly": Timed("butterfly", {}),
+    "eight": TimedPattern("bigbird", {"num_global_blocks": 0, "num_random_blocks": 5, "per_head": False}),
+    "butterfly": TimedPattern("butterfly", {}),
 }
 #: What `--patterns` takes; "dense" is no layout at all.
-PATTERNS = ("dense", "random", *TIMED)
+PATTERNS = ("dense", "random", *TIMED_PATTERNS)
 
 
 @functools.lru_cache(maxsize=16)
@@ -47,7 +47,7 @@ def layout_of(
     """The layout of a name in `PATTERNS` on the CPU; `chance` is that of "random"."""
     if pattern == "random":
         return random_layout(chance, length, block_size, causal)
-    name, parameters, _ = TIMED[pattern]
+    name, parameters, _ = TIMED_PATTERNS[pattern]
     return make_layout(name, length, length, block_size, causal=causal, num_heads=heads, **parameters)
 
 
@@ -88,20 +88,20 @@ def flex_block_mask(pattern: str, layout: BlockLayout, length: int, causal: bool
     from torch.nn.attention.flex_attention import BlockMask, and_masks
 
     full, partial = layout.grid == FULL, layout.grid >= PARTIAL
-    rule = TIMED[pattern].rule if pattern in TIMED else None
+    rule = TIMED_PATTERNS[pattern].rule if pattern in TIMED_PATTERNS else None
     rules = [rule] if rule else []
     if causal:
         diagonal = torch.eye(full.shape[-1], dtype=torch.bool, device=full.device)
         full, partial = full & ~diagonal, partial | full & diagonal
         rules.append(lambda b, h, q, k: q >= k)
 
-    def listed(which: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def index_lists(which: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         order = torch.argsort((~which).to(torch.uint8), dim=-1, stable=True)
         return which.sum(-1, dtype=torch.int32), order.to(torch.int32).contiguous()
 
     return BlockMask.from_kv_blocks(
-        *listed(partial),
-        *listed(full),
+        *index_lists(partial),
+        *index_lists(full),
         BLOCK_SIZE=layout.block_size,
         mask_mod=and_masks(*rules) if rules else None,
         seq_lengths=(length, length),

@@ -84,13 +84,13 @@ def run_jobs(
     """
     deadline = time.monotonic() + seconds
     waiting = list(reversed(jobs))
-    crew = [_start(work) for _ in range(min(workers, len(jobs)))]
+    pool = [_start(work) for _ in range(min(workers, len(jobs)))]
     try:
-        while (waiting or any(worker.job is not None for worker in crew)) and time.monotonic() < deadline:
-            for worker in crew:
+        while (waiting or any(worker.job is not None for worker in pool)) and time.monotonic() < deadline:
+            for worker in pool:
                 if worker.job is None and waiting:
                     worker.give(waiting.pop())
-            busy = [worker for worker in crew if worker.job is not None]
+            busy = [worker for worker in pool if worker.job is not None]
             ready = wait([worker.pipe for worker in busy], timeout=0.2)
             for worker in busy:
                 answer = None
@@ -105,10 +105,10 @@ def run_jobs(
                 job, worker.job = worker.job, None
                 if not goes_on:
                     worker.process.kill()
-                    crew.remove(worker)
+                    pool.remove(worker)
                     if waiting:
-                        crew.append(_start(work))
+                        pool.append(_start(work))
                 yield job, result
     finally:
-        for worker in crew:
+        for worker in pool:
             worker.process.kill()

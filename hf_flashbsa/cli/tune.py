@@ -107,14 +107,14 @@ def candidates(target: Target, shared_bytes: int) -> list[Config]:
     stages_of = (1, 2) if target.variant == "rich" or small else (2, 3, 4)
     configs = []
     for own, other, warps, stages in itertools.product(stay, pass_by, (4, 8), stages_of):
-        held, tiles = {
+        registers, tiles = {
             "forward": (own * dim + own * other, own + 2 * other * stages),
             "dkdv": (2 * own * dim + 2 * own * other, 2 * own + 2 * other * stages),
             "dq": (own * dim + 2 * own * other, 2 * own + 2 * other * stages),
             "dbias": (3 * own * other, 2 * (own + other) * stages),
         }[target.kernel]
         if (
-            held <= REGISTER_BUDGET * 32 * warps
+            registers <= REGISTER_BUDGET * 32 * warps
             and tiles * dim * itemsize <= shared_bytes
             and own * other >= 16 * 32 * warps
         ):
@@ -181,12 +181,12 @@ def compile_candidate(candidate: Candidate, options: argparse.Namespace) -> Comp
     return worst
 
 
-def compile_all(todo: list[Candidate], options: argparse.Namespace) -> dict[Candidate, Compiled | JobError]:
+def compile_all(pending: list[Candidate], options: argparse.Namespace) -> dict[Candidate, Compiled | JobError]:
     """Compiles candidates in parallel processes. The interpreter has nothing to compile."""
     if options.device == "cpu":
-        return dict.fromkeys(todo, Compiled(0, 0, 0))
+        return dict.fromkeys(pending, Compiled(0, 0, 0))
     work = functools.partial(compile_candidate, options=options)
-    return dict(run_jobs(work, todo, workers=options.workers))
+    return dict(run_jobs(work, pending, workers=options.workers))
 
 
 def _differs(got: tuple[torch.Tensor, ...], want: tuple[torch.Tensor, ...]) -> bool:
@@ -312,11 +312,11 @@ def main(options: argparse.Namespace) -> int:
     ]
     current = {target: _current(target, arch) for target in targets}
     configs = {target: {current[target], *candidates(target, shared_bytes)} for target in targets}
-    todo = [Candidate(target, config) for target in targets for config in sorted(configs[target])]
+    pending = [Candidate(target, config) for target in targets for config in sorted(configs[target])]
     begin = time.monotonic()
-    compiled = compile_all(todo, options)
+    compiled = compile_all(pending, options)
     failed = {candidate: result for candidate, result in compiled.items() if isinstance(result, JobError)}
-    print(f"compiled {len(todo) - len(failed)} of {len(todo)} in {time.monotonic() - begin:.0f} s", flush=True)
+    print(f"compiled {len(pending) - len(failed)} of {len(pending)} in {time.monotonic() - begin:.0f} s", flush=True)
     for message, count in Counter(error.message for error in failed.values()).most_common(5):
         print(f"    {count} x {message}")
     table = Table("kernel", "head dim", "scores", "configuration", "time", "regs", "spills", "shared KiB")

@@ -149,9 +149,9 @@ class BlockLayout:
         """
         if side not in ("q", "k"):
             raise ValueError(f"side: {side!r}; give 'q' or 'k'.")
-        return self._kept(side, lambda: self._build_lists(side))
+        return self._memoize(side, lambda: self._build_lists(side))
 
-    def _kept(self, name: object, make: Callable[[], object]):
+    def _memoize(self, name: object, make: Callable[[], object]):
         """`make()`, once."""
         if name in self._cache:
             return self._cache[name]
@@ -185,7 +185,7 @@ class BlockLayout:
                 layout._cache[side] = BlockLists(*(x.to(device, non_blocking=True) for x in self.lists(side)))
             return layout
 
-        return self._kept(device, moved)
+        return self._memoize(device, moved)
 
     def to_mask(self, len_q: int, len_k: int) -> torch.Tensor:
         """bool `(B or 1, H or 1, len_q, len_k)`, True where the layout shows an entry."""
@@ -212,13 +212,13 @@ class BlockLayout:
                 return kind == FULL
             return (kind == FULL) | ((kind >= PARTIAL) & masks[(kind - PARTIAL).clamp(min=0), q % size, k % size])
 
-        def listed(which: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def index_lists(which: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             order = torch.argsort((~which).to(torch.uint8), dim=-1, stable=True)
             return which.sum(-1, dtype=torch.int32), order.to(torch.int32).contiguous()
 
         return BlockMask.from_kv_blocks(
-            *listed(grid >= PARTIAL),
-            *listed(grid == FULL),
+            *index_lists(grid >= PARTIAL),
+            *index_lists(grid == FULL),
             BLOCK_SIZE=size,
             mask_mod=visible,
             seq_lengths=(grid.shape[2] * size, grid.shape[3] * size),
@@ -244,9 +244,9 @@ class BlockLayout:
         def visited(count: torch.Tensor | None, index: torch.Tensor | None) -> torch.Tensor:
             if count is None:
                 return torch.zeros_like(partial)
-            listed = torch.arange(index.shape[-1], device=index.device) < count[..., None]
+            used = torch.arange(index.shape[-1], device=index.device) < count[..., None]
             grid = torch.zeros(*count.shape, columns + 1, dtype=torch.bool, device=index.device)
-            return grid.scatter_(-1, torch.where(listed, index, columns).long(), True)[..., :columns]
+            return grid.scatter_(-1, torch.where(used, index, columns).long(), True)[..., :columns]
 
         partial = visited(block_mask.kv_num_blocks, block_mask.kv_indices)
         full = visited(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)

@@ -112,10 +112,10 @@ def antidiagonal_blocks(
         hidden = ~tile_any_k[:, None, None] | ((column > row[:, None]) & causal)
         if shown is not None:
             hidden = hidden | ~shown[:, :, row // per_block].repeat_interleave(per_block, -1)
-        share = torch.softmax((_grouped_scores(part, tiles_k) * scale).masked_fill(hidden, -math.inf), dim=-1)
+        probs = torch.softmax((_grouped_scores(part, tiles_k) * scale).masked_fill(hidden, -math.inf), dim=-1)
         # A row without live keys is NaN, one without live queries has no say.
-        share = share.masked_fill(hidden | ~tile_any_q[:, None, row, None], 0.0)
-        masses.append(share.unflatten(-1, (-1, per_block)).sum(-1).unflatten(2, (-1, per_block)).sum(3))
+        probs = probs.masked_fill(hidden | ~tile_any_q[:, None, row, None], 0.0)
+        masses.append(probs.unflatten(-1, (-1, per_block)).sum(-1).unflatten(2, (-1, per_block)).sum(3))
     mass = torch.cat(masses, dim=2)
     allowed, forced = _bounds(any_q, any_k, causal, keep_diagonal, shown)
     forced = forced | (allowed & (torch.arange(mass.shape[-1], device=k.device) == 0))

@@ -231,7 +231,7 @@ class _Account:
         self._device = device
         self._alive: dict[int, tuple[weakref.ref, str, int]] = {}  # by the storage's address: reference, part, bytes
         self._sizes: Counter[str] = Counter()
-        self._sums = [0, 0]  # bytes that scale with the batch, and bytes that do not
+        self._totals = [0, 0]  # bytes that scale with the batch, and bytes that do not
         self._peaks = [-1.0] * len(FACTORS)
         self.moments: list[tuple[str, dict[str, int]]] = [("forward", {})] * len(FACTORS)
         self.optimizing = False
@@ -254,8 +254,8 @@ class _Account:
         reference = weakref.ref(storage, lambda _: self._forget(key))
         self._alive[key] = (reference, part, size)
         self._sizes[part] += size
-        self._sums[part in FIXED] += size
-        scaling, fixed = self._sums
+        self._totals[part in FIXED] += size
+        scaling, fixed = self._totals
         for i, factor in enumerate(FACTORS):
             if factor * scaling + fixed > self._peaks[i]:
                 self._peaks[i] = factor * scaling + fixed
@@ -270,7 +270,7 @@ class _Account:
             return
         _, part, size = self._alive.pop(key)
         self._sizes[part] -= size
-        self._sums[part in FIXED] -= size
+        self._totals[part in FIXED] -= size
 
     def _moment(self) -> str:
         if self.optimizing:
