@@ -13,7 +13,7 @@ help:
 	@echo "make demo   train, evaluate and report a small BART on generated documents: CPU, a few minutes"
 	@echo "make test   run the tests: CPU, Triton kernels in Triton's interpreter"
 	@echo "make fast   run the tests that are known to be fast: two minutes"
-	@echo "make lint   check style and formatting"
+	@echo "make lint   check style, formatting and types"
 	@echo "make docs   build the documentation into site/"
 	@echo "make clean  remove $(VENV) and site/"
 
@@ -30,6 +30,7 @@ fast: $(VENV)/.test
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict
@@ -37,9 +38,9 @@ docs: $(VENV)/.docs
 clean:
 	rm -rf $(VENV) site
 
-# Linting needs ruff alone; each other extra is installed once, and again when its requirements change.
+# Linting needs no more than its two tools; each other extra is installed once, and again when its requirements change.
 $(VENV)/.lint: constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -q -c constraints.txt ruff
+	$(BIN)/python -m pip install -q -c constraints.txt ruff mypy
 	touch $@
 
 $(VENV)/.recipes $(VENV)/.test $(VENV)/.docs: $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python

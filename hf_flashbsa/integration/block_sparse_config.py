@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+from typing import Any
 
 import torch
 
@@ -75,14 +76,14 @@ class Rule:
                 f"{where}: {self.pattern!r} follows the diagonal, which cross-attention does not have; give one of "
                 f"{', '.join(sorted(legal))}."
             )
-        size, options = self.block_size, dict(self.parameters)
+        size, options = self.block_size, dict[str, Any](self.parameters)
         try:
             with ordinary_tensors():
                 if self.selects:
                     SELECTIONS[self.pattern](*torch.zeros(2, 1, 1, size, 1), size, **options)
                 else:
-                    sizes = dict(causal=role == "decoder", num_heads=_MANY_HEADS)
-                    make_layout(self.pattern, size, size, size, **sizes, **options)
+                    sizes = (size, size, size)
+                    make_layout(self.pattern, *sizes, causal=role == "decoder", num_heads=_MANY_HEADS, **options)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
 
@@ -132,7 +133,7 @@ class BlockSparseConfig:
         *,
         roles: dict[str, str | dict] | None = None,
         layers: dict[str, str | dict] | None = None,
-        **parameters,
+        **parameters: Any,
     ) -> None:
         default = Rule.of({"pattern": pattern, **parameters}, block_size, "BlockSparseConfig")
         default.check("encoder", "BlockSparseConfig")
@@ -140,22 +141,23 @@ class BlockSparseConfig:
             if not isinstance(given or {}, dict):
                 raise ValueError(f"{name}: {given!r}; give a dict of rules.")
         by_role, by_layer = {}, {}
-        for role, given in (roles or {}).items():
+        for role, rule in (roles or {}).items():
             if role not in ROLES:
                 raise ValueError(f"roles: {unknown('role', role, ROLES)}")
-            by_role[role] = Rule.of(given, block_size, f"roles[{role!r}]")
+            by_role[role] = Rule.of(rule, block_size, f"roles[{role!r}]")
             by_role[role].check(role, f"roles[{role!r}]")
-        for layer, given in (layers or {}).items():
+        for layer, rule in (layers or {}).items():
             role, _, number = str(layer).partition(".")
             if role not in ROLES or not number.isdecimal():
                 raise ValueError(f"layers: {layer!r}; give role and number, such as 'encoder.0' or 'cross.3'.")
-            by_layer[f"{role}.{int(number)}"] = rule = Rule.of(given, block_size, f"layers[{layer!r}]")
-            rule.check(role, f"layers[{layer!r}]")
-        for name, value in (("default", default), ("roles", by_role), ("layers", by_layer)):
-            object.__setattr__(self, name, value)
+            name = f"{role}.{int(number)}"
+            by_layer[name] = Rule.of(rule, block_size, f"layers[{layer!r}]")
+            by_layer[name].check(role, f"layers[{layer!r}]")
+        for field, value in (("default", default), ("roles", by_role), ("layers", by_layer)):
+            object.__setattr__(self, field, value)
 
-    def rule(self, role: str, layer_index: int) -> Rule:
-        """The rule of one attention layer."""
+    def rule(self, role: str, layer_index: int | None) -> Rule:
+        """The rule of one attention layer; None for a layer without a number."""
         if role not in ROLES:
             raise ValueError(unknown("role", role, ROLES))
         rule = self.layers.get(f"{role}.{layer_index}") or self.roles.get(role)
@@ -164,7 +166,7 @@ class BlockSparseConfig:
     def layout(
         self,
         role: str,
-        layer_index: int,
+        layer_index: int | None,
         num_queries: int,
         num_keys: int,
         num_heads: int,
@@ -190,15 +192,15 @@ class BlockSparseConfig:
             raise ValueError(f"{rule.pattern} needs queries and keys; call select(), not layout().")
         if role == "decoder" and num_queries != num_keys:
             raise ValueError(f"A decoder's layout needs as many queries as keys, got {num_queries} and {num_keys}.")
-        blocks = ((length + rule.block_size - 1) // rule.block_size for length in (num_queries, num_keys))
+        rows, columns = ((length + rule.block_size - 1) // rule.block_size for length in (num_queries, num_keys))
         form = "bidirectional" if role != "decoder" else "causal" if causal else "joined"
         pattern = Pattern(rule.pattern, rule.block_size, rule.parameters, form, int(num_heads))
-        return layout_of(pattern, *blocks, torch.device(device))
+        return layout_of(pattern, rows, columns, torch.device(device))
 
     def select(
         self,
         role: str,
-        layer_index: int,
+        layer_index: int | None,
         q: torch.Tensor,
         k: torch.Tensor,
         live_q: torch.Tensor | None = None,
@@ -218,7 +220,7 @@ class BlockSparseConfig:
     def to_dict(self) -> dict:
         """The arguments that make this config again, as JSON can hold them."""
         default = self.default.to_dict()
-        fields = {"pattern": default} if self.default.is_dense else dict(default)
+        fields = dict(default) if isinstance(default, dict) else {"pattern": default}
         # Rules name their block size, so what is left to inherit is the default rule's.
         for name, rules in (("roles", self.roles), ("layers", self.layers)):
             if rules:
@@ -233,7 +235,7 @@ class BlockSparseConfig:
         return cls(**fields)
 
     @classmethod
-    def of(cls, model_config) -> BlockSparseConfig:
+    def of(cls, model_config: object) -> BlockSparseConfig:
         """The config that `set_block_sparse` stored in a Transformers config. Read once for equal dicts.
 
         Raises:

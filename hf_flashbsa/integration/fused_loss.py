@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from hf_flashbsa.integration.hook_args import HookArgs
+from hf_flashbsa.integration.hook_args import HookArgs, inherits_forward
 from hf_flashbsa.integration.model_families import FAMILIES, class_path
 
 logger = logging.get_logger(__name__)
@@ -125,7 +125,7 @@ def _language_model(model: nn.Module) -> PreTrainedModel:
 
 def _is_known(module: nn.Module) -> bool:
     return any(
-        f"{cls.__module__}.{cls.__qualname__}" in _KNOWN and type(module).forward is cls.forward
+        f"{cls.__module__}.{cls.__qualname__}" in _KNOWN and inherits_forward(type(module), cls)
         for cls in type(module).__mro__
     )
 
@@ -254,7 +254,8 @@ class _FusedLoss:
     def before_head(self, head: nn.Linear, args: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
         pending = self._pending.get(threading.get_ident())
         if pending is None:
-            return _warn_of_logits(head, args)
+            _warn_of_logits(head, args)
+            return None
         pending.loss = pending.loss_of(head, args[0])
         return (args[0][:, :0],) if pending.skip_logits else None
 

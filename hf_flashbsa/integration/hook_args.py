@@ -49,3 +49,8 @@ def _parameters(cls: type) -> dict[str, int]:
 def takes(module: nn.Module, name: str) -> bool:
     """Whether the forward of the module's class names this parameter."""
     return name in _parameters(type(module))
+
+
+def inherits_forward(cls: type, base: type) -> bool:
+    """Whether a module class runs the forward of this base class."""
+    return getattr(cls, "forward") is getattr(base, "forward", None)  # noqa: B009  type checkers see a plain type

@@ -19,7 +19,7 @@ room for tokens to come, so that their first forward is dense as well. Cross-att
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -60,7 +60,7 @@ class SparseLayer(NamedTuple):
 
     config: BlockSparseConfig
     role: str
-    index: int | None
+    layer_index: int | None
     rule: Rule
 
     @classmethod
@@ -105,11 +105,11 @@ class SparseLayer(NamedTuple):
         starts_k = _starts(call.mask, spec, query.shape[0]) if by_distance else None
         starts_q = None if crosses else starts_k
         wanted = self.rule, self.role, *_lengths(call, query, key), query.shape[1]
-        made = remember(spec, "with layouts", (), list)
+        made: list[tuple[tuple, AttentionSpec]] = remember(spec, "with layouts", (), list)
         for has, known in made:  # a search, since torch.compile cannot hash sizes
             if has == wanted and known.starts_q is starts_q and known.starts_k is starts_k:
                 return known
-        layout = self.config.layout(self.role, self.index, *wanted[2:], query.device, spec.causal)
+        layout = self.config.layout(self.role, self.layer_index, *wanted[2:], query.device, spec.causal)
         known = replace_fields(spec, layout=layout, starts_q=starts_q, starts_k=starts_k)
         made.append((wanted, known))
         return known
@@ -124,7 +124,7 @@ class SparseLayer(NamedTuple):
         if live_q is None and self.role != "cross":
             live_q = live_k
         shown = _shown_blocks(call, spec, query, self.rule.block_size)
-        return self.config.select(self.role, self.index, query, key, live_q, live_k, spec.causal, shown)
+        return self.config.select(self.role, self.layer_index, query, key, live_q, live_k, spec.causal, shown)
 
 
 def _shown_blocks(call: LayerCall, spec: AttentionSpec, query: torch.Tensor, size: int) -> torch.Tensor | None:
@@ -147,9 +147,11 @@ def _lengths(call: LayerCall, query: torch.Tensor, key: torch.Tensor) -> tuple[i
     """Queries and keys that a layout must cover, as the host knows them."""
     if isinstance(call.mask, PackedMask):
         return call.mask.rows_q.length, call.mask.rows_k.length
-    longest = (call.max_length_q, call.max_length_k) if call.has_cu_seqlens else (None, None)
-    lengths = query.shape[2], key.shape[2]
-    return tuple(known if isinstance(known, int) else length for known, length in zip(longest, lengths, strict=True))
+    longest_q, longest_k = (call.max_length_q, call.max_length_k) if call.has_cu_seqlens else (None, None)
+    return (
+        longest_q if isinstance(longest_q, int) else query.shape[2],
+        longest_k if isinstance(longest_k, int) else key.shape[2],
+    )
 
 
 def _by_row(call: LayerCall) -> AttentionSpec:
@@ -178,18 +180,19 @@ def _starts(mask: MaskSpec, spec: AttentionSpec, batch: int) -> torch.Tensor | N
     return mask.derived("starts", (ids,), lambda: (ids >= 0).int().argmax(-1).to(torch.int32).expand(batch))
 
 
-def bsa_sparse_mask(*args, config=None, **kwargs) -> MaskSpec | torch.Tensor:
+def bsa_sparse_mask(*args: Any, **kwargs: Any) -> MaskSpec | torch.Tensor | None:
     """The mask function of "bsa_sparse". Arguments as in `bsa_mask`.
 
     Raises:
         ValueError: the model computes attention of its own, which would stay dense.
     """
+    config = kwargs.get("config")
     if config is not None and computes_own_attention(type(config)):
         raise ValueError(
             f"bsa_sparse: the model of {type(config).__name__} computes attention of its own, which cannot follow a "
             "layout; use attn_implementation='eager'."
         )
-    return bsa_mask(*args, config=config, **kwargs)
+    return bsa_mask(*args, **kwargs)
 
 
 def set_block_sparse(model: nn.Module, config: BlockSparseConfig) -> None:
@@ -204,7 +207,7 @@ def set_block_sparse(model: nn.Module, config: BlockSparseConfig) -> None:
     if not isinstance(config, BlockSparseConfig):
         raise ValueError(f"config: {config!r}; give a BlockSparseConfig.")
     for module in model.modules():
-        module_config = getattr(module, "config", None)
+        module_config: Any = getattr(module, "config", None)
         if hasattr(module_config, "model_type"):
             module_config.block_sparse = config.to_dict()
         if isinstance(module, nn.ModuleList):

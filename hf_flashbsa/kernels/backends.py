@@ -7,6 +7,7 @@ import importlib
 import logging
 import os
 import threading
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -61,7 +62,7 @@ def _log_choice(backend: Backend) -> None:
 
 
 @functools.cache
-def backend_module(name: str):
+def backend_module(name: str) -> ModuleType:
     """The module of a back end; Triton is imported only when its back end first runs."""
     return importlib.import_module(f"hf_flashbsa.kernels.{name}.backend")
 

@@ -11,12 +11,16 @@ import dataclasses
 import json
 import zlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from hf_flashbsa.masks.modes import is_eager, may_keep
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from torch.nn.attention.flex_attention import BlockMask
 
 #: Entries of the grid: a block that is not visited, one whose every entry is visible, and the first partial one.
 EMPTY, FULL, PARTIAL = 0, 1, 2
@@ -151,7 +155,7 @@ class BlockLayout:
             raise ValueError(f"side: {side!r}; give 'q' or 'k'.")
         return self._memoize(side, lambda: self._build_lists(side))
 
-    def _memoize(self, name: object, make: Callable[[], object]):
+    def _memoize(self, name: object, make: Callable[[], Any]) -> Any:
         """`make()`, once."""
         if name in self._cache:
             return self._cache[name]
@@ -199,7 +203,7 @@ class BlockLayout:
         blocks = kinds[self.grid.long()].transpose(3, 4)
         return blocks.reshape(batch, heads, rows * size, columns * size)[:, :, :len_q, :len_k]
 
-    def to_flex(self):
+    def to_flex(self) -> BlockMask:
         """FlexAttention's `BlockMask` of the same blocks and entries, for lengths that fill the grid."""
         from torch.nn.attention.flex_attention import BlockMask
 
@@ -225,7 +229,7 @@ class BlockLayout:
         )
 
     @classmethod
-    def from_flex(cls, block_mask) -> BlockLayout:
+    def from_flex(cls, block_mask: BlockMask) -> BlockLayout:
         """The layout of FlexAttention's `BlockMask`. Waits for the device.
 
         The mask function is called on partial blocks only, with index tensors `(n, 1 or block, 1 or block)` in
@@ -241,15 +245,15 @@ class BlockLayout:
         len_q, len_k = block_mask.seq_lengths
         columns = -(-len_k // size)
 
-        def visited(count: torch.Tensor | None, index: torch.Tensor | None) -> torch.Tensor:
-            if count is None:
-                return torch.zeros_like(partial)
+        def visited(count: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
             used = torch.arange(index.shape[-1], device=index.device) < count[..., None]
             grid = torch.zeros(*count.shape, columns + 1, dtype=torch.bool, device=index.device)
             return grid.scatter_(-1, torch.where(used, index, columns).long(), True)[..., :columns]
 
         partial = visited(block_mask.kv_num_blocks, block_mask.kv_indices)
-        full = visited(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
+        full = torch.zeros_like(partial)
+        if block_mask.full_kv_num_blocks is not None:
+            full = visited(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
         b, h, r, c = (x[:, None, None] for x in partial.nonzero(as_tuple=True))
         within = torch.arange(size, device=partial.device)
         # Functions may look up what exists for real positions only.
@@ -289,7 +293,7 @@ class BlockLayout:
             visited, counted = visited.tril(), counted.tril()
         return float(visited.sum() / counted.sum())
 
-    def draw(self, ax=None, head: int = 0, batch: int = 0):
+    def draw(self, ax: Axes | None = None, head: int = 0, batch: int = 0) -> Axes:
         """A picture of the blocks of one head: white not visited, dark full, light partial.
 
         Args:

@@ -17,20 +17,22 @@ def sequence_ranges(
 ) -> list[tuple[int, int, int, int, int, int]]:
     """`(q_row, q_begin, q_end, k_row, k_begin, k_end)` of each independent sequence of a call."""
 
-    def side(cu, lengths, starts, x: torch.Tensor) -> list[tuple[int, int, int]]:
+    def side(
+        cu: torch.Tensor | None, lengths: torch.Tensor | None, starts: torch.Tensor | None, x: torch.Tensor
+    ) -> list[tuple[int, int, int]]:
         if cu is not None:
-            cu = cu.tolist()
-            return [(0, begin, end) for begin, end in zip(cu[:-1], cu[1:], strict=True)]
-        lengths = [x.shape[2]] * x.shape[0] if lengths is None else lengths.tolist()
-        starts = [0] * x.shape[0] if starts is None else starts.tolist()
-        return [(row, min(begin, end), end) for row, (begin, end) in enumerate(zip(starts, lengths, strict=True))]
+            edges = cu.tolist()
+            return [(0, begin, end) for begin, end in zip(edges[:-1], edges[1:], strict=True)]
+        ends = [x.shape[2]] * x.shape[0] if lengths is None else lengths.tolist()
+        begins = [0] * x.shape[0] if starts is None else starts.tolist()
+        return [(row, min(begin, end), end) for row, (begin, end) in enumerate(zip(begins, ends, strict=True))]
 
     queries = side(spec.cu_seqlens_q, spec.seqlens_q, spec.starts_q, q)
     keys = side(spec.cu_seqlens_k, spec.seqlens_k, spec.starts_k, k)
     return [(*a, *b) for a, b in zip(queries, keys, strict=True)]
 
 
-def _visible(spec: AttentionSpec, q_row: int, q: slice, k_row: int, k: slice, device) -> torch.Tensor:
+def _visible(spec: AttentionSpec, q_row: int, q: slice, k_row: int, k: slice, device: torch.device) -> torch.Tensor:
     """bool `(1 or H, q, k)`: which scores of one sequence exist."""
     n_q, n_k = q.stop - q.start, k.stop - k.start
     offset = n_k - n_q if spec.query_offset is None else int(spec.query_offset)
@@ -127,7 +129,7 @@ def _bias_of_sequence(spec: AttentionSpec, bias: torch.Tensor, n_q: int, n_k: in
     return bias[:, slice(0, n_q) if bias.shape[1] > 1 else slice(None), :n_k]
 
 
-def _index(row: int, heads: int, rows: slice, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _index(row: int, heads: int, rows: slice, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Indices of `x[row, :, rows]` for an out-of-place write that autograd follows."""
     return (
         torch.full((1, 1), row, device=device),

@@ -67,22 +67,6 @@ def largest_batch(
         raise ValueError(f"budget_gib: {budget_gib} is not positive.")
     budget = int(budget_gib * GIB)
 
-    def run(batch: int) -> LargestBatch | None:
-        """One try; None where it does not fit."""
-        try:
-            tokens, peak = measure(lambda: try_step(batch))
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            tokens, peak = 0, budget + 1
-        finally:
-            if model is not None:
-                model.zero_grad(set_to_none=True)
-        if peak > budget:
-            _empty_cache()  # outside of the except clause, where the traceback no longer holds the step's tensors
-            return None
-        return LargestBatch(batch, tokens, peak / GIB)
-
     with contextlib.ExitStack() as stack:
         if measure is None:
             measure = stack.enter_context(_limited(torch.device("cuda" if device is None else device), budget))
@@ -91,7 +75,7 @@ def largest_batch(
         failed, batch, ahead = limit + 1, start, 0
         while failed - best.batch > max(1, resolution * best.batch):
             width = failed - best.batch
-            found = run(batch)
+            found = _try(batch, try_step, measure, budget, model)
             if found is None:
                 failed = batch
             else:
@@ -100,8 +84,10 @@ def largest_batch(
             guess = _extrapolated(before, best, budget_gib)
             step = max(1, int(resolution * best.batch))
             if failed <= limit:
-                misled = guess is None or guess >= failed or failed - best.batch > width // 2
-                batch = (best.batch + failed) // 2 if misled else min(max(guess, best.batch + step), failed - step)
+                if guess is None or guess >= failed or failed - best.batch > width // 2:
+                    batch = (best.batch + failed) // 2
+                else:
+                    batch = min(max(guess, best.batch + step), failed - step)
             elif guess is None:
                 batch = min(2 * batch, limit)
             else:  # where the best is the guess, the next size should fail; if it fits, go further ahead each time
@@ -116,6 +102,25 @@ def _extrapolated(before: LargestBatch, best: LargestBatch, budget_gib: float) -
     if batches <= 0 or gib <= 0:
         return None
     return best.batch + int((budget_gib - best.peak_gib) / gib * batches)
+
+
+def _try(
+    batch: int, try_step: Callable[[int], int], measure: Measure, budget: int, model: torch.nn.Module | None
+) -> LargestBatch | None:
+    """One try; None where it does not fit into a budget of bytes."""
+    try:
+        tokens, peak = measure(lambda: try_step(batch))
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        tokens, peak = 0, budget + 1
+    finally:
+        if model is not None:
+            model.zero_grad(set_to_none=True)
+    if peak > budget:
+        _empty_cache()  # outside of the except clause, where the traceback no longer holds the step's tensors
+        return None
+    return LargestBatch(batch, tokens, peak / GIB)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -371,7 +371,7 @@ def _observed(
         return tensor
 
     def optimizing(value: bool) -> Callable:
-        def hook(*_) -> None:
+        def hook(*_: object) -> None:
             account.optimizing = value
 
         return hook

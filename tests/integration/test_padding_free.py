@@ -52,7 +52,7 @@ def holes_unnoticed(monkeypatch):
 
 
 def companions_of_the_row(monkeypatch):
-    monkeypatch.setattr(hooks._Plan, "pack_per_token", lambda plan, x: x.repeat(1, 3, 1)[:, : plan.rows.total])
+    monkeypatch.setattr(hooks._Plan, "pack_per_token", lambda plan, x, rows: x.repeat(1, 3, 1)[:, : rows.total])
 
 
 def bias_forgotten(monkeypatch):

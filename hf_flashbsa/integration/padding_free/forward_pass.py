@@ -8,6 +8,7 @@ in the tensor's version counter.
 from __future__ import annotations
 
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,10 +30,10 @@ class ForwardPass:
     def __init__(self):
         self.packings: dict[int, tuple[torch.Tensor, Packing | None]] = {}
         self.packed_states: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._running: list[tuple[nn.Module, object]] = []
+        self._running: list[tuple[nn.Module, Any]] = []
 
     @property
-    def plan(self) -> object | None:
+    def plan(self) -> Any:
         """That of the innermost running module that has one."""
         return next((plan for _, plan in reversed(self._running) if plan is not None), None)
 
@@ -45,13 +46,13 @@ def current_pass() -> ForwardPass | None:
     return _CURRENT.get()
 
 
-def current_plan() -> object | None:
+def current_plan() -> Any:
     """The plan of the innermost module that entered the pass with one."""
     forward = _CURRENT.get()
     return None if forward is None else forward.plan
 
 
-def enter(module: nn.Module, plan: object | None = None) -> ForwardPass:
+def enter(module: nn.Module, plan: Any = None) -> ForwardPass:
     """Begins a module's part of the current pass, or a new pass if there is none.
 
     A module that is running already was interrupted (Ctrl-C skips hooks): what its pass knew is out of date.
@@ -64,7 +65,7 @@ def enter(module: nn.Module, plan: object | None = None) -> ForwardPass:
     return forward
 
 
-def leave(module: nn.Module) -> object | None:
+def leave(module: nn.Module) -> Any:
     """Ends the module's part of the pass, and the pass with its outermost module. Returns the module's plan.
 
     Does nothing for a module that did not enter, since one of its pre-hooks raised before.

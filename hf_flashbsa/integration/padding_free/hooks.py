@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +25,7 @@ from hf_flashbsa.integration.hook_args import HookArgs, takes
 from hf_flashbsa.integration.mask_function import MaskSpec
 from hf_flashbsa.integration.names import DENSE, SPARSE
 from hf_flashbsa.integration.padding_free.forward_pass import ForwardPass, current_pass, current_plan, enter, leave
-from hf_flashbsa.integration.padding_free.layer_stacks import LayerStack, declared_classes, declared_stack
+from hf_flashbsa.integration.padding_free.layer_stacks import LayerStack, declared_classes, declared_stack, stack_of
 from hf_flashbsa.integration.padding_free.live_tokens import HINT, is_padding, measure, packing_of
 from hf_flashbsa.integration.padding_free.packed_mask import PackedMask
 from hf_flashbsa.integration.padding_free.packing import Packing
@@ -87,12 +88,12 @@ def _install(model: nn.Module) -> list[nn.Module]:
         raise ValueError(_unknown(model))
     for stack in stacks.values():
         _check_implementation(stack)
-    installed = []
+    installed: list[nn.Module] = []
     for name, module in model.named_modules():
         if hasattr(module, _HANDLES):
             continue
         if name in stacks:
-            declared = declared_stack(module)
+            declared = stack_of(module)
             added = {layer: [_before(layer, _enter_layer)] for layer in module.get_submodule(declared.layers)}
             if declared.restores_at:
                 end = module.get_submodule(declared.restores_at)
@@ -202,12 +203,12 @@ class _Plan:
     rows: Packing | None = None
     _packed: dict[int, tuple[torch.Tensor, torch.Tensor]] = dataclasses.field(default_factory=dict)
 
-    def pack_per_token(self, x: torch.Tensor) -> torch.Tensor:
+    def pack_per_token(self, x: torch.Tensor, rows: Packing) -> torch.Tensor:
         """A tensor with an entry for each token, packed; kept for the next layer unless gradients flow through it."""
         if x.requires_grad:
-            return self.rows.pack(x)
+            return rows.pack(x)
         if id(x) not in self._packed:
-            self._packed[id(x)] = (x, self.rows.pack(x))  # holds x, so that its id stays its own
+            self._packed[id(x)] = (x, rows.pack(x))  # holds x, so that its id stays its own
         return self._packed[id(x)][1]
 
 
@@ -234,14 +235,14 @@ def _enter_stack(stack: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
     if not packings or any(r.total == 0 for r in packings):  # nothing to skip, or nothing left
         return call.result()
     # Where one side is packed, the other is too: layers project both with one batch size.
-    rows = rows or Packing.full(*tokens.shape[:2], tokens.device)
+    rows = rows or Packing.full(tokens.shape[0], tokens.shape[1], tokens.device)
     if not rows.is_padded(tokens):
         raise ValueError(
             f"padding_free: attention_mask is {tuple(mask.shape)} for tokens {tuple(tokens.shape[:2])}; "
             "give a mask with an entry for each token."
         )
     if memory is not None:
-        memory_rows = memory_rows or Packing.full(*memory.shape[:2], tokens.device)
+        memory_rows = memory_rows or Packing.full(memory.shape[0], memory.shape[1], tokens.device)
         call.set("encoder_hidden_states", _pack_states(forward, memory, memory_rows))
         call.set("encoder_attention_mask", PackedMask.of_cross_attention(rows, memory_rows, tokens.device))
     if takes(stack, "use_cache"):
@@ -256,7 +257,7 @@ def _uses_cache(stack: nn.Module, call: HookArgs) -> bool:
     if not takes(stack, "use_cache"):
         return False
     asked = call.get("use_cache")
-    return not stack.training and declared_stack(stack).makes_cache(stack) if asked is None else bool(asked)
+    return not stack.training and stack_of(stack).makes_cache(stack) if asked is None else bool(asked)
 
 
 def _pack_states(forward: ForwardPass, states: torch.Tensor, rows: Packing) -> torch.Tensor:
@@ -276,7 +277,7 @@ def _enter_layer(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
     if not isinstance(mask, MaskSpec):
         what = "no attention_mask" if mask is None else "an attention_mask that its model computed on"
         raise ValueError(f"padding_free: {type(layer).__name__} got {what}; its stack cannot be packed.")
-    rows, declared = plan.rows, declared_stack(plan.stack)
+    rows, declared = plan.rows, stack_of(plan.stack)
     states = next(iter(call.names))
     _check_per_token(layer, call, rows, declared, states)
     hidden = call.get(states)
@@ -291,9 +292,9 @@ def _enter_layer(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
     for name in declared.per_token:
         value = call.get(name)
         if isinstance(value, (tuple, list)):
-            call.set(name, type(value)(plan.pack_per_token(x) for x in value))
+            call.set(name, type(value)(plan.pack_per_token(x, rows) for x in value))
         elif value is not None:
-            call.set(name, plan.pack_per_token(value))
+            call.set(name, plan.pack_per_token(value, rows))
     if declared.prepare is not None:
         declared.prepare(layer, call, rows)
     return call.result()
@@ -318,7 +319,7 @@ def _check_per_token(layer: nn.Module, call: HookArgs, rows: Packing, declared: 
                 )
 
 
-def _restored(value, rows: Packing, done: dict[int, tuple]):
+def _restored(value: Any, rows: Packing, done: dict[int, tuple]) -> Any:
     """The output of a stack with all that has an entry for each token padded again.
 
     That is `(1, T, ...)`, hidden states, and `(T, ...)`, the flattened tokens of a router, wherever they lie in tuples
@@ -351,13 +352,13 @@ def _restored_tensor(x: torch.Tensor, rows: Packing) -> torch.Tensor:
 
 
 @torch.compiler.disable
-def _restore(module: nn.Module, args: tuple, output):
+def _restore(module: nn.Module, args: tuple, output: Any) -> Any:
     plan = current_plan()
     return output if plan is None or plan.rows is None else _restored(output, plan.rows, {})
 
 
 @torch.compiler.disable
-def _leave(module: nn.Module, args: tuple, output):
+def _leave(module: nn.Module, args: tuple, output: Any) -> Any:
     """Forward hook of stacks and of the modules around them, also called where their forward raised."""
     plan = leave(module)
     if plan is None or plan.rows is None:

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from hf_flashbsa.integration.bias_alignment import in_wide_rows
-from hf_flashbsa.integration.hook_args import HookArgs
+from hf_flashbsa.integration.hook_args import HookArgs, inherits_forward
 from hf_flashbsa.integration.model_families import FAMILIES, class_path
+from hf_flashbsa.integration.padding_free.packing import Packing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +41,10 @@ class LayerStack:
     restores_at: str = ""
     makes_cache: Callable[[nn.Module], bool] = lambda stack: bool(stack.config.use_cache)
     bias_by_distance: bool = False
-    prepare: Callable[[nn.Module, HookArgs, object], None] | None = None
+    prepare: Callable[[nn.Module, HookArgs, Packing], None] | None = None
 
 
-def _t5_bias(block: nn.Module, call: HookArgs, packing) -> None:
+def _t5_bias(block: nn.Module, call: HookArgs, packing: Packing) -> None:
     """Gives a block the bias that it would compute from the lengths of its inputs: that of the padded batch.
 
     The first block learns the self-attention's bias. The cross-attention's is zero; without it each block would
@@ -102,9 +103,16 @@ def register_layer_stack(cls: type[nn.Module], stack: LayerStack) -> None:
 def declared_stack(module: nn.Module) -> LayerStack | None:
     """The declaration of the module's class, or of the base class whose forward it runs."""
     for cls in type(module).__mro__:
-        if _key(cls) in _STACKS and type(module).forward is cls.forward:
+        if _key(cls) in _STACKS and inherits_forward(type(module), cls):
             return _STACKS[_key(cls)]
     return None
+
+
+def stack_of(module: nn.Module) -> LayerStack:
+    """`declared_stack` of a module that has one."""
+    declared = declared_stack(module)
+    assert declared is not None
+    return declared
 
 
 def declared_classes() -> list[str]:

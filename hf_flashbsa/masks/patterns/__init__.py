@@ -14,6 +14,8 @@ Every pattern is a function `(num_queries, num_keys, block_size=128, *, paramete
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 from hf_flashbsa.masks.block_layout import BlockLayout
 from hf_flashbsa.masks.patterns._parameters import check_parameters, unknown
@@ -49,7 +51,7 @@ __all__ = [
 from_mask = BlockLayout.from_mask
 
 #: Patterns by name, as configs call them.
-PATTERNS = {
+PATTERNS: dict[str, Callable[..., BlockLayout]] = {
     function.__name__: function
     for function in (
         all_blocks,
@@ -85,7 +87,7 @@ def make_layout(
     *,
     causal: bool = False,
     num_heads: int = 1,
-    **parameters,
+    **parameters: Any,
 ) -> BlockLayout:
     """The layout of a pattern by name; `causal` and `num_heads` reach the patterns that know them.
 

@@ -6,6 +6,7 @@ import difflib
 import inspect
 import typing
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 #: Arguments of patterns that come from the call rather than from the user's choice.
 SIZES = ("num_queries", "num_keys", "block_size", "causal", "num_heads")
@@ -39,7 +40,7 @@ def check_parameters(name: str, function: Callable, given: dict) -> None:
         raise ValueError(f"{name}: needs {', '.join(missing)}.")
 
 
-def _is_a(value: object, hint: object) -> bool:
+def _is_a(value: Any, hint: Any) -> bool:
     """Whether a value fits an annotation: bool, int, float, None, a sequence of int, or a union of these."""
     if typing.get_origin(hint) is Sequence:
         return isinstance(value, (list, tuple)) and len(value) > 0 and all(_is_a(x, int) for x in value)
