@@ -60,9 +60,8 @@ def attention(
             query head `h` reads key head `h // (Hq // Hkv)`.
         spec: which scores exist; instead of the thirteen keywords from `causal` to `layout`, which build one. A spec
             made once and passed to many calls (the layers of a model) is lowered once.
-        causal, window_size, query_offset, seqlens_q, seqlens_k, starts_q, starts_k, cu_seqlens_q, cu_seqlens_k,
-        segment_ids_q, segment_ids_k, mask, layout: see `AttentionSpec`. Causality is aligned at the bottom right, as
-            in FlashAttention since 2.1.
+        causal, window_size, ..., mask, layout: see `AttentionSpec`, which has the same names. Causality is aligned at
+            the bottom right, as in FlashAttention since 2.1.
         bias: `(B or 1, Hq or 1, Sq or 1, Sk)`, any float dtype, added to the scaled scores. Its gradient is
             summed over broadcast dimensions. Values at or below the lowest finite number of its dtype hide the
             key, as Transformers' additive masks mean it. With `cu_seqlens_*` it is `(1, Hq or 1, Lq, Lk)`, addressed

@@ -22,7 +22,7 @@ from recipes.xsum.data import (
     epoch_batches,
     tokenize_records,
 )
-from recipes.xsum.model import IGNORED_LABEL, architecture_of, check_prompt
+from recipes.xsum.model import IGNORED_LABEL, architecture_of, check_prompt, transformers_config
 from recipes.xsum.processes import main_first
 from recipes.xsum.records import load_records
 from recipes.xsum.tokenizer import load_tokenizer
@@ -42,7 +42,8 @@ class RunData:
 
     def __init__(self, config: Config, accelerator: Accelerator, tokenizer_folder: Path | None) -> None:
         self.config, self.accelerator = config, accelerator
-        self.architecture = architecture_of(config)  # a model that does not exist is known before documents are read
+        # A model that does not exist is known before documents are read.
+        self.architecture = architecture_of(transformers_config(config))
         check_prompt(config, self.architecture)
         if config.seed + accelerator.num_processes > 2**32:
             raise ConfigError(f"seed {config.seed}: each process adds its rank, beyond 2**32 - 1; lower it")

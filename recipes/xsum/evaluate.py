@@ -262,7 +262,7 @@ def _evaluate_run(arguments: argparse.Namespace) -> None:
         model, tokenizer = load_trained(run_dir, config, untrained=untrained)
         model.to(accelerator.device)
         records = load_records(config, split)
-        dataset = tokenize_records(records, tokenizer, config, architecture_of(config))
+        dataset = tokenize_records(records, tokenizer, config, architecture_of(transformers_config(config)))
         predictions = _generate(model, tokenizer, dataset, config, accelerator)
         accelerator.end_training()  # a process that just stops can make the others abort
         if not accelerator.is_main_process:

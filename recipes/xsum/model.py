@@ -122,13 +122,12 @@ def transformers_config(config: Config) -> PreTrainedConfig:
         raise ConfigError(f"model_config does not make a {kind} config: {first_line(error)}") from error
 
 
-def architecture_of(config: Config) -> str:
-    """The kind of the model: "seq2seq" for encoder-decoders, "causal" for decoder-only language models.
+def architecture_of(model_config: PreTrainedConfig) -> str:
+    """ "seq2seq" for encoder-decoders, "causal" for decoder-only language models.
 
-    Raises `ConfigError` for a model that cannot be found, and for all others. Transformers makes language models of
-    encoders too, whose tokens see the ones that they are to predict.
+    Raises `ConfigError` for all others. Transformers makes language models of encoders too, whose tokens see the ones
+    that they are to predict.
     """
-    model_config = transformers_config(config)
     kind, usable = model_config.model_type, "use an encoder-decoder (bart, t5) or a decoder-only model (llama, gpt2)"
     seq2seq = model_config.is_encoder_decoder
     is_encoder = kind in ENCODERS or getattr(model_config, "use_bidirectional_attention", None) is True
