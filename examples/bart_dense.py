@@ -28,9 +28,9 @@ def load(name: str | None) -> PreTrainedModel:
 
 def ragged_batch(lengths: list[int], device: torch.device) -> dict[str, torch.Tensor]:
     """Documents of random tokens, padded to the longest; Transformers makes the decoder's inputs of the labels."""
-    ids = torch.randint(4, 100, (len(lengths), max(lengths)), device=device)
+    ids = torch.randint(4, 90, (len(lengths), max(lengths)), device=device)
     mask = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
-    labels = torch.randint(4, 100, (len(lengths), 8), device=device)
+    labels = torch.randint(4, 90, (len(lengths), 8), device=device)
     return {"input_ids": ids.where(mask, 1), "attention_mask": mask.long(), "labels": labels}
 
 

@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         model = AutoModelForCausalLM.from_pretrained(options.model, attn_implementation="bsa_dense")
     model.to(device).eval()
-    documents = [torch.randint(4, 100, (1, length), device=device) for length in LENGTHS]
+    documents = [torch.randint(4, 90, (1, length), device=device) for length in LENGTHS]
     # Positions that begin anew divide a row into documents, where there is neither a mask nor a cache.
     places = torch.cat([torch.arange(length, device=device) for length in LENGTHS])[None]
     with torch.no_grad():
