@@ -1,4 +1,4 @@
-"""The command `hf-flashbsa`, also `python -m hf_flashbsa`: doctor, bench, tune."""
+"""The command `hf-flashbsa`, also `python -m hf_flashbsa`: doctor, run, bench, tune."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 
 COMMANDS = {
     "doctor": ("hf_flashbsa.cli.doctor", "what this machine can run, and why not"),
+    "run": ("hf_flashbsa.cli.run", "run another program with bsa_dense and bsa_sparse registered"),
     "bench": ("hf_flashbsa.cli.bench", "time attention beside other implementations"),
     "tune": ("hf_flashbsa.cli.tune", "search launch configurations for this GPU"),
 }
@@ -31,6 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(arguments: list[str]) -> int:
     """Runs the command that the arguments name. Returns its exit code."""
+    if arguments[:1] == ["run"] and arguments[1:2] not in (["-h"], ["--help"], ["--"]):
+        arguments = ["run", "--", *arguments[1:]]  # all that follows is another program's
     parser = argparse.ArgumentParser(prog="hf-flashbsa", description="Triton attention for Transformers.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, (module, summary) in COMMANDS.items():
