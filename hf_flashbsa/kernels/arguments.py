@@ -85,7 +85,7 @@ def _as_int32(bits: int) -> int:
 
 
 def score_mod_of(plan: CallPlan) -> ScoreMod:
-    dropout = plan.scalars.drop_threshold is not None
+    dropout, slopes = plan.scalars.drop_threshold is not None, plan.tensors.alibi_slopes
     return ScoreMod(
         scale=plan.scalars.softmax_scale or TINY_SCALE,
         softcap=plan.scalars.softcap,
@@ -95,6 +95,8 @@ def score_mod_of(plan: CallPlan) -> ScoreMod:
         seed=plan.tensors.seed if dropout else None,
         drop_threshold=_as_int32(plan.scalars.drop_threshold << 16) if dropout else None,
         keep_scale=keep_scale(plan.scalars.drop_threshold) if dropout else None,
+        alibi_slopes=slopes,
+        alibi_stride_b=None if slopes is None else 0 if slopes.shape[0] == 1 else slopes.stride(0),
     )
 
 

@@ -17,6 +17,7 @@ class CallTensors(NamedTuple):
     Args:
         bias: `(B or 1, Hq or 1, Sq, Sk)`, added to the scaled scores; packed calls read it by place in the sequence.
         sinks: `(Hq,)`.
+        alibi_slopes: float32 `(B or 1, Hq)`, contiguous; the batch rows are those of the queries.
         seed: int64 `(1,)`, of dropout.
         mask: bool `(B, Hq, Sq, Sk)`, expanded.
         segment_ids_q, segment_ids_k: integers `(B, Sq)` and `(B, Sk)`.
@@ -32,6 +33,7 @@ class CallTensors(NamedTuple):
 
     bias: torch.Tensor | None = None
     sinks: torch.Tensor | None = None
+    alibi_slopes: torch.Tensor | None = None
     seed: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     segment_ids_q: torch.Tensor | None = None
@@ -45,8 +47,15 @@ class CallTensors(NamedTuple):
     block_table_k: torch.Tensor | None = None
 
 
-#: How many of them a call brings itself: bias, sinks and seed.
-OWN = 3
+#: How many of them a call brings itself: bias, sinks, ALiBi slopes and seed.
+OWN = 4
+#: Those with a derivative.
+DIFFERENTIABLE = ("bias", "sinks")
+#: Those with an entry for each batch row of the queries, and of the keys.
+ROWS_Q = ("mask", "segment_ids_q")
+ROWS_K = ("segment_ids_k",)
+#: Those whose batch dimension may be 1, for all rows of the queries.
+SHARED_ROWS = ("bias", "alibi_slopes", "block_grid", "block_table_q", "block_table_k")
 #: The tensors of most calls. Passing a dozen None on costs the host time, so that calls leave them out; see `given`.
 NO_TENSORS = CallTensors()
 

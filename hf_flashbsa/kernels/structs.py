@@ -95,12 +95,32 @@ class MaskBounds(NamedTuple):
     ids_length_k: object
 
 
+class ScoreTile(NamedTuple):
+    """Where a tile of scores lies: in `head`, queries of batch row `batch_q` by keys of `batch_k`.
+
+    `queries` and `keys` are rows, broadcastable against each other; `first_q` and `first_k` the first of them. Origins
+    and the query offset as in WorkTile.
+    """
+
+    batch_q: object
+    batch_k: object
+    head: object
+    queries: object
+    keys: object
+    first_q: object
+    first_k: object
+    query_origin: object
+    key_origin: object
+    query_offset: object
+
+
 class ScoreMod(NamedTuple):
-    """`score = softcap * tanh(scale * q.k / softcap) + bias`, and dropout of the softmax weights.
+    """`score = softcap * tanh(scale * q.k / softcap) + bias - alibi_slope * distance`, and dropout of the softmax
+    weights.
 
     Bias values <= `bias_hidden` hide the key, as do positions beyond `bias_len_*`. `drop_threshold` is the 16-bit
     threshold of dropout.py in the upper half of a signed 32-bit number; surviving weights are multiplied by
-    `keep_scale`.
+    `keep_scale`. `alibi_slopes` is `(batch, heads)`, with a batch stride of 0 where rows share it.
     """
 
     scale: object
@@ -111,6 +131,8 @@ class ScoreMod(NamedTuple):
     seed: object
     drop_threshold: object
     keep_scale: object
+    alibi_slopes: object
+    alibi_stride_b: object
 
 
 class AttnMods(NamedTuple):

@@ -71,7 +71,7 @@ def select(kernel: str, arch: str, block_dim: int, itemsize: int, plain: bool, a
         block_dim: the larger padded head dim of q/k and v.
         itemsize: bytes per element.
         plain: scores are only scaled and masked by bounds: no bias, softcap, dense mask or segment ids of packed
-            documents, which need registers. Dropout does not count.
+            documents, which need registers. Dropout and ALiBi slopes do not count.
         aligned: every row is aligned to 16 bytes. Otherwise loads are narrow, their addresses take registers, and the
             products must not use wgmma (`triton.load.head_view`).
 

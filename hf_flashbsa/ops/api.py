@@ -13,7 +13,7 @@ from hf_flashbsa.masks.block_layout import BlockLayout
 from hf_flashbsa.masks.spec import AttentionSpec
 from hf_flashbsa.ops.autograd import attend
 from hf_flashbsa.ops.lowering import lower
-from hf_flashbsa.ops.validation import check_bias, check_sinks
+from hf_flashbsa.ops.validation import check_alibi_slopes, check_bias, check_sinks
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ def attention(
     layout: BlockLayout | None = None,
     bias: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
     softmax_scale: float | torch.Tensor | None = None,
     softcap: float | None = None,
     dropout_p: float = 0.0,
@@ -70,6 +71,11 @@ def attention(
             in memory and rows begin at multiples of 16 bytes.
         sinks: `(Hq,)` one extra logit for each query head that takes part in the softmax and has no value
             (gpt-oss). Part of `lse`.
+        alibi_slopes: float32 `(Hq,)` or `(B, Hq)`, of ALiBi (Press et al., arXiv 2108.12409) in FlashAttention-2's
+            convention: `-slope * |i + Sk - Sq - j|` is added to the scaled score of query `i` and key `j`, as a bias
+            is, without a bias in memory. Positions are those of windows: counted from the first row of a sequence,
+            with `query_offset` in place of `Sk - Sq` where it is given. `B` is that of `q`, so that sequences packed
+            in one row share the slopes. They get no gradient: those that require one are refused.
         softmax_scale: factor >= 0; default `1 / sqrt(D)`. A tensor (a learned temperature) that broadcasts to
             `(B, Hq, Sq, 1)` is multiplied into `q`, with gradient; it may be negative.
         softcap: `s -> softcap * tanh(s / softcap)` on the scaled scores (Gemma 2), > 0.
@@ -118,8 +124,8 @@ def attention(
         softmax_scale, softcap, dropout_p, _is_deterministic(deterministic), backend, bias is not None, needs_grad,
     )  # fmt: skip
     plan = lower(spec, q, k, v, options)
-    if bias is not None or sinks is not None or dropout_p > 0.0:
-        plan = _with_own_tensors(plan, q, k, spec, bias, sinks)
+    if bias is not None or sinks is not None or alibi_slopes is not None or dropout_p > 0.0:
+        plan = _with_own_tensors(plan, q, k, spec, bias, sinks, alibi_slopes)
     out, lse = attend(q, k, v, plan, needs_grad)
     return (out, lse) if return_lse else out
 
@@ -155,6 +161,7 @@ def _with_own_tensors(
     spec: AttentionSpec,
     bias: torch.Tensor | None,
     sinks: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
 ) -> CallPlan:
     """The plan with the tensors that a call brings itself, and a seed where it drops weights."""
     if bias is not None:
@@ -162,10 +169,13 @@ def _with_own_tensors(
     if sinks is not None:
         check_sinks(sinks, q)
         sinks = sinks.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+    if alibi_slopes is not None:
+        check_alibi_slopes(alibi_slopes, q)
+        alibi_slopes = (alibi_slopes[None] if alibi_slopes.ndim == 1 else alibi_slopes).contiguous()
     seed = None
     if plan.scalars.drop_threshold is not None:
         seed = torch.randint(torch.iinfo(torch.int64).max, (1,), dtype=torch.int64, device=q.device)
-    return CallPlan(CallTensors(bias, sinks, seed, *plan.tensors[OWN:]), plan.scalars)
+    return CallPlan(CallTensors(bias, sinks, alibi_slopes, seed, *plan.tensors[OWN:]), plan.scalars)
 
 
 def _expanded_bias(bias: torch.Tensor, q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.overrides import has_torch_function_variadic
 
 from hf_flashbsa.kernels.backends import backend_module
-from hf_flashbsa.kernels.call_plan import NO_TENSORS, CallPlan, CallTensors, given
+from hf_flashbsa.kernels.call_plan import DIFFERENTIABLE, NO_TENSORS, CallPlan, CallTensors, given
 from hf_flashbsa.ops import batching
 
 _TENSORS = ", ".join(f"Tensor? {name}" for name in CallTensors._fields)
@@ -224,8 +224,18 @@ def _apply(function: type[torch.autograd.Function], *args):
         return super(torch.autograd.Function, function).apply(*args)
 
 
+def _check_constants(tensors: CallTensors) -> None:
+    """Raises ValueError where this level differentiates by a tensor that has no derivative, never silently 0."""
+    for name, x in zip(CallTensors._fields, tensors, strict=True):
+        if x is not None and x.is_floating_point() and name not in DIFFERENTIABLE:
+            has_tangent = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+            if x.requires_grad or has_tangent:
+                raise ValueError(f"{name}: attention has no derivative by them; give {name}.detach().")
+
+
 def _forward_autograd(q, k, v, *rest):
     plan = CallPlan.of_fields(rest)
+    _check_constants(plan.tensors)
     return _apply(_Attention, q, k, v, plan.tensors.bias, plan.tensors.sinks, plan, _modes())
 
 

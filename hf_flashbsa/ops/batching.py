@@ -2,21 +2,22 @@
 
 Rows of the batch are independent in all that the ops do, so that one call computes all samples. A rule runs them one
 after the other where a row's result depends on which row it is, or where the kernels have no batch dimension for what
-differs: dropout, sinks or tile masks that are mapped, biases and layouts of packed rows.
+differs: dropout, sinks or tile masks that are mapped, biases, slopes and layouts
+of packed rows.
 """
 
 from __future__ import annotations
 
 import torch
 
-from hf_flashbsa.kernels.call_plan import sinks_gradient
+from hf_flashbsa.kernels.call_plan import ROWS_K, ROWS_Q, SHARED_ROWS, sinks_gradient
 from hf_flashbsa.kernels.tables import ScheduleColumn
 
 #: Arguments with an entry for each batch row.
-_ROWS_Q = ("q", "out", "lse", "dout", "dlse", "q_t", "mask", "segment_ids_q")
-_ROWS_K = ("k", "v", "k_t", "v_t", "segment_ids_k")
+_ROWS_Q = ("q", "out", "lse", "dout", "dlse", "q_t", *ROWS_Q)
+_ROWS_K = ("k", "v", "k_t", "v_t", *ROWS_K)
 #: Those whose batch dimension may be 1, for all rows.
-_SHARED = ("bias", "bias_t", "block_grid", "block_table_q", "block_table_k")
+_SHARED = ("bias_t", *SHARED_ROWS)
 
 
 def run_mapped(op, info, in_dims: tuple, *args) -> tuple:

@@ -48,7 +48,7 @@ class CallOptions(NamedTuple):
 
 
 def lower(spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: tuple) -> CallPlan:
-    """The plan of a call, without the caller's own tensors (bias, sinks, seed). Validates on the way.
+    """The plan of a call, without the caller's own tensors (bias, sinks, slopes, seed). Validates on the way.
 
     Args:
         options: the fields of `CallOptions`, as a plain tuple, which costs each call less.
@@ -94,7 +94,7 @@ def _query_offset(spec: AttentionSpec, sizes: Sizes) -> int:
 
 def _tensors(spec: AttentionSpec, sizes: Sizes, heads: int, device: torch.device, options: CallOptions) -> CallTensors:
     # The torch back end computes a whole sequence at once.
-    tile = SCHEDULE_TILE if options.backend == "triton" else max(sizes.len_q, sizes.len_k, 1)
+    tile = max(sizes.len_q, sizes.len_k, 1) if options.backend == "torch" else SCHEDULE_TILE
     # A bias is read, and keys are dropped, in groups that begin at multiples of a tile, counted from the first row of
     # a sequence.
     split_q = not options.has_bias

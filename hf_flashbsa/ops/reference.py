@@ -32,20 +32,24 @@ def sequence_ranges(
     return [(*a, *b) for a, b in zip(queries, keys, strict=True)]
 
 
+def _keys_ahead(spec: AttentionSpec, n_q: int, n_k: int, device: torch.device) -> torch.Tensor:
+    """int64 `(n_q, n_k)`: by how many positions each key of one sequence stands behind (> 0) each query."""
+    offset = n_k - n_q if spec.query_offset is None else int(spec.query_offset)
+    return torch.arange(n_k, device=device) - (torch.arange(n_q, device=device)[:, None] + offset)
+
+
 def _visible(spec: AttentionSpec, q_row: int, q: slice, k_row: int, k: slice, device: torch.device) -> torch.Tensor:
     """bool `(1 or H, q, k)`: which scores of one sequence exist."""
     n_q, n_k = q.stop - q.start, k.stop - k.start
-    offset = n_k - n_q if spec.query_offset is None else int(spec.query_offset)
-    position_q = torch.arange(n_q, device=device)[:, None] + offset
-    position_k = torch.arange(n_k, device=device)[None, :]
+    ahead = _keys_ahead(spec, n_q, n_k, device)
     visible = torch.ones(1, n_q, n_k, dtype=torch.bool, device=device)
     if spec.causal:
-        visible &= position_k <= position_q
+        visible &= ahead <= 0
     left, right = spec.window_size
     if left is not None:
-        visible &= position_k >= position_q - left
+        visible &= ahead >= -left
     if right is not None:
-        visible &= position_k <= position_q + right
+        visible &= ahead <= right
     if spec.segment_ids_k is not None:
         ids_k = spec.segment_ids_k[k_row if len(spec.segment_ids_k) > 1 else 0, k]
         ids_q = torch.zeros(n_q, dtype=ids_k.dtype, device=device)
@@ -70,6 +74,7 @@ def reference_attention(
     *,
     bias: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
     softmax_scale: float | None = None,
     softcap: float | None = None,
     dropout_p: float = 0.0,
@@ -105,6 +110,8 @@ def reference_attention(
             b = _bias_of_sequence(spec, bias[q_row if bias.shape[0] > 1 else 0], q_end - q_begin, k_end - k_begin)
             s = s + b.to(dtype)
             visible = visible & (b > torch.finfo(bias.dtype).min)
+        if alibi_slopes is not None:
+            s = s - _alibi(spec, alibi_slopes, q_row, q_end - q_begin, k_end - k_begin).to(dtype)
         s = s.masked_fill(~visible, -math.inf)
         blind = (s == -math.inf).all(dim=-1, keepdim=True)
         s = s.masked_fill(blind, 0.0)
@@ -118,6 +125,13 @@ def reference_attention(
         out = out.index_put(_index(q_row, heads, rows, q.device), p @ v_heads)
         lse = lse.index_put(_index(q_row, heads, rows, q.device), total)
     return out, lse
+
+
+def _alibi(spec: AttentionSpec, slopes: torch.Tensor, q_row: int, n_q: int, n_k: int) -> torch.Tensor:
+    """float64 `(H, n_q, n_k)`: slope times distance of the queries and keys of a sequence in batch row `q_row`."""
+    if slopes.ndim == 2:
+        slopes = slopes[q_row if len(slopes) > 1 else 0]
+    return slopes.double()[:, None, None] * _keys_ahead(spec, n_q, n_k, slopes.device).abs()
 
 
 def _bias_of_sequence(spec: AttentionSpec, bias: torch.Tensor, n_q: int, n_k: int) -> torch.Tensor:

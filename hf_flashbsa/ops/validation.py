@@ -146,6 +146,23 @@ def check_bias(bias: torch.Tensor, q: torch.Tensor, k: torch.Tensor, packed: boo
         raise ValueError(f"bias is on {bias.device}, q on {q.device}; move it there.")
 
 
+def check_alibi_slopes(alibi_slopes: torch.Tensor, q: torch.Tensor) -> None:
+    batch, heads = q.shape[:2]
+    if alibi_slopes.shape not in ((heads,), (1, heads), (batch, heads)):
+        raise ValueError(
+            f"alibi_slopes: shape is {tuple(alibi_slopes.shape)}; give ({heads},), or ({batch}, {heads}) with slopes "
+            "of each batch row of q. Sequences packed in one row share them."
+        )
+    if alibi_slopes.dtype != torch.float32:
+        raise ValueError(f"alibi_slopes: dtype is {alibi_slopes.dtype}; give float32.")
+    if alibi_slopes.device != q.device:
+        raise ValueError(f"alibi_slopes is on {alibi_slopes.device}, q on {q.device}; move it there.")
+    if alibi_slopes.requires_grad:
+        raise ValueError(
+            "alibi_slopes: attention has no derivative by them; give alibi_slopes.detach(), or learn an equal bias."
+        )
+
+
 def check_sinks(sinks: torch.Tensor, q: torch.Tensor) -> None:
     if sinks.shape != (q.shape[1],) or not sinks.is_floating_point() or sinks.device != q.device:
         raise ValueError(

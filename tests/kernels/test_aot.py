@@ -57,7 +57,10 @@ def run_one(problem: Problem, kernel: str) -> None:
     q, k, v, dout = (
         torch.zeros(1, 256, 4, room, dtype=dtype)[..., : problem.head_dim].transpose(1, 2) for _ in range(4)
     )
-    rich = {} if problem.plain else {"bias": torch.zeros(1, 4, 256, 256, dtype=dtype).requires_grad_()}
+    rich = {}
+    if not problem.plain:
+        bias = torch.zeros(1, 4, 256, 256, dtype=dtype).requires_grad_()
+        rich = {"bias": bias, "alibi_slopes": torch.zeros(4)}
     others = {f"{name}_kernel": mock.MagicMock() for name in KERNELS if name != kernel}
     with mock.patch.multiple(launch, **others):
         leaves = [x.requires_grad_() for x in (q, k, v)]

@@ -245,6 +245,7 @@ def test_leaves_heads_that_share_keys_but_no_list(on_hopper):
         (UNLISTED, {"head_dim": 96}),
         (UNLISTED, {"length": 16}),
         ("bias", {"tensors": {"bias": torch.zeros(1, 1, 2048, 2048)}}),
+        ("alibi_slopes", {"tensors": {"alibi_slopes": torch.zeros(1, 2)}}),
         ("softcap", {"softcap": 30.0}),
         ("block layouts, blocks of 64", {"tensors": {"block_grid": torch.zeros(1)}, "block_size": 64}),
         ("no tokens", {"length": 0}),

@@ -36,7 +36,7 @@ def random_problem(r: random.Random) -> dict:
         return x.transpose(1, 2) if shape[1] == length else x
 
     q, k, v = operand(heads, len_q), operand(heads_k, len_k), operand(heads_k, len_k)
-    rules = r.choice(["none", "causal", "window", "lengths", "padding", "mask", "bias", "sinks", "dropout", "layout"])
+    kinds = ("none causal window lengths padding mask bias sinks dropout layout alibi").split()
     options = {
         "none": lambda: {},
         "causal": lambda: {"causal": True, "softmax_scale": r.choice([0.0, 0.5])},
@@ -47,8 +47,9 @@ def random_problem(r: random.Random) -> dict:
         "bias": lambda: {"bias": torch.zeros(1, heads, len_q, len_k)},
         "sinks": lambda: {"sinks": torch.zeros(heads)},
         "dropout": lambda: {"dropout_p": r.choice([0.1, 0.5]), "causal": True},
+        "alibi": lambda: {"alibi_slopes": torch.zeros(r.choice([(heads,), (batch, heads)])), "causal": True},
         "layout": lambda: {"layout": BlockLayout.from_mask(torch.eye(len_q, len_k) > 0, block_size=32)},
-    }[rules]()
+    }[r.choice(kinds)]()
     return {"q": q, "k": k, "v": v, **options}
 
 

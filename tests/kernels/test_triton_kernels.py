@@ -212,6 +212,23 @@ def test_masks(case):
     assert_equals_oracle(make_problem(case, DEVICE), case)
 
 
+@cases(
+    {"alibi": "rows", "batch": 2, "heads": 4, "causal": True, "len_q": 63, "len_k": 111},
+    {"alibi": "heads", "window_size": (9, 4), "softcap": 5.0, "masking": "offset_tensor"},
+    {"alibi": "rows", "batch": 2, "bias": (0, 0), "dropout_p": 0.17, "sinks": True},
+    {"alibi": "heads", "batch": 2, "bias": (0, 1), "softcap": 5.0, "masking": "cu_seqlens", "causal": True},
+    {"alibi": "rows", "batch": 2, "masking": "cu_seqlens", "dropout_p": 0.17},
+    {"alibi": "rows", "batch": 3, "masking": "seqlens", "causal": True, "heads_k": 1},
+    {"alibi": "rows", "batch": 3, "masking": "starts", "scale": 1.0},
+    {"alibi": "heads", "batch": 2, "masking": "segments"},
+    {"alibi": "heads", "batch": 2, "masking": "key_padding", "scale": 0.0},
+    {"alibi": "rows", "batch": 2, "masking": "dense", "blocks": 32, "len_k": 100},
+)
+def test_alibi(case):
+    with tiles(32, 16):
+        assert_equals_oracle(make_problem(case, DEVICE), case)
+
+
 def test_no_keys_and_no_queries():
     q, k = torch.randn(2, 2, 5, 16, device=DEVICE), torch.randn(2, 1, 0, 16, device=DEVICE)
     out, lse = attention(q, k, k, return_lse=True, backend="triton")

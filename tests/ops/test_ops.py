@@ -26,6 +26,7 @@ OPTIONS = {
     "bias and lengths": {"bias": BIAS, "seqlens_k": torch.tensor([3, 7])},
     "sinks and softcap": {"sinks": SINKS, "softcap": 5.0},
     "dropout": {"dropout_p": 0.3, "causal": True},
+    "alibi": {"alibi_slopes": torch.rand(2, 4), "causal": True},
 }
 options_sets = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 

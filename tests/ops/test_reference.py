@@ -145,6 +145,33 @@ def test_softcap_comes_before_the_bias():
     assert lse.item() == pytest.approx(math.log(1 + math.exp(2 * math.tanh(0.5 * 6.0 / 2) + 3.0)))
 
 
+@pytest.mark.parametrize("shape", [(2,), (1, 2), (2, 2)])
+def test_alibi_is_a_bias_that_grows_with_the_distance(shape):
+    """From the last query, which stands at the last key."""
+    q, k, v = (x.detach() for x in _inputs(len_q=2, len_k=3, heads=2))
+    slopes = torch.tensor([0.5, 0.25, 2.0, 4.0])[: math.prod(shape)].view(shape)
+    distance = torch.tensor([[1.0, 0.0, 1.0], [2.0, 1.0, 0.0]], dtype=torch.float64)
+    bias = -slopes.view(-1, 2, 1, 1) * distance
+    torch.testing.assert_close(
+        reference_attention(q, k, v, alibi_slopes=slopes, softcap=2.0),
+        reference_attention(q, k, v, bias=bias, softcap=2.0),
+    )
+
+
+def test_alibi_of_packed_sequences_and_offsets():
+    """Each counts from its own first query and key; an offset moves the queries."""
+    q, k, v = (x.detach()[:1] for x in _inputs(len_q=4, len_k=5))
+    slopes = torch.rand(4)
+    cu_q, cu_k = torch.tensor([0, 1, 4]), torch.tensor([0, 3, 5])
+    out, _ = reference_attention(q, k, v, AttentionSpec(cu_seqlens_q=cu_q, cu_seqlens_k=cu_k), alibi_slopes=slopes)
+    alone, _ = reference_attention(q[:, :, 1:], k[:, :, 3:], v[:, :, 3:], alibi_slopes=slopes)
+    torch.testing.assert_close(out[:, :, 1:], alone)
+    distance = (torch.arange(5) - (torch.arange(4)[:, None] - 2)).abs()
+    moved, _ = reference_attention(q, k, v, AttentionSpec(query_offset=-2), alibi_slopes=slopes)
+    bias = (-slopes.double()[:, None, None] * distance)[None]
+    torch.testing.assert_close(moved, reference_attention(q, k, v, AttentionSpec(), bias=bias)[0])
+
+
 def test_dropout_by_hand():
     keep = torch.tensor([False, True])[None, None, None]
     out, lse = reference_attention(*_scores(0.0, math.log(3)), dropout_p=0.2, keep=keep, softmax_scale=1.0)

@@ -47,6 +47,7 @@ def causal(q, k, v, bias, backend: str):
 
 LENGTHS = torch.tensor([[3, 7], [7, 1], [5, 0]])
 IDS_Q, IDS_K = torch.randint(2, (SAMPLES, BATCH, LEN_Q)), torch.randint(-1, 2, (SAMPLES, BATCH, LEN_K))
+SLOPES = torch.rand(SAMPLES, BATCH, HEADS, generator=torch.Generator().manual_seed(0))
 MASK = torch.rand(SAMPLES, BATCH, 1, LEN_Q, LEN_K, generator=torch.Generator().manual_seed(0)) < 0.6
 #: Options of a call, those with a leading dimension of SAMPLES by name.
 OPTIONS = {
@@ -67,11 +68,14 @@ OPTIONS = {
     "bias of each row": ({"bias": draw(BATCH, 1, LEN_Q, LEN_K)}, ()),
     "sinks": ({"sinks": draw(HEADS), "seqlens_k": LENGTHS}, ("seqlens_k",)),
     "sinks of each sample": ({"sinks": draw(SAMPLES, HEADS), "causal": True}, ("sinks",)),
+    "slopes of all": ({"alibi_slopes": SLOPES[0], "seqlens_k": LENGTHS}, ("seqlens_k",)),
+    "slopes of each sample and row": ({"alibi_slopes": SLOPES, "causal": True}, ("alibi_slopes",)),
+    "slopes of each head of all": ({"alibi_slopes": SLOPES[0, 0], "starts_k": LENGTHS}, ("starts_k",)),
 }
 
 
 def differentiable(options: dict) -> list[str]:
-    return [name for name, x in options.items() if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    return [name for name in ("bias", "sinks") if name in options]
 
 
 def loss(q, k, v, options: dict, run) -> torch.Tensor:
@@ -85,7 +89,8 @@ def ours(q, k, v, backend: str, **options):
 
 
 def oracle(q, k, v, **options):
-    given = {name: options.pop(name) for name in ("bias", "sinks", "softmax_scale", "softcap") if name in options}
+    names = ("bias", "sinks", "alibi_slopes", "softmax_scale", "softcap")
+    given = {name: options.pop(name) for name in names if name in options}
     return reference_attention(q, k, v, AttentionSpec(**options), **given)
 
 
@@ -159,7 +164,9 @@ def test_per_sample_gradients_of_layouts_of_each_row():
 
 
 @backends
-@pytest.mark.parametrize("bias", [None, draw(SAMPLES, 1, HEADS, 5, 5), draw(1, HEADS, 5, 5)])
+@pytest.mark.parametrize(
+    "bias", [None, draw(SAMPLES, 1, HEADS, 5, 5), draw(1, HEADS, 5, 5)], ids=["slopes", "biases", "bias"]
+)
 def test_per_sample_gradients_of_packed_rows(backend, bias):
     ends = torch.tensor([[0, 2, 6, 8], [0, 3, 3, 8], [0, 4, 8, 8]])
     inputs = tensors(SAMPLES, 1, len_q=8, len_k=8)
@@ -168,6 +175,9 @@ def test_per_sample_gradients_of_packed_rows(backend, bias):
     if bias is not None:
         options["bias"] = bias
         mapped += ("bias",) if bias.ndim == 5 else ()
+    else:
+        options["alibi_slopes"] = SLOPES[:, 0]
+        mapped += ("alibi_slopes",)
     assert_near(per_sample_gradients(inputs, options, mapped, backend), expected_gradients(inputs, options, mapped))
 
 
@@ -213,7 +223,9 @@ def test_jacobians_and_tangents(backend):
 
 
 @backends
-@pytest.mark.parametrize("name", ["causal window", "lengths of all", "masks", "biases", "one bias", "sinks", "layout"])
+@pytest.mark.parametrize(
+    "name", ["causal window", "lengths of all", "masks", "biases", "one bias", "sinks", "slopes of all", "layout"]
+)
 def test_tangents_of_options(name, backend):
     """Those of the oracle in float64, of `out` and `lse`, along all inputs."""
     options, mapped = OPTIONS.get(name, ({"layout": layout(), "causal": True}, ()))
@@ -267,6 +279,19 @@ def test_second_derivatives_are_never_zeros(backend):
             twice(q.clone())
     slope = grad(lambda c: grad(lambda c: energy(q) * c**3)(c))(torch.tensor(2.0))
     torch.testing.assert_close(slope, 12 * energy(q))
+
+
+@pytest.mark.parametrize("transform", [grad, jacfwd, jacrev])
+def test_derivatives_by_slopes_are_never_zeros(transform):
+    """They are refused at the level that asks for them, be there others within."""
+    q, k, v = tensors(1)
+
+    def energy(slopes, inner):
+        return inner(lambda q: attention(q, k, v, alibi_slopes=slopes).sum())(q).sum()
+
+    for inner in (lambda f: f, grad, lambda f: lambda q: jvp(f, (q,), (q,))[1]):
+        with pytest.raises(ValueError, match="alibi_slopes: attention has no derivative by them"):
+            transform(functools.partial(energy, inner=inner))(torch.ones(HEADS))
 
 
 def test_batched_gradients_of_ordinary_calls():

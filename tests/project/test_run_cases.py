@@ -89,6 +89,6 @@ def test_hopper_cases_are_those_that_its_kernels_can_take(tmp_path):
     assert {case.dim for case in drawn} == {case.dim_v for case in drawn} == {64, 128}
     assert {case.dtype for case in drawn} == {torch.float16, torch.bfloat16}
     assert {case.blocks for case in drawn} == {None, 128}
-    assert all(case.bias is None and case.softcap is None for case in drawn)
+    assert all(case.bias is case.softcap is case.alibi is None for case in drawn)
     assert {case.masking for case in drawn} == set(run_cases.HOPPER_MASKS)
     assert {case.dropout_p > 0.0 for case in drawn} == {case.causal for case in drawn} == {True, False}

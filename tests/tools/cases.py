@@ -42,6 +42,8 @@ class Case:
     strides: str
     gain: float
     blocks: int | None
+    #: ALiBi slopes of the "heads", or of each head of each batch row ("rows").
+    alibi: str | None = None
 
     def __str__(self) -> str:
         fields = dataclasses.asdict(self)
@@ -95,6 +97,7 @@ def random_case(seed: int, *, dtypes: tuple[torch.dtype, ...], max_len: int, dim
         strides=r.choice(("bhsd", "bshd", "sliced", "fused")),
         gain=r.choice((1.0, 1.0, 3.0)),
         blocks=r.choice((None, None, None, 32, 64, 128)),
+        alibi=r.choice((None, None, None, "heads", "rows")),
     )
     return _with_yardstick(case)
 
@@ -249,6 +252,10 @@ def make_problem(case: Case, device: torch.device | str) -> Problem:
             options["bias"][..., : len_k // 2] = r.choice((float("-inf"), torch.finfo(case.dtype).min))
     if case.sinks:
         options["sinks"] = torch.randn(case.heads, generator=g).to(device)
+    if case.alibi is not None:
+        # From 1, whose weights fall off within a few keys, to 1/256, as ALiBi's own.
+        shape = (batch_q, case.heads) if case.alibi == "rows" else (case.heads,)
+        options["alibi_slopes"] = 0.5 ** (8 * torch.rand(shape, generator=g)).to(device)
     for x in (q, k, v):
         x.requires_grad_()
     for name in ("bias", "sinks"):

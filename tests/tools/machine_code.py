@@ -66,6 +66,8 @@ PORTABLE = {
     "d256-bias": (256, "bfloat16", True, {"bias"}),
     "d256-unaligned": (256, "bfloat16", False, {"bias"}),
     "d256-fp32": (256, "float32", True, {"bias"}),
+    "d64-alibi": (64, "bfloat16", True, {"alibi", "causal", "packed"}),
+    "d128-alibi": (128, "bfloat16", True, {"alibi", "dropout"}),
 }
 
 
@@ -86,6 +88,8 @@ def portable_call(head_dim: int, dtype: str, aligned: bool, features: set[str]) 
         options["sinks"] = torch.zeros(4, requires_grad=True)
     if "bias" in features:
         options["bias"] = zeros(1, 4, LENGTH, LENGTH).requires_grad_()
+    if "alibi" in features:
+        options["alibi_slopes"] = torch.zeros(4)
     if "mask" in features:
         options["mask"] = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool)
     if "packed" in features:

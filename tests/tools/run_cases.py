@@ -75,6 +75,7 @@ def case_of(seed: int, options: argparse.Namespace) -> cases.Case:
         masking=HOPPER_MASKS[seed % len(HOPPER_MASKS)],
         bias=None,
         softcap=None,
+        alibi=None,
         sinks=case.sinks and seed % 4 == 0,
         strides="bhsd" if case.strides == "sliced" else case.strides,
         blocks=case.blocks and 128,

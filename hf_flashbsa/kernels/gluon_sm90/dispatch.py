@@ -17,12 +17,18 @@ import torch
 
 from hf_flashbsa.kernels import launch_cache, tuning
 from hf_flashbsa.kernels.arguments import is_aligned
-from hf_flashbsa.kernels.call_plan import CallPlan
+from hf_flashbsa.kernels.call_plan import NO_TENSORS, CallPlan
 
 logger = logging.getLogger(__name__)
 
 _log_once = functools.cache(logger.info)
 
+#: Tensors that the kernels know; calls with others are left to the portable kernels. A bias or dense mask would exceed
+#: the registers of a consumer.
+KNOWN_TENSORS = {
+    "sinks", "seed", "segment_ids_q", "segment_ids_k", "schedule_q", "schedule_k", "sequences", "block_grid",
+    "block_masks", "block_table_q", "block_table_k",
+}  # fmt: skip
 #: The modules that need Gluon.
 _LAUNCH = "hf_flashbsa.kernels.gluon_sm90.launch"
 _TRIAL = "hf_flashbsa.kernels.gluon_sm90.trial"
@@ -112,9 +118,10 @@ def why_unsupported(
         return f"dtype {q.dtype}"
     if q.shape[-1] != v.shape[-1]:
         return f"head dims {q.shape[-1]} and {v.shape[-1]}"
-    for name in ("bias", "mask"):  # would exceed the registers of a consumer
-        if getattr(plan.tensors, name) is not None:
-            return name
+    if plan.tensors is not NO_TENSORS:
+        for name, x in plan.tensors._asdict().items():
+            if x is not None and name not in KNOWN_TENSORS:
+                return name
     if plan.scalars.softcap is not None:
         return "softcap"
     if plan.tensors.block_grid is not None and plan.scalars.block_size % 128:

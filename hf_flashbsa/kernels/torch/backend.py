@@ -48,11 +48,16 @@ def _pieces(q: torch.Tensor, k: torch.Tensor, plan: CallPlan) -> Iterator[Piece]
             yield Piece(rows_q, slice(first, min(first + step, end)), rows_k, slice(lo, hi), query_offset, *origins)
 
 
+def _keys_ahead(piece: Piece, device: torch.device) -> torch.Tensor:
+    """int64 `(m, n)`: by how many positions each key stands behind (> 0) each query."""
+    keys = torch.arange(piece.k.start, piece.k.stop, device=device)
+    return keys - torch.arange(piece.q.start, piece.q.stop, device=device)[:, None] - piece.query_offset
+
+
 def _visible(piece: Piece, plan: CallPlan, device: torch.device) -> torch.Tensor | None:
     """bool, broadcastable to the piece's scores; None where all are visible."""
     conditions = []
-    ahead = torch.arange(piece.k.start, piece.k.stop, device=device)
-    ahead = ahead - torch.arange(piece.q.start, piece.q.stop, device=device)[:, None] - piece.query_offset
+    ahead = _keys_ahead(piece, device)
     if plan.scalars.window_left is not None:
         conditions.append(ahead >= -plan.scalars.window_left)
     if plan.scalars.window_right is not None:
@@ -118,6 +123,10 @@ def _scores(q, k, piece: Piece, plan: CallPlan) -> tuple[torch.Tensor, torch.Ten
         bias = torch.nn.functional.pad(bias, missing, value=float("-inf"))
         hidden = bias <= torch.finfo(bias.dtype).min
         s = (s + bias.to(s.dtype)).masked_fill(hidden, float("-inf"))
+    slopes = plan.tensors.alibi_slopes
+    if slopes is not None:
+        slopes = slopes[piece.rows_q] if slopes.shape[0] > 1 else slopes
+        s = s - slopes.to(s.dtype)[:, :, None, None] * _keys_ahead(piece, q.device).abs()
     visible = _visible(piece, plan, q.device)
     if visible is not None:
         s = s.masked_fill(~visible, float("-inf"))

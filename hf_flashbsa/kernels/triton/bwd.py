@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_flashbsa.kernels.structs import AttnMods, Tiles
+from hf_flashbsa.kernels.structs import AttnMods, ScoreTile, Tiles
 from hf_flashbsa.kernels.tables import SequenceColumn
 from hf_flashbsa.kernels.triton.block_range import (
     block_list_offsets,
@@ -63,18 +63,13 @@ def _dkdv_block(
         stats, stats_stride, mods.score_mod, batch_head, m0, block_range.lo, block_range.hi, len_q, tiles.m, MASKED
     )
     # [n, m]
-    bias_tile = load_bias(
-        mods,
-        work_tile.other_batch,
-        head,
-        queries[None, :],
-        keys[:, None],
-        in_window,
-        work_tile.query_origin,
-        work_tile.key_origin,
-    )
+    score_tile = ScoreTile(
+        work_tile.other_batch, work_tile.batch, head, queries[None, :], keys[:, None], m0, work_tile.begin,
+        work_tile.query_origin, work_tile.key_origin, work_tile.query_offset,
+    )  # fmt: skip
+    bias_tile = load_bias(mods, score_tile, in_window)
     s = dot(k_tile, tl.trans(q_block))
-    s, slope = apply_score_mod(s, mods, bias_tile)
+    s, slope = apply_score_mod(s, mods, bias_tile, score_tile)
     if MASKED:
         ok = visible_mask(
             mods, work_tile.other_batch, head, queries[None, :], keys[:, None], in_window, work_tile.query_origin,
@@ -155,36 +150,28 @@ def dkdv_kernel(
 
 @triton.jit
 def _score_gradient(
-    q_tile, do_tile, row_stats, k_block, v_block, bias_tile, queries, first_q, n0, query_origin, key_origin, in_window,
-    needs_mask, batch_q, batch_k, mods, head, tiles: tl.constexpr, MASKED: tl.constexpr,
+    q_tile, do_tile, row_stats, k_block, v_block, bias_tile, score_tile, in_window, needs_mask, mods,
+    tiles: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """dS = P * (dP - delta), `[m, n]`, with respect to the biased score, and the slope of the softcap."""
-    keys = n0 + tl.arange(0, tiles.n)
     s = dot(q_tile, tl.trans(k_block))
-    s, slope = apply_score_mod(s, mods, bias_tile)
+    s, slope = apply_score_mod(s, mods, bias_tile, score_tile)
+    batch_q, queries, keys = score_tile.batch_q, score_tile.queries, score_tile.keys
     if MASKED:
         ok = visible_mask(
-            mods,
-            batch_q,
-            head,
-            queries[:, None],
-            keys[None, :],
-            in_window,
-            query_origin,
-            key_origin,
-            first_q,
-            n0,
-            tiles,
-        )
+            mods, batch_q, score_tile.head, queries, keys, in_window, score_tile.query_origin, score_tile.key_origin,
+            score_tile.first_q, score_tile.first_k, tiles,
+        )  # fmt: skip
         s = tl.where(ok, s, float("-inf"))
-        s = apply_segment_mask(s, mods.bounds, batch_q, batch_k, needs_mask, queries[:, None], keys[None, :])
+        s = apply_segment_mask(s, mods.bounds, batch_q, score_tile.batch_k, needs_mask, queries, keys)
     p = tl.math.exp2(s * softmax_scale_log2(mods) - row_stats.lse_log2[:, None])
     dp = dot(do_tile, tl.trans(v_block))
     if mods.score_mod.seed is not None:
         offsets = tl.arange(0, tiles.n)[None, :]
         keep = dropout_keep(
-            mods.score_mod, row_stats.pad[:, None], row_stats.factor[:, None], n0 - key_origin, offsets
-        )
+            mods.score_mod, row_stats.pad[:, None], row_stats.factor[:, None],
+            score_tile.first_k - score_tile.key_origin, offsets,
+        )  # fmt: skip
         dp = tl.where(keep, dp * mods.score_mod.keep_scale, 0.0)
     return p * (dp - row_stats.delta[:, None]), slope
 
@@ -204,20 +191,14 @@ def _dq_block(
         )
     k_block = load_tile(k, n0, block_range.lo, block_range.hi, tiles.head_dim, tiles.n, tiles.d, MASKED)
     v_block = load_tile(v, n0, block_range.lo, block_range.hi, tiles.head_dim_v, tiles.n, tiles.dv, MASKED)
-    bias_tile = load_bias(
-        mods,
-        work_tile.batch,
-        head,
-        queries[:, None],
-        keys[None, :],
-        in_window,
-        work_tile.query_origin,
-        work_tile.key_origin,
-    )
+    score_tile = ScoreTile(
+        work_tile.batch, work_tile.other_batch, head, queries[:, None], keys[None, :], work_tile.begin, n0,
+        work_tile.query_origin, work_tile.key_origin, work_tile.query_offset,
+    )  # fmt: skip
+    bias_tile = load_bias(mods, score_tile, in_window)
     ds, slope = _score_gradient(
-        q_tile, do_tile, row_stats, k_block, v_block, bias_tile, queries, work_tile.begin, n0, work_tile.query_origin,
-        work_tile.key_origin, in_window, needs_segment_mask(work_tile), work_tile.batch, work_tile.other_batch, mods,
-        head, tiles, MASKED,
+        q_tile, do_tile, row_stats, k_block, v_block, bias_tile, score_tile, in_window, needs_segment_mask(work_tile),
+        mods, tiles, MASKED,
     )  # fmt: skip
     return dot((ds * slope).to(k_block.dtype), k_block, dq)
 
@@ -294,7 +275,10 @@ def dbias_kernel(
     cols_n = pos_n + tl.arange(0, BLOCK_N)
     in_bias = (rows_m < score_mod.bias_len_q)[:, None] & (cols_n < score_mod.bias_len_k)[None, :]
     # Loaded once: along the dimensions that the loop runs over, the bias is broadcast.
-    bias_tile = load_bias(mods, bias_batch_index, bias_head, rows_m[:, None], cols_n[None, :], in_bias, 0, 0)
+    place = ScoreTile(
+        bias_batch_index, bias_batch_index, bias_head, rows_m[:, None], cols_n[None, :], pos_m, pos_n, 0, 0, 0
+    )
+    bias_tile = load_bias(mods, place, in_bias)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     # The loop runs over sequences and heads that share this tile of the bias.
     shared_heads = heads // bias_heads
@@ -336,10 +320,12 @@ def dbias_kernel(
             v_block = load_tile(
                 head_view(v, batch_k, head // group), n0, 0, k_end, HEAD_DIM_V, BLOCK_N, BLOCK_DV, True
             )
+            score_tile = ScoreTile(
+                batch_q, batch_k, head, queries[:, None], keys[None, :], m0, n0, q_begin, k_begin, offset
+            )
             ds, _ = _score_gradient(
-                q_tile, do_tile, row_stats, k_block, v_block, bias_tile, queries, m0, n0, q_begin, k_begin, in_window,
-                True, batch_q, batch_k, mods, head, tiles, True,
-            )  # fmt: skip
+                q_tile, do_tile, row_stats, k_block, v_block, bias_tile, score_tile, in_window, True, mods, tiles, True
+            )
             total += ds
     pointers = strided_pointers(dbias, bias_batch_index, bias_head, rows_m[:, None], cols_n[None, :])
     tl.store(pointers, total.to(dbias.ptr.dtype.element_ty), mask=in_bias)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_flashbsa.kernels.structs import AttnMods, Tiles
+from hf_flashbsa.kernels.structs import AttnMods, ScoreTile, Tiles
 from hf_flashbsa.kernels.triton.block_range import (
     block_list_offsets,
     block_start,
@@ -48,18 +48,13 @@ def _forward_block(
     # [n, d]
     k_block = load_tile(k, n0, block_range.lo, block_range.hi, tiles.head_dim, tiles.n, tiles.d, MASKED)
     # [m, n]
-    bias_tile = load_bias(
-        mods,
-        work_tile.batch,
-        head,
-        queries[:, None],
-        keys[None, :],
-        in_window,
-        work_tile.query_origin,
-        work_tile.key_origin,
-    )
+    score_tile = ScoreTile(
+        work_tile.batch, work_tile.other_batch, head, queries[:, None], keys[None, :], work_tile.begin, n0,
+        work_tile.query_origin, work_tile.key_origin, work_tile.query_offset,
+    )  # fmt: skip
+    bias_tile = load_bias(mods, score_tile, in_window)
     s = dot(q_tile, tl.trans(k_block))
-    s, _ = apply_score_mod(s, mods, bias_tile)
+    s, _ = apply_score_mod(s, mods, bias_tile, score_tile)
     if MASKED:
         ok = visible_mask(
             mods, work_tile.batch, head, queries[:, None], keys[None, :], in_window, work_tile.query_origin,

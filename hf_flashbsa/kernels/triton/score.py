@@ -1,4 +1,4 @@
-"""How a score is modified: softcap, bias and dropout; and small math helpers."""
+"""How a score is modified: softcap, bias, ALiBi and dropout; and small math helpers."""
 
 from __future__ import annotations
 
@@ -37,9 +37,8 @@ def _hint_contiguous(rows, origin):
 
 
 @triton.jit
-def load_bias(mods, batch_q, head, queries, keys, in_window, query_origin, key_origin):
-    """Bias tile at broadcastable `queries` and `keys`, float32: -inf where it hides the key or does not reach; 0
-    without bias.
+def load_bias(mods, score_tile, in_window):
+    """Bias of a ScoreTile, float32: -inf where it hides the key or does not reach; 0 without bias.
 
     `in_window` masks the load; None means a full block, which lies within the bias.
     """
@@ -48,9 +47,9 @@ def load_bias(mods, batch_q, head, queries, keys, in_window, query_origin, key_o
         return 0.0
     else:
         # Tiles begin at multiples of their size in the sequence (`get_block_range`), so loads can be vectorised.
-        pos_q = _hint_contiguous(queries, query_origin)
-        pos_k = _hint_contiguous(keys, key_origin)
-        pointers = strided_pointers(bias, batch_q, head, pos_q, pos_k)
+        pos_q = _hint_contiguous(score_tile.queries, score_tile.query_origin)
+        pos_k = _hint_contiguous(score_tile.keys, score_tile.key_origin)
+        pointers = strided_pointers(bias, score_tile.batch_q, score_tile.head, pos_q, pos_k)
         if in_window is None:
             bias_tile = tl.load(pointers)
         else:
@@ -60,9 +59,36 @@ def load_bias(mods, batch_q, head, queries, keys, in_window, query_origin, key_o
 
 
 @triton.jit
-def apply_score_mod(s, mods, bias_tile):
-    """Softcap and bias: returns the logit in units of `softmax_scale_log2`, and d logit / d s, the slope of the
-    softcap.
+def _scales_last(mods):
+    """Whether the softmax multiplies by the scale (`softmax_scale_log2`), not `apply_score_mod`."""
+    return (mods.score_mod.softcap is None) and (mods.bias.ptr is None)
+
+
+@triton.jit
+def only_scales(mods):
+    """Whether scores are scaled and nothing else."""
+    return _scales_last(mods) and (mods.score_mod.alibi_slopes is None)
+
+
+@triton.jit
+def _alibi(mods, score_tile):
+    """Slope times distance of query and key, in the units of `apply_score_mod`."""
+    score_mod = mods.score_mod
+    slope = tl.load(
+        score_mod.alibi_slopes + tl.cast(score_tile.batch_q, tl.int64) * score_mod.alibi_stride_b + score_tile.head
+    )
+    if _scales_last(mods):
+        slope = slope / score_mod.scale
+    # Float32 holds positions up to 2^24 exactly. Converting rows and columns is cheaper than converting each distance.
+    pos_q = (score_tile.queries + (score_tile.query_offset - score_tile.key_origin)).to(tl.float32)
+    pos_k = (score_tile.keys - score_tile.key_origin).to(tl.float32)
+    return slope * tl.abs(pos_q - pos_k)
+
+
+@triton.jit
+def apply_score_mod(s, mods, bias_tile, score_tile):
+    """Softcap, bias and ALiBi: returns the logit in units of `softmax_scale_log2`, and d logit / d s, the slope of
+    the softcap.
 
     `bias_tile` comes from `load_bias`.
     """
@@ -77,13 +103,15 @@ def apply_score_mod(s, mods, bias_tile):
         if score_mod.softcap is None:
             s = s * score_mod.scale
         s = s + bias_tile
+    if score_mod.alibi_slopes is not None:
+        s = s - _alibi(mods, score_tile)
     return s, slope
 
 
 @triton.jit
 def softmax_scale_log2(mods):
     """Factor from `apply_score_mod` to exponents of 2: p = exp2(s * factor - row_max)."""
-    if (mods.score_mod.softcap is None) and (mods.bias.ptr is None):
+    if _scales_last(mods):
         return mods.score_mod.scale * LOG2E
     else:
         return LOG2E
