@@ -107,9 +107,7 @@ def attention(
     if spec is None:
         spec = _spec_of(masking)
     elif masking != _NO_MASKING:
-        raise ValueError(
-            "spec and masking keywords (causal, window_size, ..., layout) exclude each other; put all in spec."
-        )
+        raise ValueError("spec and masking keywords (causal, ..., layout) exclude each other; put all in spec.")
     if not q.stride()[-1:] == k.stride()[-1:] == v.stride()[-1:] == (1,):
         q, k, v = _with_unit_stride("q", q), _with_unit_stride("k", k), _with_unit_stride("v", v)
     needs_grad = torch.is_grad_enabled() and (

@@ -10,6 +10,7 @@ a vmap rule (batching.py).
 from __future__ import annotations
 
 import functools
+from typing import get_type_hints
 
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function
@@ -17,14 +18,13 @@ from torch.autograd import forward_ad
 from torch.overrides import has_torch_function_variadic
 
 from hf_flashbsa.kernels.backends import backend_module
-from hf_flashbsa.kernels.call_plan import DIFFERENTIABLE, NO_TENSORS, CallPlan, CallTensors, given
+from hf_flashbsa.kernels.call_plan import DIFFERENTIABLE, NO_TENSORS, CallPlan, CallScalars, CallTensors, given
 from hf_flashbsa.ops import batching
 
 _TENSORS = ", ".join(f"Tensor? {name}" for name in CallTensors._fields)
-_SCALARS = (
-    "float softmax_scale, float? softcap, int? window_left, int? window_right, SymInt query_offset, "
-    "int? drop_threshold, int? block_size, bool deterministic, str backend"
-)
+#: What a schema calls the types of `CallScalars`. An int that is never None may be a symbol of a traced size.
+_TYPES = {float: "float", float | None: "float?", int: "SymInt", int | None: "int?", bool: "bool", str: "str"}
+_SCALARS = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in get_type_hints(CallScalars).items())
 
 _SECOND = "hf_flashbsa: attention has no second derivative; use attn_implementation='eager'."
 
