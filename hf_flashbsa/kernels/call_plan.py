@@ -23,7 +23,7 @@ class CallTensors(NamedTuple):
         segment_ids_q, segment_ids_k: integers `(B, Sq)` and `(B, Sk)`.
         schedule_q, schedule_k: tile schedules of queries and of keys, see tile_schedule.py. The latter is there for
             the backward pass only.
-        sequences: `Sequences.table`, for the gradient of a bias only.
+        sequences: `Sequences.table`, for the gradient of a bias and for the torch back end only.
         block_grid: a layout's int32 `(B or 1, H or 1, query blocks, key blocks)`: 0 not visited, 1 full, `i >= 2` the
             partial block whose entries are `block_masks[i - 2]`.
         block_masks: int32 `(U, block_size, block_size // 32)`, key `i` of a row in bit `i % 32` of word `i // 32`.
@@ -89,10 +89,14 @@ class CallScalars(NamedTuple):
 
 
 class CallPlan(NamedTuple):
-    """One attention call, but for q, k and v."""
+    """One attention call, but for q, k and v.
+
+    `cache` is where the torch back end keeps what it makes of the rest on the host; None where calls do not share it.
+    """
 
     tensors: CallTensors
     scalars: CallScalars
+    cache: dict | None = None
 
     @classmethod
     def of_fields(cls, fields: tuple) -> CallPlan:

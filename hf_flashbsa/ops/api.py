@@ -173,7 +173,7 @@ def _with_own_tensors(
     seed = None
     if plan.scalars.drop_threshold is not None:
         seed = torch.randint(torch.iinfo(torch.int64).max, (1,), dtype=torch.int64, device=q.device)
-    return CallPlan(CallTensors(bias, sinks, alibi_slopes, seed, *plan.tensors[OWN:]), plan.scalars)
+    return CallPlan(CallTensors(bias, sinks, alibi_slopes, seed, *plan.tensors[OWN:]), plan.scalars, plan.cache)
 
 
 def _expanded_bias(bias: torch.Tensor, q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:

@@ -150,7 +150,7 @@ class _Attention(torch.autograd.Function):
             out, lse = _below_autograd(op, modes, q, k, v, *plan.tensors, *plan.scalars)
             ctx.save_for_forward(q, k, v, lse, *plan.tensors)
         ctx.save_for_backward(q, k, v, out, lse, *given(plan.tensors))
-        ctx.scalars, ctx.plain, ctx.modes = plan.scalars, plain, modes
+        ctx.scalars, ctx.cache, ctx.plain, ctx.modes = plan.scalars, plan.cache, plain, modes
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -160,7 +160,7 @@ class _Attention(torch.autograd.Function):
             raise RuntimeError(_SECOND)  # create_graph=True
         need_bias, need_sinks = ctx.needs_input_grad[3:5]
         q, k, v, out, lse, *tensors = ctx.saved_tensors
-        plan = CallPlan(CallTensors(*tensors) if tensors else NO_TENSORS, ctx.scalars)
+        plan = CallPlan(CallTensors(*tensors) if tensors else NO_TENSORS, ctx.scalars, ctx.cache)
         if dout is None:
             dout = torch.zeros_like(out)
         if ctx.plain and _is_plain(dout, dlse):

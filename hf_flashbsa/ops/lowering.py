@@ -34,6 +34,9 @@ from hf_flashbsa.ops import validation
 
 _T = TypeVar("_T")
 
+#: Of so many scores, those that segment ids hide take the torch back end longer than a tile schedule does.
+MANY_SCORES = 1 << 18
+
 
 class CallOptions(NamedTuple):
     """The options of `attention` that are no tensors, and what the plan must know of the tensors."""
@@ -82,7 +85,8 @@ def _plan(spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
         deterministic=options.deterministic,
         backend=backend,
     )
-    return CallPlan(_tensors(spec, sizes, heads, device, options._replace(backend=backend)), scalars)
+    tensors = _tensors(spec, sizes, heads, device, options._replace(backend=backend))
+    return CallPlan(tensors, scalars, {} if backend == "torch" and not torch.compiler.is_compiling() else None)
 
 
 def _query_offset(spec: AttentionSpec, sizes: Sizes) -> int:
@@ -93,26 +97,36 @@ def _query_offset(spec: AttentionSpec, sizes: Sizes) -> int:
 
 
 def _tensors(spec: AttentionSpec, sizes: Sizes, heads: int, device: torch.device, options: CallOptions) -> CallTensors:
-    # The torch back end computes a whole sequence at once.
-    tile = max(sizes.len_q, sizes.len_k, 1) if options.backend == "torch" else SCHEDULE_TILE
+    on_torch = options.backend == "torch"
+    # The torch back end computes a whole sequence at once, and asks about the keys of each query where that is cheap.
+    tile = max(sizes.len_q, sizes.len_k, 1) if on_torch else SCHEDULE_TILE
+    by_tiles = not on_torch or spec.layout is not None or _are_many_scores(spec, sizes, heads)
+    tiles_of_keys = options.needs_grad and not on_torch
     # A bias is read, and keys are dropped, in groups that begin at multiples of a tile, counted from the first row of
     # a sequence.
     split_q = not options.has_bias
     split_k = split_q and options.dropout_p == 0.0
+    has_sequences = not by_tiles or (options.has_bias and options.needs_grad)
     ids_q, ids_k, mask, layout = spec.segment_ids_q, spec.segment_ids_k, spec.mask, spec.layout
     tensors = CallTensors(
         mask=None if mask is None else mask.expand(sizes.batch_q, heads, sizes.len_q, sizes.len_k),
         segment_ids_q=None if ids_q is None else ids_q.expand(sizes.batch_q, -1),
         segment_ids_k=None if ids_k is None else ids_k.expand(sizes.batch_k, -1),
-        schedule_q=schedule_of(spec, "q", sizes, device, tile, split_q),
-        schedule_k=schedule_of(spec, "k", sizes, device, tile, split_k) if options.needs_grad else None,
-        sequences=sequence_table_of(spec, sizes, device) if options.has_bias and options.needs_grad else None,
+        schedule_q=schedule_of(spec, "q", sizes, device, tile, split_q) if by_tiles else None,
+        schedule_k=schedule_of(spec, "k", sizes, device, tile, split_k) if tiles_of_keys else None,
+        sequences=sequence_table_of(spec, sizes, device) if has_sequences else None,
         block_grid=None if layout is None else layout.grid,
         block_masks=None if layout is None else _block_masks(layout),
-        block_table_q=None if layout is None else _block_table(layout, "q"),
-        block_table_k=None if layout is None or not options.needs_grad else _block_table(layout, "k"),
+        block_table_q=None if layout is None or on_torch else _block_table(layout, "q"),
+        block_table_k=None if layout is None or not tiles_of_keys else _block_table(layout, "k"),
     )
     return NO_TENSORS if all(x is None for x in tensors) else tensors
+
+
+def _are_many_scores(spec: AttentionSpec, sizes: Sizes, heads: int) -> bool:
+    """Whether it pays to find the scores that segment ids hide before any is computed."""
+    scores = sizes.batch_q * heads * sizes.len_q * sizes.len_k
+    return spec.segment_ids_k is not None and bool(scores > MANY_SCORES)
 
 
 def has_own_rows(spec: AttentionSpec) -> bool:

@@ -11,7 +11,7 @@ from cases import random_case, worst_ratio
 
 from hf_flashbsa import AttentionSpec, attention, choose_backend
 from hf_flashbsa.kernels import backends
-from hf_flashbsa.kernels.torch import backend as torch_backend
+from hf_flashbsa.kernels.torch import pieces
 from hf_flashbsa.ops import validation
 from hf_flashbsa.ops.api import _bounds_spec, _log_copy
 from hf_flashbsa.ops.reference import reference_attention
@@ -71,7 +71,7 @@ def test_long_inputs_are_tiled(monkeypatch):
         return out, *torch.autograd.grad(out.sum(), [q, k, v, bias])
 
     whole = results()
-    monkeypatch.setattr(torch_backend, "MAX_SCORES", 2 * 2 * 4 * 7)
+    monkeypatch.setattr(pieces, "MAX_SCORES", 2 * 2 * 4 * 7)
     torch.testing.assert_close(results(), whole)
 
 

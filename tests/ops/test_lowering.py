@@ -15,6 +15,7 @@ from hf_flashbsa.ops import lowering, validation
 from hf_flashbsa.ops.lowering import MAX_REMEMBERED, CallOptions, lower
 
 PLAIN = CallOptions(None, None, 0.0, True, "torch", has_bias=False, needs_grad=True)
+TRITON = PLAIN._replace(backend="triton")
 
 
 def tensors(length: int = 6, heads: int = 2) -> list[torch.Tensor]:
@@ -39,7 +40,7 @@ def test_layers_of_a_forward_share_one_plan(checked):
 def test_layers_of_two_kinds_do_not_drive_each_other_out(checked):
     """Some with a bias, some with other heads: each kind is lowered once, schedules are shared where they may be."""
     spec = AttentionSpec(segment_ids_k=torch.zeros(2, 6, dtype=torch.int64))
-    kinds = [(2, PLAIN), (4, PLAIN), (2, PLAIN._replace(softcap=3.0)), (2, PLAIN._replace(has_bias=True))]
+    kinds = [(2, TRITON), (4, TRITON), (2, TRITON._replace(softcap=3.0)), (2, TRITON._replace(has_bias=True))]
     plans = [[lower(spec, *tensors(heads=heads), options) for heads, options in kinds] for _ in range(3)]
     assert len(checked) == len(kinds)
     assert all(a is b for again in plans[1:] for a, b in zip(plans[0], again, strict=True))
@@ -82,7 +83,7 @@ def test_no_more_sizes_than_a_bound_are_remembered():
         lower(spec, *tensors(length), PLAIN)
     assert {kind: len(entries) for kind, entries in lowering._MEMOS[id(spec)].entries.items()} == {
         "plan": MAX_REMEMBERED,
-        "schedule": MAX_REMEMBERED,
+        "sequences": MAX_REMEMBERED,
     }
 
 
@@ -98,7 +99,7 @@ def test_plans_go_with_their_mask(compiled):
     gc.collect()
     assert gone() is None or compiled  # Dynamo's guards hold weak references, its frames may hold one more
     if not compiled:
-        table = weakref.ref(lower(AttentionSpec(seqlens_k=torch.tensor([3, 6])), q, k, v, PLAIN).tensors.schedule_q)
+        table = weakref.ref(lower(AttentionSpec(seqlens_k=torch.tensor([3, 6])), q, k, v, PLAIN).tensors.sequences)
         gc.collect()
         assert table() is None
 
@@ -110,11 +111,11 @@ def test_a_spec_is_data_only():
     assert vars(spec) == before
 
 
-def test_layers_in_a_compiled_graph_share_a_schedule():
+def test_layers_in_a_compiled_graph_share_a_table():
     graphs = []
 
     def count(graph, _):
-        graphs.append(sum("argsort" in str(node.target) for node in graph.graph.nodes))
+        graphs.append(sum("stack" in str(node.target) for node in graph.graph.nodes))
         return graph
 
     def model(q, k, v, lengths):
@@ -149,12 +150,21 @@ def test_a_scale_of_zero_weighs_all_visible_keys_alike(backend):
 
 def test_a_layout_without_partial_blocks_has_no_masks():
     layout = BlockLayout(torch.ones(1, 1, 1, 1, dtype=torch.int32), 32)
-    first, second = (lower(AttentionSpec(layout=layout), *tensors(), PLAIN).tensors for _ in range(2))
+    first, second = (lower(AttentionSpec(layout=layout), *tensors(), TRITON).tensors for _ in range(2))
     assert first.block_masks is None
-    assert first.block_table_q is second.block_table_q, "derived once for a layout"
-    assert (
-        lower(AttentionSpec(layout=layout), *tensors(), PLAIN._replace(needs_grad=False)).tensors.block_table_k is None
-    )
+    assert first.block_table_q is second.block_table_q is not None, "derived once for a layout"
+    forward_only = lower(AttentionSpec(layout=layout), *tensors(), TRITON._replace(needs_grad=False))
+    assert forward_only.tensors.block_table_k is None
+
+
+def test_the_torch_back_end_gets_no_tables_that_it_does_not_read():
+    """Nor a schedule of few scores, which costs more than they do."""
+    layout = BlockLayout(torch.ones(1, 1, 1, 1, dtype=torch.int32), 32)
+    plan = lower(AttentionSpec(layout=layout), *tensors(), PLAIN)
+    assert plan.tensors.block_table_q is plan.tensors.block_table_k is plan.tensors.schedule_k is None
+    ids = AttentionSpec(segment_ids_k=torch.zeros(2, 6, dtype=torch.int32))
+    assert lower(ids, *tensors(), PLAIN).tensors.schedule_q is None
+    assert lower(ids, *tensors(), TRITON).tensors.schedule_q is not None
 
 
 def test_what_a_fake_mode_made_stays_there():

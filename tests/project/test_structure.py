@@ -27,6 +27,8 @@ MANY_PARAMETERS = {
     "hf_flashbsa/kernels/gluon_sm90/launch.py:launch_dkdv": _OPERANDS,
     "hf_flashbsa/kernels/gluon_sm90/launch.py:launch_fused_backward": _OPERANDS,
     "hf_flashbsa/kernels/torch/backend.py:backward": _OPERANDS,
+    "hf_flashbsa/kernels/torch/backend.py:_backward": _OPERANDS,
+    "hf_flashbsa/kernels/torch/fused.py:backward": _OPERANDS,
     "hf_flashbsa/kernels/triton/backend.py:backward": _OPERANDS,
     "hf_flashbsa/kernels/triton/launch.py:launch_dq": _OPERANDS,
     "hf_flashbsa/kernels/triton/launch.py:launch_dkdv": _OPERANDS,

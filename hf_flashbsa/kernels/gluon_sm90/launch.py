@@ -73,7 +73,7 @@ def _grid_size(
 
 
 def launch_forward(options: dict, tile_counter, launch, q, k, v, out, lse, plan: CallPlan) -> None:
-    tensors, scalars = plan
+    tensors, scalars, _ = plan
     (batch, heads, len_q, _), (_, heads_k, len_k, _) = q.shape, k.shape
     tiles, batch = tiles_of(tensors.schedule_q, len_q, batch, SCHEDULE_TILE)
     total_tiles = tiles * heads * batch
@@ -90,7 +90,7 @@ def launch_forward(options: dict, tile_counter, launch, q, k, v, out, lse, plan:
 def launch_dq(
     options: dict, tile_counter, launch, dout, dq, q, k, v, out, lse, dlse, stats, stats_stride: int, plan: CallPlan,
 ) -> None:  # fmt: skip
-    tensors, scalars = plan
+    tensors, scalars, _ = plan
     (batch, heads, len_q, _), (_, heads_k, len_k, _) = q.shape, k.shape
     tiles, batch = tiles_of(tensors.schedule_q, len_q, batch, SCHEDULE_TILE)
     total_tiles = tiles * heads * batch
@@ -108,7 +108,7 @@ def launch_dkdv(
     options: dict, tile_counter, launch, dout, dk, dv, q, k, v, stats, stats_stride: int, plan: CallPlan,
     dq_accum: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
-    tensors, scalars = plan
+    tensors, scalars, _ = plan
     (_, heads, len_q, _), (batch, heads_k, len_k, _) = q.shape, k.shape
     tiles, batch = tiles_of(tensors.schedule_k, len_k, batch, SCHEDULE_TILE)
     total_tiles = tiles * heads_k * batch

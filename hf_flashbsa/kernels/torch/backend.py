@@ -1,232 +1,210 @@
 """The CPU back end: torch operations, tiled so that no `(Sq, Sk)` matrix of a long sequence is kept.
 
-Computes in float32 (float64 for float64 inputs), one sequence at a time where lengths are ragged, a whole batch at
-once where they are not, and recomputes the weights in the backward pass from `lse` as the Triton kernels do.
+Computes in float32 (float64 for float64 inputs), piece by piece (pieces.py), and recomputes the weights in the
+backward pass from `lse` as the Triton kernels do. What torch's fused CPU kernel computes is left to it (fused.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 
 from hf_flashbsa.kernels.backends import note_forward
 from hf_flashbsa.kernels.call_plan import CallPlan, sinks_gradient, sinks_weight
 from hf_flashbsa.kernels.dropout import keep_mask, keep_scale
-
-#: Most scores held at once.
-MAX_SCORES = 1 << 25
-
-
-class Piece(NamedTuple):
-    """Query rows and the keys they may see: slices of the batch and length dimensions."""
-
-    rows_q: slice
-    q: slice
-    rows_k: slice
-    k: slice
-    query_offset: int
-    query_origin: int
-    key_origin: int
+from hf_flashbsa.kernels.torch import fused
+from hf_flashbsa.kernels.torch.parts import Source, Target
+from hf_flashbsa.kernels.torch.pieces import Piece, pieces_of
+from hf_flashbsa.kernels.torch.visibility import MAX_CACHED, NO_TERM, Term, bias_part, term_of
 
 
-def _pieces(q: torch.Tensor, k: torch.Tensor, plan: CallPlan) -> Iterator[Piece]:
-    (batch, heads, len_q, _), (batch_k, _, len_k, _) = q.shape, k.shape
-    if plan.tensors.schedule_q is None:
-        whole = [(slice(0, batch), 0, len_q, slice(0, batch_k), 0, len_k, plan.scalars.query_offset, 0, 0)]
-    else:
-        whole = [
-            (slice(row, row + 1), begin, end, slice(other, other + 1), lo, hi, query_offset, *origins)
-            for row, begin, end, other, lo, _, _, hi, query_offset, *origins, _ in plan.tensors.schedule_q.tolist()
-            if begin < end
-        ]
-    for rows_q, begin, end, rows_k, lo, hi, query_offset, *origins in whole:
-        count = rows_q.stop - rows_q.start
-        step = max(1, MAX_SCORES // max(1, count * heads * (hi - lo)))
-        for first in range(begin, end, step):
-            yield Piece(rows_q, slice(first, min(first + step, end)), rows_k, slice(lo, hi), query_offset, *origins)
-
-
-def _keys_ahead(piece: Piece, device: torch.device) -> torch.Tensor:
-    """int64 `(m, n)`: by how many positions each key stands behind (> 0) each query."""
-    keys = torch.arange(piece.k.start, piece.k.stop, device=device)
-    return keys - torch.arange(piece.q.start, piece.q.stop, device=device)[:, None] - piece.query_offset
-
-
-def _visible(piece: Piece, plan: CallPlan, device: torch.device) -> torch.Tensor | None:
-    """bool, broadcastable to the piece's scores; None where all are visible."""
-    conditions = []
-    ahead = _keys_ahead(piece, device)
-    if plan.scalars.window_left is not None:
-        conditions.append(ahead >= -plan.scalars.window_left)
-    if plan.scalars.window_right is not None:
-        conditions.append(ahead <= plan.scalars.window_right)
-    if plan.tensors.segment_ids_k is not None:
-        ids_k = plan.tensors.segment_ids_k[piece.rows_k, None, None, piece.k]
-        ids_q = (
-            0 if plan.tensors.segment_ids_q is None else plan.tensors.segment_ids_q[piece.rows_q, None, piece.q, None]
-        )
-        conditions.append((ids_k == ids_q) & (ids_k >= 0))
-    if plan.tensors.mask is not None:
-        conditions.append(plan.tensors.mask[piece.rows_q, :, piece.q, piece.k])
-    if plan.tensors.block_grid is not None:
-        conditions.append(_visited(piece, plan))
-    visible = None
-    for condition in conditions:
-        visible = condition if visible is None else visible & condition
-    return visible
-
-
-def _visited(piece: Piece, plan: CallPlan) -> torch.Tensor:
-    """bool `(B or 1, H or 1, m, n)`: entries that a layout shows."""
-    size = plan.scalars.block_size
-    grid = plan.tensors.block_grid[piece.rows_q] if plan.tensors.block_grid.shape[0] > 1 else plan.tensors.block_grid
-    places, inner = [], []
-    for part, origin in ((piece.q, piece.query_origin), (piece.k, piece.key_origin)):
-        place = torch.arange(part.start - origin, part.stop - origin, device=grid.device)
-        places.append(place // size)
-        inner.append(place % size)
-    kind = grid[:, :, places[0][:, None], places[1]]
-    visible = kind == 1
-    if plan.tensors.block_masks is not None:
-        words = plan.tensors.block_masks[(kind - 2).clamp(min=0), inner[0][:, None], inner[1] // 32]
-        visible |= (kind >= 2) & (words >> (inner[1] % 32) & 1).bool()
-    return visible
-
-
-def _bias_piece(bias: torch.Tensor, piece: Piece) -> torch.Tensor:
-    """A view of the bias for a piece, by place in the sequence, as far as it reaches."""
-    rows = piece.rows_q if bias.shape[0] > 1 else slice(None)
-    q, k = (
-        slice(part.start - origin, part.stop - origin)
-        for part, origin in ((piece.q, piece.query_origin), (piece.k, piece.key_origin))
-    )
-    return bias[rows, :, q, k]
-
-
-def _grouped(x: torch.Tensor, heads_k: int) -> torch.Tensor:
-    """`(B, Hq, S, D)` as `(B, Hkv, group, S, D)`."""
-    return x.unflatten(1, (heads_k, -1))
-
-
-def _scores(q, k, piece: Piece, plan: CallPlan) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scores of a piece `(B, Hq, m, n)`, -inf where hidden, and the derivative of the softcap (None without)."""
-    s = (_grouped(q * plan.scalars.softmax_scale, k.shape[1]) @ k[:, :, None].mT).flatten(1, 2)
-    slope = None
-    if plan.scalars.softcap is not None:
-        t = torch.tanh(s / plan.scalars.softcap)
-        s, slope = plan.scalars.softcap * t, 1.0 - t * t
-    if plan.tensors.bias is not None:
-        bias = _bias_piece(plan.tensors.bias, piece)
-        missing = (0, s.shape[3] - bias.shape[3], 0, s.shape[2] - bias.shape[2])
-        bias = torch.nn.functional.pad(bias, missing, value=float("-inf"))
-        hidden = bias <= torch.finfo(bias.dtype).min
-        s = (s + bias.to(s.dtype)).masked_fill(hidden, float("-inf"))
-    slopes = plan.tensors.alibi_slopes
-    if slopes is not None:
-        slopes = slopes[piece.rows_q] if slopes.shape[0] > 1 else slopes
-        s = s - slopes.to(s.dtype)[:, :, None, None] * _keys_ahead(piece, q.device).abs()
-    visible = _visible(piece, plan, q.device)
-    if visible is not None:
-        s = s.masked_fill(~visible, float("-inf"))
-    return s, slope
-
-
-def _dropout_factors(piece: Piece, heads: int, plan: CallPlan) -> torch.Tensor | None:
-    """Dropout factors `(B, Hq, m, n)`: 0 or 1 / keep probability."""
-    if plan.scalars.drop_threshold is None:
-        return None
-    device = plan.tensors.seed.device
-    batch_head = torch.arange(piece.rows_q.start, piece.rows_q.stop, device=device)[:, None] * heads
-    batch_head = batch_head + torch.arange(heads, device=device)
-    queries = torch.arange(piece.q.start, piece.q.stop, device=device)
-    keys = (piece.k.start - piece.key_origin, piece.k.stop - piece.key_origin)
-    keep = keep_mask(plan.tensors.seed, plan.scalars.drop_threshold, batch_head, queries, keys)
-    return keep * keep_scale(plan.scalars.drop_threshold)
-
-
-def _softmax(s: torch.Tensor, sinks: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights and log-sum-exp of scores `(B, Hq, m, n)`; 0 and -inf for rows that see no key, even with sinks."""
-    top = s.amax(-1, keepdim=True)
-    blind = top == float("-inf")
-    top = top.masked_fill(blind, 0.0)
-    p = torch.exp(s - top)
-    total = p.sum(-1, keepdim=True)
-    if sinks is not None:
-        total = total + torch.exp(sinks[:, None, None] - top)
-    p = p / total.masked_fill(blind, 1.0)
-    return p, (torch.log(total) + top).masked_fill(blind, float("-inf"))[..., 0]
+def _full_precision(q: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Products in the precision of their factors, which autocast would round."""
+    device = q.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
 def _compute_dtype(q: torch.Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
+class _Pieces:
+    """The pieces of a call, each with its term, and tensors to read and write by them."""
+
+    def __init__(self, q: torch.Tensor, k: torch.Tensor, plan: CallPlan, by_fused: bool):
+        self._plan, self._device, self._dtype, self._fused = plan, q.device, _compute_dtype(q), by_fused
+        self._cache = {} if plan.cache is None else plan.cache
+        key = "fused" if by_fused else "scores"
+        if key not in self._cache:
+            pieces = pieces_of(q, k, plan, with_scores=not by_fused)
+            self._cache[key] = pieces, len(pieces) == 1 and pieces[0].is_all_of(q, k)
+        self._pieces, self._whole = self._cache[key]
+
+    def __iter__(self) -> Iterator[tuple[Piece, Term]]:
+        for i, piece in enumerate(self._pieces):
+            term = NO_TERM if self._fused and piece.is_diagonal else self._cache.get((i, self._fused))
+            if term is None:
+                term = term_of(piece, self._plan, self._device, self._dtype)
+                tensors = self._plan.tensors
+                own = any(x is not None for x in (tensors.mask, tensors.bias, tensors.alibi_slopes))
+                # What callers may write to behind our back is read each time.
+                if not own and (term.values is None or term.values.numel() <= MAX_CACHED):
+                    self._cache[i, self._fused] = term
+            yield piece, term
+
+    def source(self, x: torch.Tensor) -> Source:
+        return Source(x, self._dtype, self._whole)
+
+    def target(self, x: torch.Tensor, fill: float = 0.0) -> Target:
+        return Target(x, self._dtype, self._whole, fill)
+
+
 def forward(q, k, v, out, lse, plan: CallPlan) -> None:
     """Fills `out` and `lse`."""
     note_forward("torch")
-    dtype = _compute_dtype(q)
-    for piece in _pieces(q, k, plan):
-        if piece.k.start == piece.k.stop:
-            out[piece.rows_q, :, piece.q] = 0.0
-            lse[piece.rows_q, :, piece.q] = float("-inf")
-            continue
-        q_, k_, v_ = q[piece.rows_q, :, piece.q], k[piece.rows_k, :, piece.k], v[piece.rows_k, :, piece.k]
-        q_, k_, v_ = q_.to(dtype), k_.to(dtype), v_.to(dtype)
-        s, _ = _scores(q_, k_, piece, plan)
-        p, total = _softmax(s, plan.tensors.sinks)
-        keep = _dropout_factors(piece, q.shape[1], plan)
-        if keep is not None:
-            p = p * keep
-        o = _grouped(p, k.shape[1]) @ v_[:, :, None]
-        out[piece.rows_q, :, piece.q] = o.flatten(1, 2).to(out.dtype)
-        lse[piece.rows_q, :, piece.q] = total
+    with _full_precision(q):
+        by_fused = fused.takes(q, v, plan)
+        pieces = _Pieces(q, k, plan, by_fused)
+        compute = fused.forward if by_fused else _forward
+        q, k, v = map(pieces.source, (q, k, v))
+        to_out, to_lse = pieces.target(out), pieces.target(lse[..., None], fill=float("-inf"))
+        for piece, term in pieces:
+            o, total = compute(q.take(piece.q), k.take(piece.k), v.take(piece.k), term, piece, plan)
+            to_out.put(piece.q, o)
+            to_lse.put(piece.q, total)
+        to_out.finish()
+        to_lse.finish()
 
 
 def backward(dout, dlse, q, k, v, out, lse, gradients, plan: CallPlan) -> None:
     """Fills `gradients`: dq, dk, dv, dbias, dsinks; dbias may be None."""
-    dtype = _compute_dtype(q)
-    dq, dk, dv, dbias, dsinks = gradients
-    heads_k = k.shape[1]
-    dk_sum = torch.zeros(k.shape, dtype=dtype, device=k.device)
-    dv_sum = torch.zeros(v.shape, dtype=dtype, device=k.device)
-    dbias_sum = None if dbias is None else torch.zeros(dbias.shape, dtype=dtype, device=k.device)
-    delta = (dout.to(dtype) * out.to(dtype)).sum(-1)
-    if dlse is not None:
-        delta = delta - dlse
-    for piece in _pieces(q, k, plan):
-        if piece.k.start == piece.k.stop:
-            dq[piece.rows_q, :, piece.q] = 0.0
-            continue
-        q_, k_, v_ = q[piece.rows_q, :, piece.q], k[piece.rows_k, :, piece.k], v[piece.rows_k, :, piece.k]
-        q_, k_, v_ = q_.to(dtype), k_.to(dtype), v_.to(dtype)
-        do = dout[piece.rows_q, :, piece.q].to(dtype)
-        s, slope = _scores(q_, k_, piece, plan)
-        total = lse[piece.rows_q, :, piece.q]
-        p = torch.exp(s - total.masked_fill(total == float("-inf"), 0.0)[..., None])
-        dp = (_grouped(do, heads_k) @ v_[:, :, None].mT).flatten(1, 2)
-        keep = _dropout_factors(piece, q.shape[1], plan)
-        p_dropped = p
-        if keep is not None:
-            p_dropped, dp = p * keep, dp * keep
-        dv_sum[piece.rows_k, :, piece.k] += (_grouped(p_dropped, heads_k).mT @ _grouped(do, heads_k)).sum(2)
-        ds = p * (dp - delta[piece.rows_q, :, piece.q, None])
+    with _full_precision(q):
+        dq, dk, dv, dbias, dsinks = gradients
+        by_fused = fused.takes(q, v, plan) and dlse is None and dbias is None
+        pieces = _Pieces(q, k, plan, by_fused)
+        dtype = _compute_dtype(q)
+        delta = None
+        if not by_fused or dsinks is not None:
+            delta = (dout.to(dtype) * out.to(dtype)).sum(-1)
+            delta = delta if dlse is None else delta - dlse
+        dbias_sum = None if dbias is None else torch.zeros(dbias.shape, dtype=dtype, device=k.device)
+        read = [*map(pieces.source, (dout, q, k, v, lse[..., None], out if by_fused else delta[..., None]))]
+        to_dq, to_dk, to_dv = map(pieces.target, (dq, dk, dv))
+        for piece, term in pieces:
+            places = piece.q, piece.q, piece.k, piece.k, piece.q, piece.q
+            do, *parts, last = (x.take(place) for x, place in zip(read, places, strict=True))
+            if piece.q.live is not None:  # queries that stand in for none have no gradient
+                do, last = (x.masked_fill(~piece.q.live[:, None, :, None], 0.0) for x in (do, last))
+            if by_fused:
+                dq_, dk_, dv_ = fused.backward(do, *parts, last, term, piece, plan)
+            else:
+                dq_, dk_, dv_ = _backward(do, *parts, last, term, piece, plan, dbias_sum)
+            to_dq.put(piece.q, dq_)
+            to_dk.add(piece.k, dk_)
+            to_dv.add(piece.k, dv_)
+        for target in (to_dq, to_dk, to_dv):
+            target.finish()
         if dbias is not None:
-            part = _bias_piece(dbias_sum, piece)
-            reached = ds[:, :, : part.shape[2], : part.shape[3]]
-            part += reached.sum_to_size(part.shape)
-        if slope is not None:
-            ds = ds * slope
-        ds = ds * plan.scalars.softmax_scale
-        dq[piece.rows_q, :, piece.q] = (_grouped(ds, heads_k) @ k_[:, :, None]).flatten(1, 2).to(dq.dtype)
-        dk_sum[piece.rows_k, :, piece.k] += (_grouped(ds, heads_k).mT @ _grouped(q_, heads_k)).sum(2)
-    dk.copy_(dk_sum)
-    dv.copy_(dv_sum)
+            dbias.copy_(dbias_sum)
+        if dsinks is not None:
+            dsinks.copy_(sinks_gradient(plan.tensors.sinks, lse, delta))
+
+
+# Pieces with their scores
+
+
+def _forward(q, k, v, term: Term, piece: Piece, plan: CallPlan) -> tuple[torch.Tensor, torch.Tensor]:
+    """`out` `(n, Hq, m, Dv)` and `lse` `(n, Hq, m, 1)` of a piece."""
+    s, _ = _scores(q, k, term, plan)
+    p, total = _softmax(s, plan.tensors.sinks)
+    p = _dropped(p, _dropout_factors(piece, q.shape[1], plan))
+    return _products(p, v), total
+
+
+def _backward(
+    do, q, k, v, lse, delta, term: Term, piece: Piece, plan: CallPlan, dbias: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of a piece's `q`, `k` and `v`; that of its bias is added to `dbias`."""
+    heads_k = k.shape[1]
+    p, slope = _weights(q, k, lse, term, plan)
+    dp = _products(do, v.mT)
+    keep = _dropout_factors(piece, q.shape[1], plan)
+    dv = _folded(_dropped(p, keep), heads_k).mT @ _folded(do, heads_k)
+    ds = _dropped(dp, keep).sub_(delta).mul_(p)
     if dbias is not None:
-        dbias.copy_(dbias_sum)
-    if plan.tensors.sinks is not None:
-        dsinks.copy_(sinks_gradient(plan.tensors.sinks, lse, delta))
+        part = bias_part(dbias, piece)
+        reached = ds[:, :, : part.shape[2], : part.shape[3]]
+        part += reached.sum_to_size(part.shape)
+    if slope is not None:
+        ds.mul_(slope)
+    ds.mul_(plan.scalars.softmax_scale)
+    return _products(ds, k), _folded(ds, heads_k).mT @ _folded(q, heads_k), dv
+
+
+def _folded(x: torch.Tensor, heads_k: int) -> torch.Tensor:
+    """`(n, Hq, m, D)` as `(n, Hkv, group * m, D)`: the rows of the heads that share keys one behind the other."""
+    return x if x.shape[1] == heads_k else x.unflatten(1, (heads_k, -1)).flatten(2, 3)
+
+
+def _products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """`x @ y` `(n, Hq, m, l)` of `(n, Hq, m, D)` and `(n, Hkv, D, l)`."""
+    heads, heads_k = x.shape[1], y.shape[1]
+    product = _folded(x, heads_k) @ y
+    return product if heads == heads_k else product.unflatten(2, (-1, x.shape[2])).flatten(1, 2)
+
+
+def _scores(q, k, term: Term, plan: CallPlan) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scores `(n, Hq, m, l)`, -inf where hidden, and the derivative of the softcap (None without)."""
+    s = _products(q * plan.scalars.softmax_scale, k.mT)
+    slope = None
+    if plan.scalars.softcap is not None:
+        t = torch.tanh(s / plan.scalars.softcap)
+        s, slope = plan.scalars.softcap * t, 1.0 - t * t
+    return s if term.values is None else s.add_(term.values), slope
+
+
+def _weights(q, k, lse, term: Term, plan: CallPlan) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Softmax weights `(n, Hq, m, l)`, given `lse` `(n, Hq, m, 1)`, and the derivative of the softcap."""
+    s, slope = _scores(q, k, term, plan)
+    return s.sub_(lse.masked_fill(lse == float("-inf"), 0.0)).exp_(), slope
+
+
+def _dropout_factors(piece: Piece, heads: int, plan: CallPlan) -> torch.Tensor | None:
+    """Dropout factors `(n, Hq, m, l)`: 0 or 1 / keep probability."""
+    if plan.scalars.drop_threshold is None:
+        return None
+    device = plan.tensors.seed.device
+    rows = piece.q.rows
+    rows = torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, slice) else rows
+    batch_head = rows[:, None] * heads + torch.arange(heads, device=device)
+    queries = piece.q.positions(device)
+    queries = queries if queries.ndim == 1 else queries[:, None]
+    keys = piece.key_start, piece.key_start + piece.k.length
+    keep = keep_mask(plan.tensors.seed, plan.scalars.drop_threshold, batch_head, queries, keys)
+    return keep * keep_scale(plan.scalars.drop_threshold)
+
+
+def _dropped(p: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
+    return p if keep is None else p * keep
+
+
+def _softmax(s: torch.Tensor, sinks: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights, in place of the scores `(n, Hq, m, l)`, and log-sum-exp `(n, Hq, m, 1)`; 0 and -inf for rows that see
+    no key, even with sinks."""
+    top = s.amax(-1, keepdim=True)
+    blind = top == float("-inf")
+    top = top.masked_fill(blind, 0.0)
+    p = s.sub_(top).exp_()
+    total = p.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + torch.exp(sinks[:, None, None] - top)
+    p.div_(total.masked_fill(blind, 1.0))
+    return p, (torch.log(total) + top).masked_fill(blind, float("-inf"))
+
+
+# Forward mode
 
 
 def jvp(tangents, q, k, v, lse, out_t, lse_t, plan: CallPlan) -> None:
@@ -235,42 +213,35 @@ def jvp(tangents, q, k, v, lse, out_t, lse_t, plan: CallPlan) -> None:
     With scores `s` and weights `p = exp(s - lse)`: `lse_t = sum(p * s_t) + p_sink * sinks_t` and
     `out_t = (p * (s_t - lse_t)) @ v + p @ v_t`, weights dropped as in `forward`.
     """
-    dtype = _compute_dtype(q)
-    q_t, k_t, v_t, bias_t, sinks_t = (None if x is None else x.to(dtype) for x in tangents)
-    out_t.zero_()
-    lse_t.zero_()
-    if sinks_t is not None:
-        lse_t += sinks_weight(plan.tensors.sinks, lse) * sinks_t[:, None]
-    for piece in _pieces(q, k, plan):
-        if piece.k.start == piece.k.stop:
-            continue
-        q_, k_, v_ = q[piece.rows_q, :, piece.q], k[piece.rows_k, :, piece.k], v[piece.rows_k, :, piece.k]
-        q_, k_, v_ = q_.to(dtype), k_.to(dtype), v_.to(dtype)
-        s, slope = _scores(q_, k_, piece, plan)
-        total = lse[piece.rows_q, :, piece.q]
-        p = torch.exp(s - total.masked_fill(total == float("-inf"), 0.0)[..., None])
-        s_t = torch.zeros_like(p)
-        if q_t is not None:
-            s_t += _products(q_t[piece.rows_q, :, piece.q], k_)
-        if k_t is not None:
-            s_t += _products(q_, k_t[piece.rows_k, :, piece.k])
-        s_t *= plan.scalars.softmax_scale
-        if slope is not None:
-            s_t *= slope
-        if bias_t is not None:
-            part = _bias_piece(bias_t, piece)
-            s_t[:, :, : part.shape[2], : part.shape[3]] += part
-        lse_t[piece.rows_q, :, piece.q] += (p * s_t).sum(-1)
-        s_t -= lse_t[piece.rows_q, :, piece.q, None]
-        keep = _dropout_factors(piece, q.shape[1], plan)
-        if keep is not None:
-            p = p * keep
-        o_t = _grouped(p * s_t, k.shape[1]) @ v_[:, :, None]
-        if v_t is not None:
-            o_t = o_t + _grouped(p, k.shape[1]) @ v_t[piece.rows_k, :, piece.k][:, :, None]
-        out_t[piece.rows_q, :, piece.q] = o_t.flatten(1, 2).to(out_t.dtype)
-
-
-def _products(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """`q @ k.T` of grouped heads, `(B, Hq, m, n)`."""
-    return (_grouped(q, k.shape[1]) @ k[:, :, None].mT).flatten(1, 2)
+    with _full_precision(q):
+        q_t, k_t, v_t, bias_t, sinks_t = tangents
+        pieces = _Pieces(q, k, plan, by_fused=False)
+        of_sinks = torch.zeros_like(lse)
+        if sinks_t is not None:
+            of_sinks += sinks_weight(plan.tensors.sinks, lse) * sinks_t[:, None]
+        q, k, v, lse, of_sinks = map(pieces.source, (q, k, v, lse[..., None], of_sinks[..., None]))
+        q_t, k_t, v_t = (None if x is None else pieces.source(x) for x in (q_t, k_t, v_t))
+        to_out, to_lse = pieces.target(out_t), pieces.target(lse_t[..., None])
+        for piece, term in pieces:
+            q_, k_, v_ = q.take(piece.q), k.take(piece.k), v.take(piece.k)
+            p, slope = _weights(q_, k_, lse.take(piece.q), term, plan)
+            s_t = torch.zeros_like(p)
+            if q_t is not None:
+                s_t += _products(q_t.take(piece.q), k_.mT)
+            if k_t is not None:
+                s_t += _products(q_, k_t.take(piece.k).mT)
+            s_t *= plan.scalars.softmax_scale
+            if slope is not None:
+                s_t *= slope
+            if bias_t is not None:
+                part = bias_part(bias_t, piece)
+                s_t[:, :, : part.shape[2], : part.shape[3]] += part
+            total_t = (p * s_t).sum(-1, keepdim=True) + of_sinks.take(piece.q)
+            keep = _dropout_factors(piece, q_.shape[1], plan)
+            o_t = _products(_dropped(p * (s_t - total_t), keep), v_)
+            if v_t is not None:
+                o_t = o_t + _products(_dropped(p, keep), v_t.take(piece.k))
+            to_out.put(piece.q, o_t)
+            to_lse.put(piece.q, total_t)
+        to_out.finish()
+        to_lse.finish()

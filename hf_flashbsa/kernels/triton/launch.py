@@ -74,7 +74,7 @@ def _meta(
 
 
 def launch_forward(launch, q, k, v, out, lse, plan: CallPlan) -> None:
-    tensors, scalars = plan
+    tensors, scalars, _ = plan
     (batch, heads, len_q, _), (_, heads_k, len_k, _) = q.shape, k.shape
     _warn_unaligned((q, k, v), tensors.bias)
     config = _config("forward", (q, k, v), plan)
@@ -88,7 +88,7 @@ def launch_forward(launch, q, k, v, out, lse, plan: CallPlan) -> None:
 
 
 def launch_dq(launch, dout, dq, q, k, v, out, lse, dlse, stats, stats_stride: int, plan: CallPlan) -> None:
-    tensors, scalars = plan
+    tensors, scalars, _ = plan
     (batch, heads, len_q, _), (_, heads_k, len_k, _) = q.shape, k.shape
     config = _config("dq", (q, k, v, dout), plan)
     tiles, batch = tiles_of(tensors.schedule_q, len_q, batch, config.block_m)
@@ -102,7 +102,7 @@ def launch_dq(launch, dout, dq, q, k, v, out, lse, dlse, stats, stats_stride: in
 
 
 def launch_dkdv(launch, dout, dk, dv, q, k, v, stats, stats_stride: int, plan: CallPlan) -> None:
-    tensors, scalars = plan
+    tensors, scalars, _ = plan
     (_, heads, len_q, _), (batch, heads_k, len_k, _) = q.shape, k.shape
     config = _config("dkdv", (q, k, v, dout), plan)
     tiles, batch = tiles_of(tensors.schedule_k, len_k, batch, config.block_n)
@@ -116,7 +116,7 @@ def launch_dkdv(launch, dout, dk, dv, q, k, v, stats, stats_stride: int, plan: C
 
 
 def launch_dbias(launch, dout, dbias, q, k, v, stats, stats_stride: int, plan: CallPlan) -> None:
-    tensors, scalars = plan
+    tensors, scalars, _ = plan
     (batch, heads, len_q, _), (_, heads_k, len_k, _) = q.shape, k.shape
     config = _config("dbias", (q, k, v, dout), plan)
     tiles_m, tiles_n = cdiv(dbias.shape[2], config.block_m), cdiv(dbias.shape[3], config.block_n)
