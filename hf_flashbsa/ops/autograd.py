@@ -28,14 +28,17 @@ _SCALARS = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in get_type_hints(C
 
 _SECOND = "hf_flashbsa: attention has no second derivative; use attn_implementation='eager'."
 
+# Selective checkpointing, TRL's for one, saves what ops compute whose name has "flash_attn" in it.
 _library = torch.library.Library("hf_flashbsa", "DEF")
-_library.define(f"attention_forward(Tensor q, Tensor k, Tensor v, {_TENSORS}, {_SCALARS}) -> (Tensor out, Tensor lse)")
 _library.define(
-    "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"flash_attn_forward(Tensor q, Tensor k, Tensor v, {_TENSORS}, {_SCALARS}) -> (Tensor out, Tensor lse)"
+)
+_library.define(
+    "flash_attn_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"{_TENSORS}, {_SCALARS}, bool need_dbias) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"
 )
 _library.define(
-    "attention_jvp(Tensor? q_t, Tensor? k_t, Tensor? v_t, Tensor? bias_t, Tensor? sinks_t, Tensor q, Tensor k, "
+    "flash_attn_jvp(Tensor? q_t, Tensor? k_t, Tensor? v_t, Tensor? bias_t, Tensor? sinks_t, Tensor q, Tensor k, "
     f"Tensor v, Tensor lse, {_TENSORS}, {_SCALARS}) -> (Tensor out_t, Tensor lse_t)"
 )
 
@@ -146,7 +149,7 @@ class _Attention(torch.autograd.Function):
         if plain:
             out, lse = _forward(q, k, v, plan)
         else:
-            op = torch.ops.hf_flashbsa.attention_forward.default
+            op = torch.ops.hf_flashbsa.flash_attn_forward.default
             out, lse = _below_autograd(op, modes, q, k, v, *plan.tensors, *plan.scalars)
             ctx.save_for_forward(q, k, v, lse, *plan.tensors)
         ctx.save_for_backward(q, k, v, out, lse, *given(plan.tensors))
@@ -166,7 +169,7 @@ class _Attention(torch.autograd.Function):
         if ctx.plain and _is_plain(dout, dlse):
             gradients = _backward(dout, dlse, q, k, v, out, lse, plan, need_bias)
         else:
-            gradients = torch.ops.hf_flashbsa.attention_backward.default(
+            gradients = torch.ops.hf_flashbsa.flash_attn_backward.default(
                 dout, dlse, q, k, v, out, lse, *plan.tensors, *plan.scalars, need_bias
             )
         dq, dk, dv, dbias, dsinks = gradients
@@ -175,7 +178,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, q_t, k_t, v_t, bias_t, sinks_t, *_):
         q, k, v, lse, *tensors = ctx.saved_for_forward
-        op = torch.ops.hf_flashbsa.attention_jvp.default
+        op = torch.ops.hf_flashbsa.flash_attn_jvp.default
         args = q_t, k_t, v_t, bias_t, sinks_t, q, k, v, lse, *tensors, *ctx.scalars
         if torch._C._functorch.peek_interpreter_stack() is None:
             return op(*args)
@@ -252,9 +255,9 @@ def _first_derivative(name: str):
     return lambda *args: _apply(_FirstDerivative, op, _modes(), *args)
 
 
-_register("attention_forward", _forward_op, _forward_fake, _forward_autograd)
-_register("attention_backward", _backward_op, _backward_fake, _first_derivative("attention_backward"))
-_register("attention_jvp", _jvp_op, _jvp_fake, _first_derivative("attention_jvp"))
+_register("flash_attn_forward", _forward_op, _forward_fake, _forward_autograd)
+_register("flash_attn_backward", _backward_op, _backward_fake, _first_derivative("flash_attn_backward"))
+_register("flash_attn_jvp", _jvp_op, _jvp_fake, _first_derivative("flash_attn_jvp"))
 
 
 def attend(
@@ -263,7 +266,7 @@ def attend(
     """Runs a call plan. Returns `out` and `lse`."""
     # Dynamo refuses to trace a Function that gets one tensor twice, and pays no host cost for the op.
     if torch.compiler.is_compiling() or not _is_plain(q, k, v, plan.tensors.bias, plan.tensors.sinks):
-        return torch.ops.hf_flashbsa.attention_forward.default(q, k, v, *plan.tensors, *plan.scalars)
+        return torch.ops.hf_flashbsa.flash_attn_forward.default(q, k, v, *plan.tensors, *plan.scalars)
     if needs_grad:
         return _apply_plain(q, k, v, plan.tensors.bias, plan.tensors.sinks, plan, None)
     return _forward(q, k, v, plan)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from hf_flashbsa import AttentionSpec, attention
 from hf_flashbsa.kernels.tables import SCHEDULE_TILE, ScheduleColumn
+from hf_flashbsa.kernels.torch import backend as torch_backend
 from hf_flashbsa.kernels.triton import backend as triton_backend
 from hf_flashbsa.ops.lowering import CallOptions, lower
 
@@ -73,12 +76,12 @@ class Recorder(TorchDispatchMode):
 def test_opcheck(name, backend):
     with Recorder() as recorder:
         results(attention, inputs(), backend=backend, **OPTIONS[name])
-    forward, backward = (recorder.calls[f"attention_{name}"] for name in ("forward", "backward"))
-    torch.library.opcheck(torch.ops.hf_flashbsa.attention_forward.default, forward)
+    forward, backward = (recorder.calls[f"flash_attn_{name}"] for name in ("forward", "backward"))
+    torch.library.opcheck(torch.ops.hf_flashbsa.flash_attn_forward.default, forward)
     # The backward op has no formula of its own: see test_second_derivatives_are_refused.
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     backward = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in backward)
-    torch.library.opcheck(torch.ops.hf_flashbsa.attention_backward.default, backward, test_utils=checks)
+    torch.library.opcheck(torch.ops.hf_flashbsa.flash_attn_backward.default, backward, test_utils=checks)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -129,6 +132,26 @@ def test_checkpointing_repeats_the_dropout(use_reentrant):
 
     got, want = results(recomputed, inputs()), results(attention, inputs(), dropout_p=0.5)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_selective_checkpointing_saves_attention(monkeypatch):
+    """By a policy that knows attention by its name, as trainers have it."""
+    computed, forward = [], torch_backend.forward
+    monkeypatch.setattr(torch_backend, "forward", lambda *arguments: computed.append(1) or forward(*arguments))
+
+    def policy(context, op, *arguments, **options):
+        return CheckpointPolicy.MUST_SAVE if "flash_attn" in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def block(q, k, v):
+        return attention(q, k, v, causal=True, backend="torch").exp()
+
+    def checkpointed(q, k, v):
+        contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+        return checkpoint(block, q, k, v, use_reentrant=False, context_fn=contexts)
+
+    got = results(checkpointed, inputs())
+    assert len(computed) == 1
+    assert all(torch.equal(a, b) for a, b in zip(got, results(block, inputs()), strict=True))
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
