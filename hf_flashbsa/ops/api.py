@@ -144,9 +144,12 @@ def _log_copy(name: str) -> None:
 
 def _scaled(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """`q * scale`, rounded once."""
-    if scale.ndim > 4 or (scale.ndim > 0 and scale.shape[-1] != 1):
+    sizes = (*q.shape[:-1], 1)[max(q.ndim - scale.ndim, 0) :]
+    fits = scale.ndim <= q.ndim and all(n in (1, size) for n, size in zip(scale.shape, sizes, strict=False))
+    if not fits or scale.is_complex():
         raise ValueError(
-            f"softmax_scale: {tuple(scale.shape)}; give a number, or a tensor that broadcasts to (B, Hq, Sq, 1)."
+            f"softmax_scale: {tuple(scale.shape)} {scale.dtype}; give a number, or real numbers that broadcast to "
+            f"(B, Hq, Sq, 1) = {(*q.shape[:-1], 1)}."
         )
     dtype = torch.promote_types(q.dtype, torch.float32)
     return (q.to(dtype) * scale.to(dtype)).to(q.dtype)
@@ -166,7 +169,7 @@ def _with_own_tensors(
         bias = _expanded_bias(bias, q, k, spec)
     if sinks is not None:
         check_sinks(sinks, q)
-        sinks = sinks.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+        sinks = sinks.to(torch.float64 if q.dtype == torch.float64 else torch.float32).contiguous()
     if alibi_slopes is not None:
         check_alibi_slopes(alibi_slopes, q)
         alibi_slopes = (alibi_slopes[None] if alibi_slopes.ndim == 1 else alibi_slopes).contiguous()

@@ -92,7 +92,8 @@ def _plan(spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 def _query_offset(spec: AttentionSpec, sizes: Sizes) -> int:
     """Key position of query row 0 where every sequence fills its batch row; 0 where a schedule says it."""
     if spec.query_offset is None:
-        return int(sizes.len_k - sizes.len_q)
+        offset = sizes.len_k - sizes.len_q
+        return offset if isinstance(offset, torch.SymInt) else int(offset)  # int() would fix the symbol
     return 0 if isinstance(spec.query_offset, torch.Tensor) else int(spec.query_offset)
 
 
@@ -110,8 +111,8 @@ def _tensors(spec: AttentionSpec, sizes: Sizes, heads: int, device: torch.device
     ids_q, ids_k, mask, layout = spec.segment_ids_q, spec.segment_ids_k, spec.mask, spec.layout
     tensors = CallTensors(
         mask=None if mask is None else mask.expand(sizes.batch_q, heads, sizes.len_q, sizes.len_k),
-        segment_ids_q=None if ids_q is None else ids_q.expand(sizes.batch_q, -1),
-        segment_ids_k=None if ids_k is None else ids_k.expand(sizes.batch_k, -1),
+        segment_ids_q=None if ids_q is None else _side_by_side(ids_q).expand(sizes.batch_q, -1),
+        segment_ids_k=None if ids_k is None else _side_by_side(ids_k).expand(sizes.batch_k, -1),
         schedule_q=schedule_of(spec, "q", sizes, device, tile, split_q) if by_tiles else None,
         schedule_k=schedule_of(spec, "k", sizes, device, tile, split_k) if tiles_of_keys else None,
         sequences=sequence_table_of(spec, sizes, device) if has_sequences else None,
@@ -127,6 +128,11 @@ def _are_many_scores(spec: AttentionSpec, sizes: Sizes, heads: int) -> bool:
     """Whether it pays to find the scores that segment ids hide before any is computed."""
     scores = sizes.batch_q * heads * sizes.len_q * sizes.len_k
     return spec.segment_ids_k is not None and bool(scores > MANY_SCORES)
+
+
+def _side_by_side(ids: torch.Tensor) -> torch.Tensor:
+    """Segment ids `(B or 1, n)` of which those of a row lie side by side in memory, as kernels load them."""
+    return ids if ids.stride(-1) == 1 else ids.contiguous()
 
 
 def has_own_rows(spec: AttentionSpec) -> bool:

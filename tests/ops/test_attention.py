@@ -17,6 +17,8 @@ from hf_flashbsa.ops.api import _bounds_spec, _log_copy
 from hf_flashbsa.ops.reference import reference_attention
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+PADDING = torch.tensor([[1, 1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 1]])[:, None, None] > 0
+IDS = torch.tensor([[0, 0, 0, 1, 1, 1, 2], [0, 1, 1, 1, 1, 2, 2]])
 
 
 @pytest.mark.usefixtures("nan_memory")
@@ -343,6 +345,39 @@ def test_any_strides(strides, backend):
     results = [torch.autograd.grad((x * weights.to(x.dtype)).sum(), leaves) for x in (out, expected)]
     for ours, wanted in zip(*results, strict=True):
         torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-4)
+
+
+#: Tensors of masks and scores, for 2 batch rows, 4 heads, 5 queries and 7 keys.
+BESIDE = {
+    "padding": {"mask": PADDING},
+    "segments": {"segment_ids_q": IDS[:, :5], "segment_ids_k": IDS},
+    "lengths": {"seqlens_q": torch.tensor([5, 2]), "seqlens_k": torch.tensor([3, 7])},
+    "starts": {"starts_k": torch.tensor([0, 3])},
+    "mask": {"mask": torch.rand(2, 4, 5, 7, generator=torch.Generator().manual_seed(0)) < 0.6},
+    "bias": {"bias": torch.randn(1, 4, 5, 7, generator=torch.Generator().manual_seed(0))},
+    "sinks": {"sinks": torch.linspace(-1, 1, 4)},
+}
+
+
+def spread(x: torch.Tensor) -> torch.Tensor:
+    """The same values, of which no two lie side by side in memory in the order of the dimensions."""
+    last_first = torch.empty([2 * n for n in reversed(x.shape)], dtype=x.dtype)[(slice(None, None, 2),) * x.ndim]
+    return last_first.permute(*range(x.ndim)[::-1]).copy_(x)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("options", BESIDE.values(), ids=BESIDE)
+def test_any_strides_of_masks_and_scores(options, backend):
+    given = {name: spread(x) for name, x in options.items()}
+    assert not any(x.is_contiguous() for x in given.values())
+    results = []
+    for tensors in (given, options):
+        leaves = inputs(grad=True)
+        leaves += [x.detach().requires_grad_() for x in tensors.values() if x.is_floating_point()]
+        own = dict(zip([n for n, x in tensors.items() if x.is_floating_point()], leaves[3:], strict=True))
+        out = attention(*leaves[:3], **{**tensors, **own}, backend=backend)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    torch.testing.assert_close(*results)
 
 
 def test_a_copy_for_its_strides_is_logged_once(caplog):
