@@ -27,8 +27,8 @@ def padding_segment_ids(live: torch.Tensor) -> torch.Tensor:
 class AttentionSpec:
     """The mask of an attention call, in the most structured form known. All conditions apply together.
 
-    Make one for each batch. What is derived from its tensors is kept with it, and made anew where torch counts a change
-    in place; it does not count what collectives, numpy and `.data` write.
+    Make one for each batch. What is derived from its tensors is kept with it, and made anew where torch counts a
+    change in place; it does not count what collectives, numpy and `.data` write.
 
     Args:
         causal: query `i` sees keys up to its own position. Queries are aligned with the *last* keys (bottom
