@@ -16,6 +16,8 @@ def in_wide_rows(bias: torch.Tensor) -> torch.Tensor:
     T5's bias comes with the heads of a place side by side, from an embedding, and in rows of any length, which makes
     kernels 2.5 to 4 times as slow. Dimensions that it is expanded along stay so.
     """
+    if torch.compiler.is_exporting():  # the program is for any number of keys, and this depends on it
+        return bias
     # A single query reads each place once.
     if bias.shape[2] == 1 or bias.stride(3) == 0 or _has_wide_rows(bias):
         return bias
@@ -34,6 +36,6 @@ def _copied(bias: torch.Tensor) -> torch.Tensor:
             narrow = narrow.narrow(dim, 0, 1)
     room = -bias.shape[3] % (_STEP // bias.element_size())
     narrow = narrow.contiguous()
-    if torch.compiler.is_compiling() or room:  # one graph for all numbers of keys
+    if room:
         narrow = pad(narrow, (0, room))[..., : bias.shape[3]]
     return narrow.expand(bias.shape)

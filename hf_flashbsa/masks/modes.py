@@ -29,7 +29,15 @@ def may_keep() -> bool:
 
 @contextlib.contextmanager
 def ordinary_tensors() -> Iterator[None]:
-    """A context in which new tensors are ordinary ones on the CPU, whatever mode, transform or default device is
-    active around it."""
+    """A context in which new tensors are ordinary ones on the CPU, whatever mode, transform, `torch.jit.trace` or
+    default device is active around it."""
+    trace = torch._C._get_tracing_state()
     with _disable_current_modes(), temporarily_clear_interpreter_stack(), torch.device("cpu"):
-        yield
+        if trace is None:
+            yield
+            return
+        torch._C._set_tracing_state(None)
+        try:
+            yield
+        finally:
+            torch._C._set_tracing_state(trace)

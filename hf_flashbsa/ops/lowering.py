@@ -100,7 +100,7 @@ def _query_offset(spec: AttentionSpec, sizes: Sizes) -> int:
 def _tensors(spec: AttentionSpec, sizes: Sizes, heads: int, device: torch.device, options: CallOptions) -> CallTensors:
     on_torch = options.backend == "torch"
     # The torch back end computes a whole sequence at once, and asks about the keys of each query where that is cheap.
-    tile = max(sizes.len_q, sizes.len_k, 1) if on_torch else SCHEDULE_TILE
+    tile = _longest(sizes) if on_torch else SCHEDULE_TILE
     by_tiles = not on_torch or spec.layout is not None or _are_many_scores(spec, sizes, heads)
     tiles_of_keys = options.needs_grad and not on_torch
     # A bias is read, and keys are dropped, in groups that begin at multiples of a tile, counted from the first row of
@@ -127,7 +127,17 @@ def _tensors(spec: AttentionSpec, sizes: Sizes, heads: int, device: torch.device
 def _are_many_scores(spec: AttentionSpec, sizes: Sizes, heads: int) -> bool:
     """Whether it pays to find the scores that segment ids hide before any is computed."""
     scores = sizes.batch_q * heads * sizes.len_q * sizes.len_k
+    if isinstance(scores, torch.SymInt):  # an exported program is for any number
+        return spec.segment_ids_k is not None
     return spec.segment_ids_k is not None and bool(scores > MANY_SCORES)
+
+
+def _longest(sizes: Sizes) -> int:
+    """Rows of the longer side, at least 1, without asking `torch.export` which side that is."""
+    lengths = sizes.len_q, sizes.len_k
+    if any(isinstance(length, torch.SymInt) for length in lengths):
+        return torch.sym_max(*lengths)
+    return max(*lengths, 1)  # torch.jit.trace has tensors here
 
 
 def _side_by_side(ids: torch.Tensor) -> torch.Tensor:

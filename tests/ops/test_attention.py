@@ -17,7 +17,6 @@ from hf_flashbsa.ops.api import _bounds_spec, _log_copy
 from hf_flashbsa.ops.reference import reference_attention
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-PADDING = torch.tensor([[1, 1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 1]])[:, None, None] > 0
 IDS = torch.tensor([[0, 0, 0, 1, 1, 1, 2], [0, 1, 1, 1, 1, 2, 2]])
 
 
@@ -349,7 +348,7 @@ def test_any_strides(strides, backend):
 
 #: Tensors of masks and scores, for 2 batch rows, 4 heads, 5 queries and 7 keys.
 BESIDE = {
-    "padding": {"mask": PADDING},
+    "padding": {"mask": IDS[:, None, None] > 0},
     "segments": {"segment_ids_q": IDS[:, :5], "segment_ids_k": IDS},
     "lengths": {"seqlens_q": torch.tensor([5, 2]), "seqlens_k": torch.tensor([3, 7])},
     "starts": {"starts_k": torch.tensor([0, 3])},
