@@ -46,7 +46,7 @@ def segment_tiles(
         divided: whether tiles end where ids change, if there is room for so many.
     """
     (batch, length), device = own.shape, own.device
-    own, other = own.to(torch.int64).contiguous(), other.to(torch.int64)
+    own, other = own.to(torch.int64).contiguous(), other.to(torch.int64).contiguous()
     room = batch * (length // tile + 2) + batch * length // SHORTEST_RUN
     if own.numel() == 0:
         return SegmentTiles(*[torch.zeros(room, dtype=torch.int64, device=device)] * 7, first.new_zeros(()))
