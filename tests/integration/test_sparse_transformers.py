@@ -30,9 +30,10 @@ def test_both_interfaces_know_the_name():
 @pytest.mark.parametrize("name", [*NAMES, "mbart"])
 def test_logits_and_gradients(name, rules, padding):
     inputs, config = inputs_for(name, padding), CONFIGS[rules]
-    result = run(sparse(name, config), inputs)
-    assert_same(result, run(oracle(name, config), inputs))
-    dense, _ = run(tiny(name, "bsa_dense"), inputs)
+    dtype = torch.float64 if name == "t5" else torch.float32  # see `assert_matches_eager`
+    result = run(sparse(name, config).to(dtype), inputs)
+    assert_same(result, run(oracle(name, config).to(dtype), inputs))
+    dense, _ = run(tiny(name, "bsa_dense").to(dtype), inputs)
     assert (result[0] - dense).abs().max() > 0.1 * dense.abs().max(), "the layouts should matter"
 
 
@@ -134,7 +135,7 @@ def test_gradient_checkpointing(name, rules, use_reentrant):
     assert_checkpointing_repeats(lambda: sparse(name, CONFIGS[rules], **{setting: 0.2}), run, inputs, use_reentrant)
 
 
-@pytest.mark.parametrize(("name", "rules"), zip(["bert", "llama"], CONFIGS, strict=True))
+@pytest.mark.parametrize(("name", "rules"), list(zip(["bert", "llama"], CONFIGS, strict=True)))
 def test_compiled_training_step(name, rules):
     inputs = inputs_for(name, "right")
     expected = run(oracle(name, CONFIGS[rules]), inputs)
@@ -165,7 +166,8 @@ def test_saved_and_loaded(name, tmp_path):
 
 
 def test_tables_are_made_once_for_a_layout(monkeypatch):
-    """BART: two encoder layers and two decoder layers with a layout each, one cross-attention with and one without."""
+    """BART: two encoder layers and two decoder layers with a layout each, one cross-attention with and one without. The
+    torch back end reads the schedule of queries alone."""
     made = []
     build = lowering._schedule
 
@@ -175,10 +177,10 @@ def test_tables_are_made_once_for_a_layout(monkeypatch):
 
     monkeypatch.setattr(lowering, "_schedule", counted)
     run(sparse("bart"), inputs_for("bart", "right"))
-    assert len(made) == len(set(made)) == 2 * 6
+    assert len(made) == len(set(made)) == 5
     made.clear()
     run(sparse("bart", BY_PLACE, encoder_layers=3, decoder_layers=3), inputs_for("bart", "right"))
-    assert len(made) == len(set(made)) == 2 * 3
+    assert len(made) == len(set(made)) == 3
 
 
 # Generation

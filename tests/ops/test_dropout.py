@@ -75,7 +75,7 @@ def test_numbers(seed, rounds, monkeypatch):
 def test_triton_keeps_the_same(seed):
     @triton.jit
     def kernel(seed, out, batch_head, query, begin, threshold, N: tl.constexpr):
-        score = ScoreMod(1.0, None, None, None, None, seed, threshold, 1.0)
+        score = ScoreMod(1.0, None, None, None, None, seed, threshold, 1.0, None, None)
         pad, factor = dropout_row_words(score, batch_head, query + tl.arange(0, 2))
         keep = dropout_keep(score, pad[:, None], factor[:, None], begin, tl.arange(0, N)[None, :])
         tl.store(out + tl.arange(0, 2)[:, None] * N + tl.arange(0, N)[None, :], keep.to(tl.int8))
