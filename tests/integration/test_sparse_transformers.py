@@ -166,8 +166,8 @@ def test_saved_and_loaded(name, tmp_path):
 
 
 def test_tables_are_made_once_for_a_layout(monkeypatch):
-    """BART: two encoder layers and two decoder layers with a layout each, one cross-attention with and one without. The
-    torch back end reads the schedule of queries alone."""
+    """BART: two encoder layers and two decoder layers with a layout each, one cross-attention with and one without.
+    The torch back end reads the schedule of queries alone."""
     made = []
     build = lowering._schedule
 
