@@ -1,4 +1,4 @@
-"""Former names of public functions, kept for one release."""
+"""Former names of public functions and modules, kept for one release."""
 
 from __future__ import annotations
 
@@ -22,3 +22,8 @@ def renamed(old: str, function: Callable) -> Callable:
     call.__name__ = call.__qualname__ = old
     call.__doc__ = f"Deprecated: the former name of `{new}`."
     return call
+
+
+def warn_of_module(old: str, new: str) -> None:
+    """Warns of the import of a module under its former name."""
+    warnings.warn(f"{old} is now {new}; the old name goes in 0.2.", FutureWarning, stacklevel=3)

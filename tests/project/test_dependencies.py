@@ -67,6 +67,8 @@ ALLOWED = {
         "torch", "transformers", "packaging", "hf_flashbsa.ops.api", "hf_flashbsa.ops.lowering", "hf_flashbsa.masks",
         "hf_flashbsa.integration", "hf_flashbsa.kernels.backends", "hf_flashbsa.kernels.block_tables",
     },
+    "hf_flashbsa.integration.forward": {"hf_flashbsa._deprecated", "hf_flashbsa.integration"},
+    "hf_flashbsa.integration.mask": {"hf_flashbsa._deprecated", "hf_flashbsa.integration"},
     "hf_flashbsa.integration.fused_loss": {"torch", "transformers", "liger_kernel", "hf_flashbsa.integration"},
     "hf_flashbsa.training": {"torch", "transformers", "rich", "matplotlib", "hf_flashbsa.training"},
     "hf_flashbsa.environment": {"torch"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import sys
 
 import pytest
 import torch
@@ -77,3 +78,18 @@ def test_masking_keywords_are_the_fields_of_a_spec_in_their_order():
     fields = [field.name for field in dataclasses.fields(hf_flashbsa.AttentionSpec)]
     parameters = list(inspect.signature(attention).parameters)
     assert parameters[4 : 4 + len(fields)] == fields
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "name"),
+    [
+        ("integration.forward", "integration.attention_function", "bsa_dense_forward"),
+        ("integration.mask", "integration.mask_function", "bsa_mask"),
+        ("reference", "ops.reference", "reference_attention"),
+    ],
+)
+def test_former_modules_warn(old, new, name):
+    sys.modules.pop(f"hf_flashbsa.{old}", None)
+    with pytest.warns(FutureWarning, match=rf"hf_flashbsa\.{old} is now hf_flashbsa\.{new}; "):
+        former = importlib.import_module(f"hf_flashbsa.{old}")
+    assert getattr(former, name) is getattr(importlib.import_module(f"hf_flashbsa.{new}"), name)
