@@ -44,7 +44,7 @@ from hf_flashbsa.kernels.gluon_sm90.tile_scheduler import load_tile_info, schedu
 from hf_flashbsa.kernels.structs import AttnMods, Tiles
 from hf_flashbsa.kernels.triton.mask import apply_segment_mask, needs_segment_mask, visible_mask
 from hf_flashbsa.kernels.triton.row_stats import DELTA, DROPOUT_FACTOR, DROPOUT_PAD, LSE_LOG2
-from hf_flashbsa.kernels.triton.score import dropout_keep, only_scales, softmax_scale_log2
+from hf_flashbsa.kernels.triton.score import dropout_keep, softmax_scale_log2
 
 
 class DkdvStorage(NamedTuple):
@@ -390,7 +390,11 @@ def dkdv_kernel(
         BLOCK_M, NUM_CONSUMERS * CONSUMER_M, HEAD_DIM, HEAD_DIM, HEAD_DIM, HEAD_DIM, SPARSE_BLOCK, MAX_BLOCKS_POW2
     )
     mods = AttnMods(bounds, dense_mask, blocks, score_mod, bias)
-    gl.static_assert(only_scales(mods), "scores are only scaled")
+    # Spelled out: of a function's result, Triton 3.6 does not know that it is a constant.
+    gl.static_assert(
+        (score_mod.softcap is None) and (bias.ptr is None) and (score_mod.alibi_slopes is None),
+        "scores are only scaled",
+    )
     problem = Problem(schedule, mods, query_offset, heads, group, len_q, len_k, num_tiles, total_tiles, tile_counter)
     STATS_WORDS: gl.constexpr = 4 if score_mod.seed is not None else 2
     WORD: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])

@@ -47,7 +47,7 @@ from hf_flashbsa.kernels.structs import AttnMods, Tiles
 from hf_flashbsa.kernels.triton.block_range import block_start, partial_block_position
 from hf_flashbsa.kernels.triton.mask import apply_segment_mask, needs_segment_mask, visible_mask, window_mask
 from hf_flashbsa.kernels.triton.row_stats import load_row_stats, store_row_stats
-from hf_flashbsa.kernels.triton.score import dropout_keep, only_scales, softmax_scale_log2
+from hf_flashbsa.kernels.triton.score import dropout_keep, softmax_scale_log2
 
 
 class DqStorage(NamedTuple):
@@ -355,7 +355,11 @@ def dq_kernel(
         NUM_CONSUMERS * CONSUMER_M, BLOCK_N, HEAD_DIM, HEAD_DIM, HEAD_DIM, HEAD_DIM, SPARSE_BLOCK, MAX_BLOCKS_POW2
     )
     mods = AttnMods(bounds, dense_mask, blocks, score_mod, bias)
-    gl.static_assert(only_scales(mods), "scores are only scaled")
+    # Spelled out: of a function's result, Triton 3.6 does not know that it is a constant.
+    gl.static_assert(
+        (score_mod.softcap is None) and (bias.ptr is None) and (score_mod.alibi_slopes is None),
+        "scores are only scaled",
+    )
     problem = Problem(schedule, mods, query_offset, heads, group, len_q, len_k, num_tiles, total_tiles, tile_counter)
     smem = DqStorage(
         allocate_resident(q, dout, HEAD_DIM, 1),

@@ -65,12 +65,6 @@ def _scales_last(mods):
 
 
 @triton.jit
-def only_scales(mods):
-    """Whether scores are scaled and nothing else."""
-    return _scales_last(mods) and (mods.score_mod.alibi_slopes is None)
-
-
-@triton.jit
 def _alibi(mods, score_tile):
     """Slope times distance of query and key, in the units of `apply_score_mod`."""
     score_mod = mods.score_mod
