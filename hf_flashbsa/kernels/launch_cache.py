@@ -37,7 +37,7 @@ MAX_LAUNCHES = 256
 MAX_DESCRIPTORS = 8192
 #: Releases of Triton whose `JITFunction.run` launches a compiled kernel as `Launches.run` does, whose `CudaLauncher`
 #: does no more than `_call_of` says and copies what it gets, and whose Gluon the Hopper kernels are written in.
-KNOWN_TRITON = ("3.6", "3.7", "3.8", "3.9")
+KNOWN_TRITON = ("3.6", "3.7")
 
 
 def is_known_triton() -> bool:

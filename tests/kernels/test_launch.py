@@ -13,7 +13,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from noted_launches import Compiled, addressed
+from noted_launches import Kernel, addressed
 from triton import knobs, runtime
 from triton.backends.nvidia.driver import CudaLauncher, wrap_handle_tensordesc
 from triton.compiler import LazyDict
@@ -23,26 +23,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from hf_flashbsa.kernels import launch_cache, tuning
 from hf_flashbsa.kernels.backends import take_forward
 from hf_flashbsa.kernels.launch_cache import MAX_DESCRIPTORS, MAX_LAUNCHES, Recorder, launch_cached
-
-
-class Kernel:
-    """Launches a `Compiled` as a JITFunction would, and counts how often it is asked to."""
-
-    arg_names = ("first", "pair", "number", "SIZE")
-
-    def __init__(self, launcher=None):
-        self.asked, self.launches, self.launcher = 0, [], launcher
-
-    def __getitem__(self, grid: tuple[int, ...]):
-        def run(*arguments, SIZE: int, num_warps: int, enable_fp_fusion: bool):
-            assert enable_fp_fusion  # whatever a release's default
-            self.asked += 1
-            kernel = Compiled("kernel", self.launches)
-            kernel._run = self.launcher or kernel._run
-            kernel.run(*(*grid, 1, 1)[:3], 7, kernel.function, (), None, None, None, *arguments, SIZE)
-            return kernel
-
-        return run
 
 
 def record(recorder: Recorder, body, params: tuple) -> None:

@@ -57,7 +57,7 @@ def _unavailable_reason(device: torch.device) -> str | None:
 
 
 def _failure_on_trial(device: torch.device) -> str | None:
-    known = f"{', '.join(launch_cache.KNOWN_TRITON[:-1])} and {launch_cache.KNOWN_TRITON[-1]}"
+    known = " and ".join(launch_cache.KNOWN_TRITON)
     logger.info(
         "Hopper kernels: tested with Triton %s; they are tried with %s", known, launch_cache.triton.__version__
     )
