@@ -7,6 +7,7 @@ import functools
 import logging
 
 import torch
+from torch.autograd import forward_ad
 
 from hf_flashbsa.kernels.call_plan import OWN, CallPlan, CallTensors
 from hf_flashbsa.masks.block_layout import BlockLayout
@@ -118,6 +119,7 @@ def attention(
         or (sinks is not None and sinks.requires_grad)
         or torch._C._are_functorch_transforms_active()  # inner transforms do not see what outer ones require
     )
+    needs_grad = needs_grad or forward_ad._current_level >= 0
     options = (
         softmax_scale, softcap, dropout_p, _is_deterministic(deterministic), backend, bias is not None, needs_grad,
     )  # fmt: skip

@@ -36,6 +36,8 @@ _T = TypeVar("_T")
 
 #: Of so many scores, those that segment ids hide take the torch back end longer than a tile schedule does.
 MANY_SCORES = 1 << 18
+#: Up to so many queries, one tile holds those of a head, and a tile schedule takes longer to make than it saves.
+FEW_QUERIES = 16
 
 
 class CallOptions(NamedTuple):
@@ -90,7 +92,7 @@ def _plan(spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 
 
 def _query_offset(spec: AttentionSpec, sizes: Sizes) -> int:
-    """Key position of query row 0 where every sequence fills its batch row; 0 where a schedule says it."""
+    """Key position of query row 0 where every sequence fills its batch row; 0 where the device knows it."""
     if spec.query_offset is None:
         offset = sizes.len_k - sizes.len_q
         return offset if isinstance(offset, torch.SymInt) else int(offset)  # int() would fix the symbol
@@ -102,6 +104,7 @@ def _tensors(spec: AttentionSpec, sizes: Sizes, heads: int, device: torch.device
     # The torch back end computes a whole sequence at once, and asks about the keys of each query where that is cheap.
     tile = _longest(sizes) if on_torch else SCHEDULE_TILE
     by_tiles = not on_torch or spec.layout is not None or _are_many_scores(spec, sizes, heads)
+    unscheduled = not on_torch and not options.needs_grad and _is_decoding_step(spec, sizes)
     tiles_of_keys = options.needs_grad and not on_torch
     # A bias is read, and keys are dropped, in groups that begin at multiples of a tile, counted from the first row of
     # a sequence.
@@ -113,8 +116,9 @@ def _tensors(spec: AttentionSpec, sizes: Sizes, heads: int, device: torch.device
         mask=None if mask is None else mask.expand(sizes.batch_q, heads, sizes.len_q, sizes.len_k),
         segment_ids_q=None if ids_q is None else _side_by_side(ids_q).expand(sizes.batch_q, -1),
         segment_ids_k=None if ids_k is None else _side_by_side(ids_k).expand(sizes.batch_k, -1),
-        schedule_q=schedule_of(spec, "q", sizes, device, tile, split_q) if by_tiles else None,
+        schedule_q=schedule_of(spec, "q", sizes, device, tile, split_q) if by_tiles and not unscheduled else None,
         schedule_k=schedule_of(spec, "k", sizes, device, tile, split_k) if tiles_of_keys else None,
+        query_offset=spec.query_offset if unscheduled and isinstance(spec.query_offset, torch.Tensor) else None,
         sequences=sequence_table_of(spec, sizes, device) if has_sequences else None,
         block_grid=None if layout is None else layout.grid,
         block_masks=None if layout is None else _block_masks(layout),
@@ -132,6 +136,12 @@ def _are_many_scores(spec: AttentionSpec, sizes: Sizes, heads: int) -> bool:
     return spec.segment_ids_k is not None and bool(scores > MANY_SCORES)
 
 
+def _is_decoding_step(spec: AttentionSpec, sizes: Sizes) -> bool:
+    """Whether a call has few queries, and kernels can read from the tensors of its mask what hides keys."""
+    few = type(sizes.len_q) is int and sizes.len_q <= FEW_QUERIES  # not a symbol of something that traces
+    return few and spec.layout is None and not _has_own_lengths(spec)
+
+
 def _longest(sizes: Sizes) -> int:
     """Rows of the longer side, at least 1, without asking `torch.export` which side that is."""
     lengths = sizes.len_q, sizes.len_k
@@ -146,11 +156,14 @@ def _side_by_side(ids: torch.Tensor) -> torch.Tensor:
 
 
 def has_own_rows(spec: AttentionSpec) -> bool:
-    """Whether batch rows have lengths or an offset of their own, which only a tile schedule can say."""
+    """Whether batch rows have lengths or an offset that the device knows."""
+    return isinstance(spec.query_offset, torch.Tensor) or _has_own_lengths(spec)
+
+
+def _has_own_lengths(spec: AttentionSpec) -> bool:
+    """Whether batch rows have lengths of their own, which only a tile schedule can say."""
     names = ("seqlens", "starts", "cu_seqlens")
-    return isinstance(spec.query_offset, torch.Tensor) or any(
-        spec.of_side(name, side) is not None for name in names for side in "qk"
-    )
+    return any(spec.of_side(name, side) is not None for name in names for side in "qk")
 
 
 def sequences_of(spec: AttentionSpec, sizes: Sizes, device: torch.device) -> Sequences:

@@ -167,6 +167,22 @@ def test_the_torch_back_end_gets_no_tables_that_it_does_not_read():
     assert lower(ids, *tensors(), TRITON).tensors.schedule_q is not None
 
 
+def test_few_queries_get_no_schedule():
+    """Kernels read what it would say from the mask; one of many queries, or with a gradient, sorts tiles."""
+    forward_only = TRITON._replace(needs_grad=False)
+    offset = torch.tensor([3])
+    spec = AttentionSpec(causal=True, query_offset=offset, segment_ids_k=torch.zeros(2, 6, dtype=torch.int32))
+    plan = lower(spec, *tensors(), forward_only).tensors
+    assert plan.schedule_q is None and plan.query_offset is offset and plan.segment_ids_k is not None
+    assert lower(spec, *tensors(), TRITON).tensors.schedule_q is not None
+    assert lower(spec, *tensors(), TRITON).tensors.query_offset is None
+    lengths = AttentionSpec(seqlens_k=torch.tensor([3, 6]))
+    assert lower(lengths, *tensors(), forward_only).tensors.schedule_q is not None
+    many = lowering.FEW_QUERIES + 1
+    ids = AttentionSpec(segment_ids_k=torch.zeros(2, many, dtype=torch.int32))
+    assert lower(ids, *tensors(many), forward_only).tensors.schedule_q is not None
+
+
 def test_what_a_fake_mode_made_stays_there():
     layout = BlockLayout(torch.ones(1, 1, 1, 1, dtype=torch.int32), 32)
     for side in "qk":

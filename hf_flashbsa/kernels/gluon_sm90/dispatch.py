@@ -122,6 +122,8 @@ def why_unsupported(
         for name, x in plan.tensors._asdict().items():
             if x is not None and name not in KNOWN_TENSORS:
                 return name
+    if plan.tensors.segment_ids_k is not None and plan.tensors.schedule_q is None:
+        return "segment ids without a tile schedule"
     if plan.scalars.softcap is not None:
         return "softcap"
     if plan.tensors.block_grid is not None and plan.scalars.block_size % 128:

@@ -136,7 +136,14 @@ def locate_tile(problem, tile_index, tiles: gl.constexpr, TRANSPOSED: gl.constex
             problem.schedule, tile_index, _tiles_per_head(problem), problem.heads // problem.group, tiles.n
         )
         work_tile = load_work_tile(
-            problem.schedule, tile, batch, problem.len_k, problem.len_q, problem.query_offset, tiles.n
+            problem.schedule,
+            tile,
+            batch,
+            problem.len_k,
+            problem.len_q,
+            problem.query_offset,
+            problem.mods.bounds,
+            tiles.n,
         )
     else:
         batch, head, tile = decode_tile_index(
@@ -145,7 +152,14 @@ def locate_tile(problem, tile_index, tiles: gl.constexpr, TRANSPOSED: gl.constex
         if problem.schedule is None:
             tile = problem.num_tiles - 1 - tile  # causal: longest first
         work_tile = load_work_tile(
-            problem.schedule, tile, batch, problem.len_q, problem.len_k, problem.query_offset, tiles.m
+            problem.schedule,
+            tile,
+            batch,
+            problem.len_q,
+            problem.len_k,
+            problem.query_offset,
+            problem.mods.bounds,
+            tiles.m,
         )
     return head, work_tile
 

@@ -48,8 +48,10 @@ def decode_tile_index(schedule, tile_index, num_tiles, heads, BLOCK: tl.constexp
 
 
 @triton.jit
-def load_work_tile(schedule, tile, batch, len_own, len_other, query_offset, BLOCK: tl.constexpr):
-    """The `tile`-th tile of `BLOCK` rows: from the tile schedule, or of batch row `batch` without one."""
+def load_work_tile(schedule, tile, batch, len_own, len_other, query_offset, bounds, BLOCK: tl.constexpr):
+    """The `tile`-th tile of `BLOCK` rows: from the tile schedule, or of batch row `batch` without one. Then
+    `query_offset` may be a pointer to it.
+    """
     if schedule is not None:
         PARTS: tl.constexpr = SCHEDULE_TILE // BLOCK
         entry = schedule + (tile // PARTS) * SCHEDULE_COLUMNS
@@ -63,7 +65,13 @@ def load_work_tile(schedule, tile, batch, len_own, len_other, query_offset, BLOC
     else:
         begin = tile * BLOCK
         end = tl.minimum(begin + BLOCK, len_own)
-        work_tile = WorkTile(batch, begin, end, batch, 0, 0, len_other, len_other, query_offset, 0, 0)
+        full_hi = len_other
+        if bounds.segment_ids_k is not None:
+            full_hi = 0  # segment ids may hide any score
+        offset = query_offset
+        if query_offset.dtype.is_ptr():
+            offset = tl.load(query_offset).to(tl.int32)
+        work_tile = WorkTile(batch, begin, end, batch, 0, 0, full_hi, len_other, offset, 0, 0)
     return work_tile
 
 

@@ -114,7 +114,7 @@ def dkdv_kernel(
     )
     mods = AttnMods(bounds, dense_mask, blocks, score_mod, bias)
     batch, head_k, tile = decode_tile_index(schedule, tl.program_id(0), num_tiles, heads // group, BLOCK_N)
-    work_tile = load_work_tile(schedule, tile, batch, len_k, len_q, query_offset, BLOCK_N)
+    work_tile = load_work_tile(schedule, tile, batch, len_k, len_q, query_offset, bounds, BLOCK_N)
     if work_tile.begin >= work_tile.end:
         return
     block_range = get_block_range(work_tile, mods, head_k * group, block_list_offsets(tiles), tiles, True)
@@ -218,7 +218,7 @@ def dq_kernel(
     batch, head, tile = decode_tile_index(schedule, tl.program_id(0), num_tiles, heads, BLOCK_M)
     if schedule is None:
         tile = num_tiles - 1 - tile
-    work_tile = load_work_tile(schedule, tile, batch, len_q, len_k, query_offset, BLOCK_M)
+    work_tile = load_work_tile(schedule, tile, batch, len_q, len_k, query_offset, bounds, BLOCK_M)
     if work_tile.begin >= work_tile.end:
         return
     block_range = get_block_range(work_tile, mods, head, block_list_offsets(tiles), tiles, False)

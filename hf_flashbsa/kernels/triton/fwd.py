@@ -106,7 +106,7 @@ def forward_kernel(
     if schedule is None:
         # Causal: later tiles have more keys, so run them first (LPT), as a tile schedule does.
         tile = num_tiles - 1 - tile
-    work_tile = load_work_tile(schedule, tile, batch, len_q, len_k, query_offset, BLOCK_M)
+    work_tile = load_work_tile(schedule, tile, batch, len_q, len_k, query_offset, bounds, BLOCK_M)
     if work_tile.begin >= work_tile.end:
         return
     block_range = get_block_range(work_tile, mods, head, block_list_offsets(tiles), tiles, False)

@@ -82,8 +82,9 @@ def launch_forward(launch, q, k, v, out, lse, plan: CallPlan) -> None:
     launch(
         forward_kernel, (tiles * heads * batch,),
         tensor_view(q), tensor_view(k), tensor_view(v), tensor_view(out), lse, tensors.sinks, tensors.schedule_q,
-        *attn_mods(tensors.block_table_q, plan), scalars.query_offset, heads, heads // heads_k, len_q, len_k, tiles,
-        **_meta(config, q, v, plan, tensors.block_table_q),
+        *attn_mods(tensors.block_table_q, plan),
+        scalars.query_offset if tensors.query_offset is None else tensors.query_offset,
+        heads, heads // heads_k, len_q, len_k, tiles, **_meta(config, q, v, plan, tensors.block_table_q),
     )  # fmt: skip
 
 
