@@ -51,7 +51,7 @@ def assert_like_oracle(case: Case) -> None:
     torch.testing.assert_close(got, tuple(x.float() for x in want), atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("case", [decoding_case(seed) for seed in range(24)], ids=str)
+@pytest.mark.parametrize("case", [decoding_case(seed) for seed in range(15)], ids=str)
 def test_random_without_a_schedule(case, no_schedules):
     assert_like_oracle(case)
 
@@ -59,7 +59,7 @@ def test_random_without_a_schedule(case, no_schedules):
 @pytest.mark.parametrize("masking", ["key_padding", "segments", "offset_tensor"])
 def test_gradients_keep_their_schedules(masking):
     """They sort unequal tiles of keys; results are those of the forward pass that needs none."""
-    case = dataclasses.replace(decoding_case(0), masking=masking, causal=True, len_q=3, len_k=65)
+    case = dataclasses.replace(decoding_case(0), masking=masking, causal=True, len_q=3, len_k=20, heads=1, heads_k=1)
     problem = make_problem(case, DEVICE)
     tensors = problem.q, problem.k, problem.v, problem.spec
     with torch.no_grad():
