@@ -1,18 +1,18 @@
 """Every shipped launch configuration, compiled for its GPU on a machine that need not have one.
 
-`python tests/test_aot.py ARCH` does the compiling, in a process of its own: here Triton may be the interpreter.
+`python tests/kernels/test_aot.py < tests/kernels/compiled.json` does the compiling, in a process of its own: here
+Triton may be the interpreter.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from typing import NamedTuple
 from unittest import mock
 
 import pytest
 import torch
-from aot import SHARED_LIMIT, compile_only, run_compiling
+from aot import SHARED_LIMIT, compile_only, recorded_verdicts, run_compiling
 
 from hf_flashbsa import attention
 from hf_flashbsa.kernels import tuning
@@ -68,15 +68,17 @@ def run_one(problem: Problem, kernel: str) -> None:
         out.backward(dout)
 
 
-def main(arch: int) -> None:
-    """Prints a JSON line for each entry: kernel, place in its list, and what the compiler did."""
-    tuning.architecture = lambda device: f"sm_{arch}"
-    for kernel, entries in _table(arch).items():
-        for place, entry in enumerate(entries):
-            with compile_only(arch) as compiled:
-                run_one(problem_of(arch, kernel, entry), kernel)
-            (result,) = compiled
-            print(json.dumps({"kernel": kernel, "place": place, **result._asdict()}), flush=True)
+def main() -> None:
+    """Prints a JSON line for each entry: architecture, kernel, place in its list, and what the compiler did."""
+    verdicts = recorded_verdicts()
+    for arch in ARCHITECTURES:
+        with mock.patch.object(tuning, "architecture", lambda device, arch=arch: f"sm_{arch}"):
+            for kernel, entries in _table(arch).items():
+                for place, entry in enumerate(entries):
+                    with compile_only(arch, verdicts=verdicts) as compiled:
+                        run_one(problem_of(arch, kernel, entry), kernel)
+                    (result,) = compiled
+                    print(json.dumps({"arch": arch, "kernel": kernel, "place": place, **result._asdict()}), flush=True)
 
 
 def _fills_wgmma(kernel: str, entry: dict) -> bool:
@@ -99,24 +101,21 @@ def test_narrow_loads_feed_no_wgmma(kernel, head_dim, plain):
     assert not _fills_wgmma(kernel, config._asdict())
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_every_entry_compiles_well(arch):
+def test_every_entry_compiles_well():
     """Within the GPU's shared memory, and without spills of kilobytes, which ptxas makes of tiles that are too large;
     for plain aligned 16-bit calls without any, and on Hopper to wgmma."""
-    rows = run_compiling(__file__, str(arch))
-    assert len(rows) == sum(map(len, _table(arch).values()))
+    rows = run_compiling(__file__)
+    assert len(rows) == sum(len(entries) for arch in ARCHITECTURES for entries in _table(arch).values())
     wrong = []
     for row in rows:
-        entry = _table(arch)[row["kernel"]][row["place"]]
-        problem = problem_of(arch, row["kernel"], entry)
+        arch, kernel = row["arch"], row["kernel"]
+        entry = _table(arch)[kernel][row["place"]]
+        problem = problem_of(arch, kernel, entry)
         good = problem.plain and problem.aligned and problem.itemsize == 2
         faults = {
             "shared memory": row["shared"] > SHARED_LIMIT[arch],
             "spills": row["spills"] > (0 if good else SPILLS),
-            "no wgmma": good
-            and arch == 90
-            and _fills_wgmma(row["kernel"], entry)
-            and not row["wgmma"] > row["mma"] == 0,
+            "no wgmma": good and arch == 90 and _fills_wgmma(kernel, entry) and not row["wgmma"] > row["mma"] == 0,
             "operands overwritten": row["overwritten"] > 0,
         }
         if found := [name for name, present in faults.items() if present]:
@@ -125,4 +124,4 @@ def test_every_entry_compiles_well(arch):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main()

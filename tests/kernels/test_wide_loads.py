@@ -1,23 +1,26 @@
 """Loads of 16 bytes at once where rows begin at multiples of that, whether Triton sees it by itself or not.
 
-`python tests/test_wide_loads.py ARCH` does the compiling, in a process of its own: here Triton may be the interpreter.
+`python tests/kernels/test_wide_loads.py < tests/kernels/compiled.json` does the compiling, in a process of its own:
+here Triton may be the interpreter.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import sys
+from collections import defaultdict
+from unittest import mock
 
 import pytest
 import torch
-from aot import compile_only, run_compiling
+from aot import compile_only, recorded_verdicts, run_compiling
 
 from hf_flashbsa import AttentionSpec, attention
 from hf_flashbsa.kernels import tuning
 from hf_flashbsa.kernels.arguments import strided_tensor, tensor_view
 
 LENGTH = 250
+ARCHITECTURES = (80, 90)
 
 
 def zeros(*shape: int) -> torch.Tensor:
@@ -43,27 +46,31 @@ CALLS = {
 }
 
 
-def main(arch: int) -> None:
-    """Prints, as JSON, how many narrow loads each kernel of each call has."""
-    tuning.architecture = lambda device: f"sm_{arch}"
-    counts = {}
-    for name, run in CALLS.items():
-        with compile_only(arch) as compiled:
-            run()
-        counts[name] = {kernel.name: kernel.narrow for kernel in compiled}
-    print(json.dumps(counts))
+def main() -> None:
+    """Prints a JSON line for each kernel of each call: architecture, call, and what the compiler did."""
+    verdicts = recorded_verdicts()
+    for arch in ARCHITECTURES:
+        for name, run in CALLS.items():
+            with (
+                mock.patch.object(tuning, "architecture", lambda device, arch=arch: f"sm_{arch}"),
+                compile_only(arch, verdicts=verdicts) as compiled,
+            ):
+                run()
+            for kernel in compiled:
+                print(json.dumps({"arch": arch, "call": name, **kernel._asdict()}))
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-def test_all_that_can_be_wide_is(arch):
-    (counts,) = run_compiling(__file__, str(arch))
+def test_all_that_can_be_wide_is():
+    narrow = defaultdict(dict)
+    for row in run_compiling(__file__):
+        narrow[row["arch"], row["name"]][row["call"]] = row["narrow"]
     kernels = ("forward_kernel", "dq_kernel", "dkdv_kernel")
-    for kernel in kernels:
-        assert counts["rows of 40"][kernel] == 0
+    for counts in (narrow[arch, kernel] for arch in ARCHITECTURES for kernel in kernels):
+        assert counts["rows of 40"] == 0
         # Blocks at the edges load a bias element by element, under masks that know no step.
-        edges = counts["bias in rows of 256"][kernel]
-        assert counts["bias in rows of 264"][kernel] == counts["bias of packed documents"][kernel] == edges
-        assert counts["bias in rows of 251"][kernel] > edges
+        edges = counts["bias in rows of 256"]
+        assert counts["bias in rows of 264"] == counts["bias of packed documents"] == edges
+        assert counts["bias in rows of 251"] > edges
 
 
 @pytest.mark.parametrize(
@@ -82,4 +89,4 @@ def test_nothing_is_promised_of_addresses_and_columns_that_do_not_allow_it():
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main()

@@ -1,6 +1,6 @@
 """Compiles the Hopper kernels for each kind of call, on a machine that need not have a GPU.
 
-PYTHONPATH=. python tests/tools/compile_hopper.py HEAD_DIM
+PYTHONPATH=. python tests/tools/compile_hopper.py HEAD_DIM [KIND ...] < tests/kernels/compiled.json
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 import sys
 
 import torch
-from aot import compile_only
+from aot import compile_only, recorded_verdicts
 
 from hf_flashbsa import BlockLayout, attention
 from hf_flashbsa.kernels import tuning
@@ -69,12 +69,12 @@ def call(kind: str, head_dim: int) -> None:
     attention(*leaves, backend="triton", **options).backward(dout)
 
 
-def main(head_dim: int) -> None:
-    """Prints a JSON line for each kernel of each kind of call, what the compiler did, and at last the options that
-    configs/gluon_sm90.json had for them."""
+def main(head_dim: int, kinds: list[str]) -> None:
+    """Prints a JSON line for each kernel of each kind of call, what the compiler did and the `reached` options that
+    configs/gluon_sm90.json had for the call."""
     tuning.architecture = lambda device: "sm_90"
     tuning.is_hopper = lambda device: True
-    options_of, reached = dispatch._options, []
+    verdicts, options_of, reached = recorded_verdicts(), dispatch._options, []
 
     def noted(kernel: str, *arguments) -> dict | None:
         options = options_of(kernel, *arguments)
@@ -82,13 +82,13 @@ def main(head_dim: int) -> None:
         return options
 
     dispatch._options = noted
-    for kind in kinds_for(head_dim):
-        with compile_only(90, within=dispatch.__package__) as compiled:
+    for kind in kinds or kinds_for(head_dim):
+        reached.clear()
+        with compile_only(90, dispatch.__package__, verdicts) as compiled:
             call(kind, head_dim)
         for result in compiled:
-            print(json.dumps({"kind": kind, **result._asdict()}), flush=True)
-    print(json.dumps(reached))
+            print(json.dumps({"kind": kind, **result._asdict(), "reached": reached}), flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), sys.argv[2:])

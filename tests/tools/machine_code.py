@@ -34,8 +34,8 @@ import triton
 from aot import _Driver
 from compile_hopper import call as hopper_call
 from compile_hopper import kinds_for
+from kernel_record import at_ttgir
 from triton import knobs
-from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import JITFunction, driver
 
 import hf_flashbsa.kernels
@@ -147,42 +147,23 @@ class _Stop(Exception):
     """Ends a compilation."""
 
 
-def normalised(ir: str) -> str:
-    """TTGIR without locations, and with values and functions numbered in order of appearance."""
-    ir = re.sub(r"^#loc.*\n|\s*\bloc\((?:[^()]|\([^()]*\))*\)", "", ir, flags=re.MULTILINE)
-    numbers: dict[str, str] = {}
-    return re.sub(r"([%@^])\"?[A-Za-z_][\w$.-]*\"?|%\d+", lambda m: numbers.setdefault(m[0], f"%{len(numbers)}"), ir)
+def stop_at_ttgir(found: list[dict], name: str):
+    """A patch that notes a fingerprint of TTGIR and ends the compilation."""
 
+    def note_and_stop(ir: str, key: str) -> None:
+        found.append({"kernel": name, "ttgir": key, "lines": ir.count("\n")})
+        if directory := os.environ.get("DUMP"):
+            Path(directory, f"{name}_{len(found)}_{key}.mlir").write_text(ir)
+        raise _Stop
 
-def stop_at_ttgir(found: list[dict], name: list[str]):
-    """A replacement for `CUDABackend.add_stages` that notes a fingerprint of TTGIR and goes no further."""
-    add_stages = CUDABackend.add_stages
-
-    def stages_until_ttgir(self, stages, options, language):
-        add_stages(self, stages, options, language)
-        make = stages["ttgir"]
-
-        def make_and_stop(module, metadata):
-            ir = normalised(str(make(module, metadata)))
-            names = ("num_warps", "num_stages", "num_ctas", "maxnreg")
-            code = ir + repr([getattr(options, name) for name in names])
-            found.append(
-                {"kernel": name[0], "ttgir": hashlib.sha256(code.encode()).hexdigest()[:16], "lines": ir.count("\n")}
-            )
-            if directory := os.environ.get("DUMP"):
-                Path(directory, f"{name[0]}_{len(found)}_{found[-1]['ttgir']}.mlir").write_text(ir)
-            raise _Stop
-
-        stages["ttgir"] = make_and_stop
-
-    return stages_until_ttgir
+    return at_ttgir(note_and_stop)
 
 
 @contextlib.contextmanager
 def launches(arch: int, gluon: bool, ir: bool) -> Iterator[list[dict]]:
     """Within, launches compile for `sm_<arch>`. Of calls for Hopper kernels, those of others are left out unless they
     run around them."""
-    found, name, run = [], [""], JITFunction.run
+    found, run = [], JITFunction.run
 
     def compile_(self, *args, **kwargs):
         if gluon and "gluon" not in type(self).__name__.lower() and not re.search("sums|process", self.fn.__name__):
@@ -191,8 +172,7 @@ def launches(arch: int, gluon: bool, ir: bool) -> Iterator[list[dict]]:
         if not ir:
             found.append(fingerprint(run(self, *args, **kwargs)))
             return
-        name[0] = self.fn.__name__
-        with contextlib.suppress(_Stop), mock.patch.object(CUDABackend, "add_stages", stop_at_ttgir(found, name)):
+        with contextlib.suppress(_Stop), stop_at_ttgir(found, self.fn.__name__):
             run(self, *args, **kwargs)
 
     active = driver._active

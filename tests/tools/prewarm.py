@@ -89,7 +89,6 @@ def main(arguments: list[str] | None = None) -> int:
         mock.patch.object(tuning, "architecture", lambda device: "sm_90"),
         mock.patch.object(tuning, "is_hopper", lambda device: True),
         mock.patch.object(hopper_specs, "DEVICE", CPU),
-        mock.patch.object(aot, "read", lambda kernel, module, log: kernel),  # nobody asks what became of it
     ):
         for i, (name, work) in enumerate(works(options)):
             if i % step != first:
