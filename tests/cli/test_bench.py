@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import json
+import multiprocessing
 
 import pytest
 import torch
@@ -16,9 +17,20 @@ from hf_flashbsa.bench.measure import measure, measure_host, measure_wall, peak_
 from hf_flashbsa.bench.presets import PRESETS, Comparison
 from hf_flashbsa.bench.providers import PROVIDERS, Unsupported, _flash_package, enabled
 from hf_flashbsa.bench.workers import JobError, run_jobs
+from hf_flashbsa.cli import bench
 from hf_flashbsa.masks.block_layout import BlockLayout
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def jobs_run_here(monkeypatch):
+    """The command's worker processes take seconds to start: most tests of what it does with results have none."""
+
+    def run_here(work, jobs, *, seconds, **_):
+        return ((job, work(job)) for job in jobs if seconds > 0)
+
+    monkeypatch.setattr(bench, "run_jobs", run_here)
 
 
 def small(mask: str, **fields) -> Case:
@@ -212,7 +224,7 @@ def test_bench_writes_rows_table_and_plot(tmp_path, capsys):
     assert "1.00x" in capsys.readouterr().out
 
 
-def test_bench_times_layouts(tmp_path, capsys):
+def test_bench_times_layouts(tmp_path, capsys, jobs_run_here):
     rows = tmp_path / "rows.jsonl"
     command = (
         "bench --device cpu --passes forward --masks causal --head-dims 16 --lengths 256 --tokens 256 --hidden 32 "
@@ -230,7 +242,7 @@ def test_bench_times_layouts(tmp_path, capsys):
         __main__.main([*command.split(), "--masks", "window"])
 
 
-def test_preset_times_its_jobs_and_compares_them(tmp_path, monkeypatch, capsys):
+def test_preset_times_its_jobs_and_compares_them(tmp_path, monkeypatch, capsys, jobs_run_here):
     case = small("full", dtype="float32")
     ours, other = (Job(name, case, "forward", "wall") for name in ("hf_flashbsa", "sdpa"))
     preset = [
@@ -254,7 +266,7 @@ def test_preset_times_its_jobs_and_compares_them(tmp_path, monkeypatch, capsys):
     assert "2 of 2 measurements were left out" in capsys.readouterr().out
 
 
-def test_bench_resumes_where_it_was_stopped(tmp_path, capsys):
+def test_bench_resumes_where_it_was_stopped(tmp_path, capsys, jobs_run_here):
     path = tmp_path / "rows.jsonl"
     command = (
         "bench --device cpu --passes forward --masks full causal --head-dims 16 --lengths 32 --tokens 64 --hidden 32 "
@@ -301,7 +313,14 @@ def test_measured_percentiles_are_ordered():
         assert 0.0 < timing.p20 <= timing.median <= timing.p80
 
 
-def test_jobs_survive_crashes_errors_and_hangs():
+@pytest.fixture
+def forked_workers(monkeypatch):
+    """Workers of "spawn" take seconds to import the package."""
+    forked = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: forked)
+
+
+def test_jobs_survive_crashes_errors_and_hangs(forked_workers):
     hang = "__import__('time').sleep(600)"
     crash = "__import__('os')._exit(3)"
     results = dict(run_jobs(eval, ["40 + 2", "1 / 0", crash, hang], workers=1, job_seconds=2.0))
@@ -312,7 +331,7 @@ def test_jobs_survive_crashes_errors_and_hangs():
     assert all(isinstance(results[job], JobError) for job in (hang, crash, "1 / 0"))
 
 
-def test_jobs_stop_when_time_is_up():
+def test_jobs_stop_when_time_is_up(forked_workers):
     assert list(run_jobs(eval, ["1"], workers=1, seconds=0.0)) == []
 
 

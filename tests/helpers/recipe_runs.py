@@ -90,6 +90,18 @@ def curve(run):
     return [[line[key] for key in CURVE] for line in lines(run) if "loss" in line]
 
 
+def signal_at_step(monkeypatch, number, step):
+    """Sends this process a signal at the begin of a training step, counted from 1."""
+    take_step = script.Training._optimiser_step
+
+    def take_signalled_step(training, micro_batches):
+        if training.state.step + 1 == step:
+            os.kill(os.getpid(), number)
+        return take_step(training, micro_batches)
+
+    monkeypatch.setattr(script.Training, "_optimiser_step", take_signalled_step)
+
+
 def steps_logged(run):
     path = run / "metrics.jsonl"
     return path.read_text().count('"grad_norm"') if path.exists() else 0

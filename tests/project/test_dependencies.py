@@ -119,15 +119,31 @@ def test_direction_of_imports(path):
     assert not wrong, f"{_name(path)} imports {sorted(wrong)}; {layer} may import {sorted(ALLOWED[layer])}"
 
 
-def _python(code: str) -> str:
+def _python(code: str) -> list[str]:
+    """The lines that a new process prints."""
     command = [sys.executable, "-c", code]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
-def test_import_is_light():
-    """Transformers' masks import Triton by way of torch's compiler; that aside, nothing but what attention needs."""
-    loaded = _python("import sys, hf_flashbsa; print(*sys.modules)").split()
-    assert not [module for module in loaded if any(_within(module, heavy) for heavy in HEAVY)]
+def test_import_is_light_and_triton_without_a_gpu_refused():
+    """Transformers' masks import Triton by way of torch's compiler; that aside, nothing but what attention needs. The
+    kernels want a GPU, unless the interpreter is asked for, which Triton decides when they are imported."""
+    code = """
+import os, sys
+os.environ.pop("TRITON_INTERPRET", None)
+import hf_flashbsa
+print(*sys.modules)
+import torch
+q = torch.randn(1, 1, 3, 4)
+try:
+    hf_flashbsa.attention(q, q, q, backend="triton")
+except ValueError as error:
+    print(error)
+"""
+    loaded, message = _python(code)
+    assert "hf_flashbsa" in loaded.split()
+    assert not [module for module in loaded.split() if any(_within(module, heavy) for heavy in HEAVY)]
+    assert message.startswith("backend: 'triton' ") and "CUDA device" in message
 
 
 def test_works_without_triton():
@@ -140,20 +156,4 @@ q = torch.randn(1, 1, 3, 4, requires_grad=True)
 hf_flashbsa.attention(q, q, q, causal=True).sum().backward()
 print(tuple(q.grad.shape))
 """
-    assert _python(code) == "(1, 1, 3, 4)"
-
-
-def test_triton_without_a_gpu_is_refused():
-    """Unless the interpreter is asked for, which Triton decides when kernels are imported."""
-    code = """
-import os
-os.environ.pop("TRITON_INTERPRET", None)
-import torch, hf_flashbsa
-q = torch.randn(1, 1, 3, 4)
-try:
-    hf_flashbsa.attention(q, q, q, backend="triton")
-except ValueError as error:
-    print(error)
-"""
-    message = _python(code)
-    assert message.startswith("backend: 'triton' ") and "CUDA device" in message
+    assert _python(code) == ["(1, 1, 3, 4)"]

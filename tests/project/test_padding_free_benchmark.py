@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,28 +22,43 @@ DENSE, PACKED = "bsa_dense", "bsa_dense+padding_free"
 
 
 @pytest.fixture
-def files(tmp_path) -> Path:
+def files(tmp_path, monkeypatch) -> Path:
+    """Where the script finds documents and a tokenizer; it runs without Triton's interpreter, and without git."""
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator([text for example in EXAMPLES for text in example.values()], vocab_size=300)
     tokenizer.save_model(str(tmp_path))
     with gzip.open(tmp_path / "data.jsonl.gz", "wt") as file:
         file.writelines(json.dumps(example) + "\n" for example in EXAMPLES)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("PATH", "")
     return tmp_path
 
 
-def run(files: Path, *arguments: str) -> tuple[list[dict], str]:
-    """The rows that the script wrote, and what it printed."""
-    command = [sys.executable, "benchmarks/padding_free.py", "--tiny", "--device", "cpu", "--tokenizer", str(files)]
-    command += ["--documents", str(files / "data.jsonl.gz"), "--out", str(files / "rows.jsonl"), "--repeats", "1"]
-    command += ["--source-length", "640"]
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": ""}  # without git
-    done = subprocess.run(
-        [*command, *arguments], cwd=ROOT, env=environment, check=True, timeout=300, capture_output=True, text=True
-    )
-    return [json.loads(line) for line in (files / "rows.jsonl").read_text().splitlines()], done.stdout
+def command(files: Path, *arguments: str) -> list[str]:
+    made = ["benchmarks/padding_free.py", "--tiny", "--device", "cpu", "--tokenizer", str(files), "--repeats", "1"]
+    made += ["--documents", str(files / "data.jsonl.gz"), "--out", str(files / "rows.jsonl")]
+    return [*made, "--source-length", "640", *arguments]
 
 
-def test_all_parts(files):
+def rows_in(files: Path) -> list[dict]:
+    return [json.loads(line) for line in (files / "rows.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def run(files, monkeypatch) -> Callable[..., list[dict]]:
+    """Runs the script in this process and returns the rows that it wrote."""
+
+    def run_script(*arguments: str) -> list[dict]:
+        monkeypatch.setattr(sys, "argv", command(files, *arguments))
+        runpy.run_path("benchmarks/padding_free.py", run_name="__main__")
+        return rows_in(files)
+
+    return run_script
+
+
+def test_all_parts(run):
     variants = (
         DENSE,
         PACKED,
@@ -52,7 +69,7 @@ def test_all_parts(files):
         "nonsense",
     )
     sizes = ("--batches", "3", "--window", "2", "--ledger-batch", "4", "--budgets", "1", "2")
-    rows, _ = run(files, "--model", "bart-large", *sizes, "--variants", *variants, "--commit", "abc")
+    rows = run("--model", "bart-large", *sizes, "--variants", *variants, "--commit", "abc")
     assert {row["commit"] for row in rows} == {"abc"}
     by_part = {
         part: {row["variant"]: row for row in rows if row["part"] == part} for part in ("steps", "ledger", "largest")
@@ -73,9 +90,9 @@ def predictions(ledger: dict[str, dict]) -> list[float]:
 
 
 @pytest.mark.parametrize("model", ["t5-base", "llama-1b"])
-def test_memory_of_other_models(files, model):
+def test_memory_of_other_models(run, model):
     sizes = ("--window", "1", "--ledger-batch", "4")
-    rows, _ = run(files, "--model", model, *sizes, "--parts", "ledger", "--variants", DENSE, PACKED)
+    rows = run("--model", model, *sizes, "--parts", "ledger", "--variants", DENSE, PACKED)
     ledger = {row["variant"]: row for row in rows}
     assert sum(ledger[PACKED]["bytes"].values()) < sum(ledger[DENSE]["bytes"].values())
     if model == "t5-base":  # its position bias is most of so small a model's memory, and does not double
@@ -84,9 +101,9 @@ def test_memory_of_other_models(files, model):
         assert predictions(ledger) == pytest.approx([1, 1], abs=0.05)
 
 
-def test_the_run_of_all_claims(files):
+def test_the_run_of_all_claims(run, capsys):
     """Without a GPU, variants that need one fail, and of the others' claims those on memory predicted are judged."""
-    rows, printed = run(files, "--batches", "2", "--window", "1", "--ledger-batch", "2", "--budgets", "40")
+    rows = run("--batches", "2", "--window", "1", "--ledger-batch", "2", "--budgets", "40")
     assert {(row["model"], row["part"]) for row in rows} == {
         ("bart-large", "steps"),
         ("bart-large", "largest"),
@@ -99,13 +116,16 @@ def test_the_run_of_all_claims(files):
     assert failed == {
         *("flash_attention_2", "flash_attention_2+grouped", "fa2_repaired", fused, f"{fused}+checkpointing")
     }
-    claims = printed.partition("claims")[2]
+    claims = capsys.readouterr().out.partition("claims")[2]
     assert "llama-1b: double the batch" in claims and "t5-base B=" not in claims  # whose batches are 32 and 128
 
 
 def test_out_of_time_is_a_row(files):
-    rows, _ = run(files, "--seconds", "0", "--model", "bart-large", "--parts", "steps", "--variants", "sdpa", DENSE)
-    assert {row["error"] for row in rows} == {"out of time: raise --seconds"}
+    """The script as a user starts it."""
+    arguments = ("--seconds", "0", "--model", "bart-large", "--parts", "steps", "--variants", "sdpa", DENSE)
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *command(files, *arguments)], env=environment, check=True, timeout=300)
+    assert {row["error"] for row in rows_in(files)} == {"out of time: raise --seconds"}
 
 
 def claimed(*values: tuple) -> dict[str, str]:

@@ -17,9 +17,9 @@ from recipe_runs import (
     fresh_accelerate,  # noqa: F401 - used by every test
     lines,
     run_main,
+    signal_at_step,
     start,
     steps_logged,
-    wait_until,
     write_config,
 )
 
@@ -121,17 +121,14 @@ def test_collator_counts_live_tokens(model, tmp_path, unequal):
 # Runs
 
 
-def test_padding_free_run_resumes_to_the_last_bit(tmp_path, unequal):
-    values = unequal | SAVING | {"dropout": 0.1, "attention_dropout": 0.1, "max_steps": 40, "save_every": 5}
-    config = write_config(tmp_path, **values)
-    code, _, err = finish(start(*command(config, tmp_path / "full")))
-    assert code == 0, err
-    process = start(*command(config, tmp_path / "cut"))
-    wait_until(lambda: steps_logged(tmp_path / "cut") >= 12, process)
-    process.send_signal(signal.SIGKILL)
-    finish(process)
-    code, _, err = finish(start(*command(config, tmp_path / "cut", "--resume")))
-    assert code == 0, err
+def test_padding_free_run_resumes_to_the_last_bit(tmp_path, unequal, monkeypatch):
+    values = unequal | SAVING | {"dropout": 0.1, "attention_dropout": 0.1, "max_steps": 24, "save_every": 5}
+    run_main(tmp_path, name="full", **values)
+    with monkeypatch.context() as patch:
+        signal_at_step(patch, signal.SIGTERM, 12)
+        assert script.main(command(tmp_path / "given" / "config.yaml", tmp_path / "cut")[2:]) == 128 + signal.SIGTERM
+    assert steps_logged(tmp_path / "cut") == 12
+    run_main(tmp_path, "--resume", name="cut", **values)
     assert curve(tmp_path / "cut") == curve(tmp_path / "full")
 
     records = [line for line in lines(tmp_path / "full") if "loss" in line]
@@ -170,7 +167,7 @@ def test_fused_loss_changes_no_loss(tmp_path, unequal):
     values = unequal | PADDING_FREE | {"dropout": 0.0, "label_smoothing": 0.1, "gradient_accumulation_steps": 2}
     pytest.importorskip("liger_kernel", reason="liger-kernel is optional")
     runs = [
-        run_main(tmp_path, name=f"fused {fused}", fused_linear_cross_entropy=fused, max_steps=4, **values)
+        run_main(tmp_path, name=f"fused {fused}", fused_linear_cross_entropy=fused, max_steps=2, **values)
         for fused in (False, True)
     ]
     assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=1e-5)
@@ -180,7 +177,7 @@ def test_fused_loss_changes_no_loss(tmp_path, unequal):
 
 def test_fused_loss_under_autocast(tmp_path, unequal):
     pytest.importorskip("liger_kernel", reason="liger-kernel is optional")
-    values = unequal | PADDING_FREE | {"dropout": 0.0, "max_steps": 3, "mixed_precision": "bf16"}
+    values = unequal | PADDING_FREE | {"dropout": 0.0, "max_steps": 2, "mixed_precision": "bf16"}
     runs = [run_main(tmp_path, name=f"{fused}", fused_linear_cross_entropy=fused, **values) for fused in (False, True)]
     assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=5e-3)
 

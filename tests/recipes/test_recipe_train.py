@@ -1,5 +1,7 @@
 """The training script: what a run leaves behind, and exact resumption after every kind of interruption."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -11,9 +13,11 @@ from recipe_runs import (
     command,
     curve,
     finish,
+    forget_accelerate,
     fresh_accelerate,  # noqa: F401 - used by every test
     lines,
     run_main,
+    signal_at_step,
     start,
     steps_logged,
     wait_until,
@@ -48,11 +52,13 @@ def full_config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(full_config, tmp_path_factory):
-    """The run of FULL without interruption, by the real script."""
+    """The run of FULL without interruption."""
     run = tmp_path_factory.mktemp("finished") / "run"
-    code, out, err = finish(start(*command(full_config, run)))
-    assert code == 0, err
-    assert "step 36/36" in out and "finished" in out
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        assert script.main(command(full_config, run)[2:]) == 0
+    forget_accelerate()
+    assert "step 36/36" in printed.getvalue() and "finished" in printed.getvalue()
     return run
 
 
@@ -68,7 +74,7 @@ def test_run_directory_holds_everything(finished):
     config = load_config(finished / "config.yaml")
     assert (config.max_steps, config.dropout, config.output_dir) == (36, 0.1, str(finished))
     env = json.loads((finished / "env.json").read_text())
-    assert env["versions"]["torch"] == torch.__version__ and "--output_dir" in env["command"]
+    assert env["versions"]["torch"] == torch.__version__
     scores = json.loads((finished / "rouge.json").read_text())
     assert scores["split"] == "test" and scores["examples"] == 4
     assert scores["rouge1"].keys() == scores["untrained"]["rouge1"].keys() == {"score", "low", "high"}
@@ -124,6 +130,7 @@ def test_tensorboard_holds_the_losses(finished):
 
 
 def test_killed_run_resumes_to_the_last_bit(full_config, finished, tmp_path):
+    """The real script, killed, and continued in another process."""
     run = tmp_path / "run"
     process = start(*command(full_config, run))
     wait_until(lambda: steps_logged(run) >= 14 and (run / "checkpoints" / "step_00000012").exists(), process)
@@ -131,31 +138,44 @@ def test_killed_run_resumes_to_the_last_bit(full_config, finished, tmp_path):
     assert finish(process)[0] == -signal.SIGKILL
     assert 14 <= steps_logged(run) < 36
 
-    code, out, err = finish(start(*command(full_config, run, "--resume")))
-    assert code == 0, err
+    assert script.main(command(full_config, run, "--resume")[2:]) == 0
     assert curve(run) == curve(finished)
     strip = [{k: v for k, v in line.items() if k not in ("seconds", "peak_memory_gib")} for line in lines(run)]
     full = [{k: v for k, v in line.items() if k not in ("seconds", "peak_memory_gib")} for line in lines(finished)]
     assert strip == full
     for name in ("model/model.safetensors", "rouge.json", "predictions.jsonl"):
         assert (run / name).read_bytes() == (finished / name).read_bytes(), name
-    assert len(json.loads((run / "env.json").read_text())["resumed"]) == 1
+    env = json.loads((run / "env.json").read_text())
+    assert "--output_dir" in env["command"] and len(env["resumed"]) == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-def test_signal_saves_a_checkpoint_to_go_on_from(number, full_config, finished, tmp_path):
-    run = tmp_path / "run"
-    process = start(*command(full_config, run))
-    wait_until(lambda: steps_logged(run) >= 2, process)
-    process.send_signal(number)
-    code, _, err = finish(process)
+def assert_stopped_and_continued(number, code, err, config, run, finished):
+    """What a signal leaves: its exit code, its message, and a checkpoint to go on from."""
     saved = sorted((run / "checkpoints").iterdir())[-1]
     assert code == 128 + number
     assert err.strip() == f"stopped by {number.name}: {saved} is saved; continue with --resume"
     assert saved.name == f"step_{steps_logged(run):08d}"
-
-    assert script.main([*command(full_config, run, "--resume")[2:]]) == 0
+    assert script.main(command(config, run, "--resume")[2:]) == 0
     assert curve(run) == curve(finished)
+
+
+def test_real_script_saves_a_checkpoint_at_a_signal(full_config, finished, tmp_path):
+    run = tmp_path / "run"
+    process = start(*command(full_config, run))
+    wait_until(lambda: steps_logged(run) >= 2, process)
+    process.send_signal(signal.SIGTERM)
+    code, _, err = finish(process)
+    assert_stopped_and_continued(signal.SIGTERM, code, err, full_config, run, finished)
+
+
+def test_interrupt_saves_a_checkpoint_to_go_on_from(full_config, finished, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        signal_at_step(patch, signal.SIGINT, 8)
+        code = script.main(command(full_config, run)[2:])
+    forget_accelerate()
+    assert steps_logged(run) == 8
+    assert_stopped_and_continued(signal.SIGINT, code, capsys.readouterr().err, full_config, run, finished)
 
 
 def test_signal_during_an_evaluation_ends_it_at_once():
