@@ -12,6 +12,7 @@ options:
     flash_attention_2+grouped  the same examples, sorted by length before they are cut into batches
     ...+fused_ce               projection and cross-entropy in one (needs liger-kernel)
     ...+checkpointing          gradient checkpointing
+    ...+cuda_graphs            layers replay CUDA graphs (with padding_free)
 
 bsa_sparse has Longformer's layout (window 512, 128 global tokens) in encoder and decoder.
 
@@ -46,11 +47,13 @@ from hf_flashbsa.training.ledger import measure_step
 from recipes.xsum.flash_attention_2 import REPAIRED
 
 FA2, DENSE, PACKED = "flash_attention_2", "bsa_dense", "bsa_dense+padding_free"
+GRAPHS = f"{PACKED}+cuda_graphs"
 FUSED, SPARSE = f"{PACKED}+fused_ce", "bsa_sparse"
 STEPS = ["sdpa", FA2, REPAIRED, DENSE, PACKED, FUSED, "bsa_dense+full_rows", "bsa_dense+grouped", f"{FA2}+grouped"]
 STEPS += [f"{SPARSE}+padding_free"]
 LARGEST = ["eager", "sdpa", FA2, DENSE, SPARSE, PACKED, f"{SPARSE}+padding_free", FUSED, f"{FUSED}+checkpointing"]
 LAYOUT = BlockSparseConfig("longformer", window=512, num_global_tokens=128)
+TRAIN = ["sdpa", FA2, DENSE, PACKED, GRAPHS]
 #: What is claimed: models, parts, their variants, and each one's share of the time.
 CLAIMED = (
     ("bart-large", "steps", STEPS, 0.42),
@@ -59,8 +62,8 @@ CLAIMED = (
     ("llama-1b", "ledger", [DENSE, PACKED], 0.08),
     ("t5-base", "steps", [DENSE, PACKED], 0.16),
 )
-DEFAULTS = {"steps": STEPS, "largest": LARGEST, "ledger": [DENSE, PACKED]}
-OPTIONS = {"padding_free", "full_rows", "grouped", "fused_ce", "checkpointing"}
+DEFAULTS = {"steps": STEPS, "train": TRAIN, "largest": LARGEST, "ledger": [DENSE, PACKED]}
+OPTIONS = {"padding_free", "full_rows", "grouped", "fused_ce", "checkpointing", "cuda_graphs"}
 LEDGER_BATCH = {"bart-large": 32, "t5-base": 32, "llama-1b": 8}  # so that double fits; Llama's logits are large
 
 
@@ -112,7 +115,7 @@ class Bench:
             enable_fused_loss(self.model)
         with contextlib.ExitStack() as stack:
             if "padding_free" in options:
-                stack.enter_context(padding_free(self.model))
+                stack.enter_context(padding_free(self.model, cuda_graphs="cuda_graphs" in options))
             if "checkpointing" in options:
                 getattr(self.model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
                 stack.callback(getattr(self.model, f"{kind}_checkpointing_disable"))
@@ -161,12 +164,24 @@ class Bench:
                 row = {"part": "steps", "variant": variant, "batch": size}
                 self.record(row, lambda s=size, v=variant: self.time(s, v))
 
-    def time(self, size: int, variant: str) -> dict:
-        """Milliseconds of forward and backward, the mean over a window of batches of each one's median; its peak."""
+    def train(self, variants: list[str]) -> None:
+        """Whole training steps, the optimizer's included."""
+        optimizer = self.adamw()
+        for variant in variants:
+            for size in self.args.batches:
+                row = {"part": "train", "variant": variant, "batch": size}
+                self.record(row, lambda s=size, v=variant: self.time(s, v, optimizer))
+
+    def time(self, size: int, variant: str, optimizer: torch.optim.Optimizer | None = None) -> dict:
+        """Milliseconds of forward and backward, and the optimizer's if there is one: the mean over a window of batches
+        of each one's median; its peak."""
         with self.using(variant) as options:
             batches = self.batches.window(size, self.args.window, options)
-            for batch in batches:  # every length once: kernels are compiled and chosen by shape
+            # Every length once: kernels are compiled and chosen by shape. CUDA graphs are captured the second time.
+            for batch in batches * (3 if "cuda_graphs" in options else 1):
                 self.forward_backward(batch)
+                if optimizer is not None:
+                    optimizer.step()
             self.synchronize()
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
@@ -176,6 +191,8 @@ class Bench:
                     self.synchronize()
                     begin = time.perf_counter()
                     self.forward_backward(batch)
+                    if optimizer is not None:
+                        optimizer.step()
                     self.synchronize()
                     spent.append(1e3 * (time.perf_counter() - begin))
         ms = statistics.mean(statistics.median(spent) for spent in times)

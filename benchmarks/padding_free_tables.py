@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 from rich.box import SIMPLE
 from rich.table import Table
 
+STEPS = ("variant", "batch", "ms", "examples_per_s", "peak_gib", "live_share")
 COLUMNS = {
-    "steps": ("variant", "batch", "ms", "examples_per_s", "peak_gib", "live_share"),
+    "steps": STEPS,
+    "train": STEPS,
     "ledger": ("variant", "batch", "moment", "peak_gib", "explained", "explained_double",
                "double_predicted_over_measured"),
     "largest": ("variant", "budget_gib", "batch", "tokens", "peak_gib", "tries"),

@@ -21,8 +21,14 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-#: Sizes of BART-large, T5-base and Llama 3.2 1B.
+#: Sizes of BART-large and -base, T5-base and Llama 3.2 1B.
 MODELS = {
+    "bart-base": (
+        BartForConditionalGeneration,
+        BartConfig,
+        {"d_model": 768, "encoder_ffn_dim": 3072, "decoder_ffn_dim": 3072, "encoder_layers": 6, "decoder_layers": 6,
+         "encoder_attention_heads": 12, "decoder_attention_heads": 12},
+    ),
     "bart-large": (BartForConditionalGeneration, BartConfig, {}),
     "t5-base": (
         T5ForConditionalGeneration,
@@ -43,6 +49,7 @@ TINY = {
     "llama-1b": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
                  "num_key_value_heads": 1, "head_dim": 16},
 }  # fmt: skip
+TINY["bart-base"] = TINY["bart-large"]
 
 
 class Pair(NamedTuple):

@@ -14,6 +14,7 @@ from hf_flashbsa.ops.reference import reference_attention
 register()  # before what older releases of Transformers cannot import, so that its error names the remedy
 
 from hf_flashbsa.integration.fused_loss import disable_fused_loss, enable_fused_loss, fused_loss  # noqa: E402
+from hf_flashbsa.integration.padding_free.graphs import cuda_graph_counts  # noqa: E402
 from hf_flashbsa.integration.padding_free.hooks import disable_padding_free, enable_padding_free, padding_free  # noqa: E402
 from hf_flashbsa.integration.padding_free.layer_stacks import LayerStack, register_layer_stack  # noqa: E402
 from hf_flashbsa.integration.sparse_layers import set_block_sparse  # noqa: E402
@@ -29,6 +30,7 @@ __all__ = [
     "attention",
     "backends_used",
     "choose_backend",
+    "cuda_graph_counts",
     "disable_fused_loss",
     "disable_padding_free",
     "enable_fused_loss",

@@ -121,7 +121,7 @@ def attention(
     )
     needs_grad = needs_grad or forward_ad._current_level >= 0
     options = (
-        softmax_scale, softcap, dropout_p, _is_deterministic(deterministic), backend, bias is not None, needs_grad,
+        softmax_scale, softcap, dropout_p, is_deterministic(deterministic), backend, bias is not None, needs_grad,
     )  # fmt: skip
     plan = lower(spec, q, k, v, options)
     if bias is not None or sinks is not None or alibi_slopes is not None or dropout_p > 0.0:
@@ -238,5 +238,6 @@ class use_deterministic:  # noqa: N801  called as torch.set_grad_enabled is
         _deterministic = self._before
 
 
-def _is_deterministic(asked: bool | None) -> bool:
+def is_deterministic(asked: bool | None = None) -> bool:
+    """What `attention(deterministic=asked)` means now."""
     return bool(_deterministic if asked is None else asked) or torch._C._get_deterministic_algorithms()

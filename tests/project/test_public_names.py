@@ -64,13 +64,13 @@ def default_determinism():
 
 def test_determinism_may_be_given_up_for_a_block(default_determinism):
     with use_deterministic(False):
-        assert not api._is_deterministic(None)
+        assert not api.is_deterministic()
         with use_deterministic(True):
-            assert api._is_deterministic(None)
-        assert not api._is_deterministic(None)
-    assert api._is_deterministic(None)
+            assert api.is_deterministic()
+        assert not api.is_deterministic()
+    assert api.is_deterministic()
     use_deterministic(False)
-    assert not api._is_deterministic(None)
+    assert not api.is_deterministic()
 
 
 def test_masking_keywords_are_the_fields_of_a_spec_in_their_order():

@@ -25,6 +25,7 @@ from hf_flashbsa.integration.hook_args import HookArgs, takes
 from hf_flashbsa.integration.mask_function import MaskSpec
 from hf_flashbsa.integration.names import DENSE, SPARSE
 from hf_flashbsa.integration.padding_free.forward_pass import ForwardPass, current_pass, current_plan, enter, leave
+from hf_flashbsa.integration.padding_free.graphs import GRAPHS, GraphPass, StackGraphs
 from hf_flashbsa.integration.padding_free.layer_stacks import LayerStack, declared_classes, declared_stack, stack_of
 from hf_flashbsa.integration.padding_free.live_tokens import HINT, is_padding, measure, packing_of
 from hf_flashbsa.integration.padding_free.packed_mask import PackedMask
@@ -33,7 +34,7 @@ from hf_flashbsa.integration.padding_free.packing import Packing
 _HANDLES = "_padding_free_handles"
 
 
-def enable_padding_free(model: nn.Module) -> None:
+def enable_padding_free(model: nn.Module, cuda_graphs: bool = False) -> None:
     """Lets the layers of a model skip padding, until `disable_padding_free`.
 
     Loss and gradients are those of the padded model up to rounding; dropout draws other numbers. Hidden states and
@@ -55,12 +56,17 @@ def enable_padding_free(model: nn.Module) -> None:
         model: a model with `attn_implementation="bsa_dense"` or `"bsa_sparse"`, or any module around one (heads,
             adapters, `DistributedDataParallel`). Already enabled parts stay as they are. Call it before the first
             forward of a compiled model.
+        cuda_graphs: whether training passes replay CUDA graphs of the layers, so that small batches do not wait for
+            Python. They are captured for a few numbers of tokens, each at its second batch. Loss and gradients are
+            the same; dropout draws other numbers. A backward pass must follow each forward pass before the next one.
+            Passes that graphs cannot serve run without, which is logged once with the reason; see
+            `cuda_graph_counts`.
 
     Raises:
         ValueError: no part of the model declares a layer stack (see `register_layer_stack`), or it uses another
             attention implementation.
     """
-    _install(model)
+    _install(model, cuda_graphs)
 
 
 def disable_padding_free(model: nn.Module) -> None:
@@ -69,19 +75,19 @@ def disable_padding_free(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def padding_free(model: nn.Module) -> Iterator[None]:
+def padding_free(model: nn.Module, cuda_graphs: bool = False) -> Iterator[None]:
     """`enable_padding_free` for the length of a `with` block; parts that were enabled before stay so.
 
     Under gradient checkpointing the backward pass belongs inside the block.
     """
-    installed = _install(model)
+    installed = _install(model, cuda_graphs)
     try:
         yield
     finally:
         _remove(installed)
 
 
-def _install(model: nn.Module) -> list[nn.Module]:
+def _install(model: nn.Module, cuda_graphs: bool) -> list[nn.Module]:
     """Adds the hooks where they are missing. Returns the modules that got some."""
     stacks = {name: module for name, module in model.named_modules() if declared_stack(module) is not None}
     if not stacks:
@@ -99,6 +105,10 @@ def _install(model: nn.Module) -> list[nn.Module]:
                 end = module.get_submodule(declared.restores_at)
                 added[end] = [end.register_forward_hook(_restore)]
             added[module] = [_before(module, _enter_stack), module.register_forward_hook(_leave, always_call=True)]
+            if cuda_graphs:
+                graphs = StackGraphs(module, module.get_submodule(declared.layers))
+                graphs.install()
+                added[module].append(graphs)
         elif takes(module, "attention_mask") and any(_is_inside(stack, name) for stack in stacks):
             # Before the hooks of others: a fused loss takes away the labels.
             ends = module.register_forward_hook(_leave, always_call=True)
@@ -197,10 +207,12 @@ class _Plan:
     Args:
         stack: the module.
         rows: how its own tokens are packed; None where it runs padded.
+        graph_pass: how its layers run as CUDA graphs; None where they do not.
     """
 
     stack: nn.Module
     rows: Packing | None = None
+    graph_pass: GraphPass | None = None
     _packed: dict[int, tuple[torch.Tensor, torch.Tensor]] = dataclasses.field(default_factory=dict)
 
     def pack_per_token(self, x: torch.Tensor, rows: Packing) -> torch.Tensor:
@@ -248,6 +260,8 @@ def _enter_stack(stack: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
     if takes(stack, "use_cache"):
         call.set("use_cache", False)
     plan.rows = rows
+    if (graphs := stack.__dict__.get(GRAPHS)) is not None:
+        plan.graph_pass = graphs.begin(rows, memory_rows)
     return call.result()
 
 
@@ -363,4 +377,6 @@ def _leave(module: nn.Module, args: tuple, output: Any) -> Any:
     plan = leave(module)
     if plan is None or plan.rows is None:
         return None
+    if plan.graph_pass is not None and output is not None:
+        plan.graph_pass.end()
     return _restored(output, plan.rows, {})
