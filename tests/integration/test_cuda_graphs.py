@@ -4,6 +4,7 @@ in for graphs."""
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 
 import packed_models
@@ -270,3 +271,18 @@ def test_capacities_waste_an_eighth_at_most():
         capacity = capacity_of(tokens)
         assert tokens <= capacity <= max(tokens * 9 / 8 + 1, tokens + 15) and capacity % 16 == 0
     assert len({capacity_of(n) for n in range(8192, 16384)}) == 9
+
+
+def test_passes_are_freed():
+    """What autograd holds of a pass holds nothing of autograd's."""
+    model = model_of("bart")
+    inputs = batch("bart")
+    losses(model, inputs)
+    gc.disable()
+    try:
+        for _ in range(3):
+            losses(model, inputs)
+        passes = [model.model.encoder._padding_free_graphs.latest(), model.model.decoder._padding_free_graphs.latest()]
+        assert replayed(model) == [3, 3] and passes == [None, None]
+    finally:
+        gc.enable()

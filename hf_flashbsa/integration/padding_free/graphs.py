@@ -38,6 +38,7 @@ from hf_flashbsa.integration.padding_free.layer_graphs import (
     document_capacity,
     fill_rows,
     first_rows,
+    trained,
 )
 from hf_flashbsa.integration.padding_free.packed_mask import PackedMask
 from hf_flashbsa.integration.padding_free.packing import Packing
@@ -113,7 +114,7 @@ class Capture:
         """Captures the layers."""
         begin, layers = time.perf_counter(), self.stack.layers
         forwards = [layer.forward.args[1] for layer in layers]  # see `_call_layer`
-        parts = zip(forwards, map(trained, layers), gradients, self._calls, strict=True)
+        parts = zip(layers, forwards, gradients, self._calls, strict=True)
         graphs = [LayerGraphs(*part) for part in parts]
         device = recorder.device.type
         # Without autocast's cache, replays cast the weights that they find.
@@ -198,11 +199,14 @@ class GraphPass:
         return leaf.load(x, self.lengths)
 
     def end(self) -> None:
-        """Called where the stack's forward has ended well."""
+        """Called where the stack's forward has ended."""
         if not self.capture.graphs:
             self.capture.end_notes()
         elif self._next == len(self.capture.graphs):
             self.capture.stack.counts["replayed"] += 1
+        # What autograd holds holds this pass: it must not hold what autograd made.
+        self.previous = self._next = None
+        self._loaded.clear()
 
     def backward(self, index: int, grad: torch.Tensor | None) -> list[torch.Tensor | None]:
         """Replays a layer's backward pass. Returns gradients of its inputs and parameters.
@@ -378,11 +382,6 @@ class StackGraphs:
                     raise CannotCapture(f"parameters are {type(x).__name__}")
                 state += x.data_ptr(), x.requires_grad
         return tuple(state)
-
-
-def trained(layer: nn.Module) -> list[nn.Parameter]:
-    """The layer's parameters that get a gradient."""
-    return [x for x in layer.parameters() if x.requires_grad]
 
 
 def _call_layer(index: int, forward: Callable, *args, **kwargs) -> Any:

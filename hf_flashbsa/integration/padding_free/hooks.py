@@ -377,6 +377,6 @@ def _leave(module: nn.Module, args: tuple, output: Any) -> Any:
     plan = leave(module)
     if plan is None or plan.rows is None:
         return None
-    if plan.graph_pass is not None and output is not None:
+    if plan.graph_pass is not None:
         plan.graph_pass.end()
     return _restored(output, plan.rows, {})

@@ -69,6 +69,9 @@ class Recorder:
         except BaseException:
             with contextlib.suppress(RuntimeError):
                 graph.capture_end()
+            # A capture that breaks off leaves the generator's state as one that is being captured.
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            generator.graphsafe_set_state(generator.graphsafe_get_state().clone_state())
             raise
         graph.capture_end()
         return graph.replay
@@ -215,13 +218,25 @@ class _PreviousOutput:
 PREVIOUS = _PreviousOutput()
 
 
+class _Forward(nn.Module):
+    """A layer's forward as that of a module, without the layer's hooks."""
+
+    def __init__(self, layer: nn.Module, forward: Callable):
+        super().__init__()
+        self.layer, self.run = layer, forward
+
+    def forward(self, *args, **kwargs):
+        return self.run(*args, **kwargs)
+
+
 class LayerGraphs:
     """One layer's graphs.
 
     Args:
-        forward: runs the layer.
-        parameters: those with a gradient.
-        gradients: memory for theirs, shared with the graphs for other numbers of tokens.
+        layer: the layer.
+        forward: runs it.
+        gradients: memory for the gradients of `parameters`, those that get one; shared with the graphs for other
+            numbers of tokens.
         call: the layer's arguments: `StaticTensor`, `StaticMask`, `PREVIOUS` or constants.
     """
 
@@ -231,10 +246,14 @@ class LayerGraphs:
     grad_output: torch.Tensor
     grad_hidden: torch.Tensor
 
-    def __init__(
-        self, forward: Callable, parameters: list[nn.Parameter], gradients: list[torch.Tensor], call: LayerCall
-    ):
-        self.forward, self.parameters, self.gradients, self.call = forward, parameters, gradients, call
+    def __init__(self, layer: nn.Module, forward: Callable, gradients: list[torch.Tensor], call: LayerCall):
+        self.parameters, self.gradients, self.call = trained(layer), gradients, call
+        self._module = _Forward(layer, forward)
+        # autograd keeps a node for each parameter, and the stream that it was made on, which a capture must not
+        # meet: graphs are captured with aliases of the parameters.
+        self._aliases = {
+            f"layer.{name}": x.detach().requires_grad_() for name, x in layer.named_parameters() if x.requires_grad
+        }
         self.inputs = [x for x in call.leaves if isinstance(x, StaticTensor) and x.gradient is not None]
         self.is_chained = PREVIOUS in call.leaves
         self.has_gradient: list[bool] = []
@@ -284,11 +303,16 @@ class LayerGraphs:
     def _run(self, hidden: torch.Tensor | None) -> torch.Tensor:
         leaves = [_static(x, hidden) for x in self.call.leaves]
         args, kwargs = self.call._replace(leaves=leaves).arguments()
-        return self.forward(*args, **kwargs)
+        return torch.func.functional_call(self._module, self._aliases, args, kwargs)
 
     def _sources(self, hidden: torch.Tensor | None) -> list[torch.Tensor]:
         """What the backward pass differentiates by."""
-        return [*([] if hidden is None else [hidden]), *(x.memory for x in self.inputs), *self.parameters]
+        return [*([] if hidden is None else [hidden]), *(x.memory for x in self.inputs), *self._aliases.values()]
+
+
+def trained(layer: nn.Module) -> list[nn.Parameter]:
+    """The layer's parameters that get a gradient."""
+    return [x for x in layer.parameters() if x.requires_grad]
 
 
 def _static(leaf: object, hidden: torch.Tensor | None) -> object:
