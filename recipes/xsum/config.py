@@ -54,6 +54,9 @@ class Config:
     attention_dropout: float | None = option(None, "dropout of attention weights; none = the model's", low=0, below=1)
     gradient_checkpointing: bool = option(False, "recompute each layer in the backward pass instead of storing it")
     padding_free: bool = option(False, "layers skip padding; with attn_implementation bsa_dense or bsa_sparse")
+    cuda_graphs: bool = option(
+        False, "padding_free: layers replay CUDA graphs, for GPUs that wait for Python; other machines ignore it"
+    )
     fused_linear_cross_entropy: bool = option(False, "the loss without logits, by liger-kernel; needs a GPU")
 
     # Data
@@ -166,6 +169,9 @@ class Config:
             raise ConfigError(
                 f"padding_free needs attn_implementation: bsa_dense or bsa_sparse, not {self.attn_implementation}"
             )
+
+        if self.cuda_graphs and not self.padding_free:
+            raise ConfigError("cuda_graphs needs padding_free: true, whose layers have few shapes")
 
     @property
     def splits(self) -> list[str]:

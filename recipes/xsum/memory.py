@@ -15,7 +15,10 @@ from recipes.xsum.config import Config, ConfigError
 from recipes.xsum.files import write_atomically
 from recipes.xsum.model import training_loss
 
-OPTIONS = ("padding_free", "fused_linear_cross_entropy", "token_budget", "group_by_length", "gradient_checkpointing")
+OPTIONS = (
+    "padding_free", "cuda_graphs", "fused_linear_cross_entropy", "token_budget", "group_by_length",
+    "gradient_checkpointing",
+)  # fmt: skip
 
 
 def options_record(config: Config) -> dict[str, Any]:
@@ -30,7 +33,7 @@ def apply_options(config: Config, model: PreTrainedModel) -> None:
     """
     if config.padding_free:
         try:
-            enable_padding_free(model)
+            enable_padding_free(model, config.cuda_graphs)
         except ValueError as error:  # names the option itself
             raise ConfigError(str(error)) from error
     if config.fused_linear_cross_entropy:

@@ -312,7 +312,8 @@ def attention_layers(model: torch.nn.Module) -> int:
 
 
 def attention_record(model: torch.nn.Module, implementation: str) -> dict[str, Any]:
-    """What attends: the implementation's name, layers by back end that ran (ours alone tells), number of layers.
+    """What attends: the implementation's name, layers by back end that ran (ours alone tells), number of layers. Where
+    stacks have CUDA graphs, also how many of their passes replayed them, and why others did not.
 
     Raises `RuntimeError` where one of our implementations did not run in every attention layer.
     """
@@ -325,7 +326,10 @@ def attention_record(model: torch.nn.Module, implementation: str) -> dict[str, A
             f"{implementation} ran in {backends.total()} of {layers} attention layers; "
             "the others would attend some other way unnoticed"
         )
-    return {"implementation": implementation, "backends": dict(sorted(backends.items())), "layers": layers}
+    record = {"implementation": implementation, "backends": dict(sorted(backends.items())), "layers": layers}
+    if graphs := hf_flashbsa.cuda_graph_counts(model):
+        record["cuda_graphs"] = graphs
+    return record
 
 
 def training_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor], config: Config) -> torch.Tensor:

@@ -98,7 +98,13 @@ def _batch(run: Run) -> str:
 def _options(run: Run) -> str:
     on = [
         name
-        for name in ("padding_free", "fused_linear_cross_entropy", "gradient_checkpointing", "group_by_length")
+        for name in (
+            "padding_free",
+            "cuda_graphs",
+            "fused_linear_cross_entropy",
+            "gradient_checkpointing",
+            "group_by_length",
+        )
         if run.config.get(name)
     ]
     return ", ".join(on) or "–"

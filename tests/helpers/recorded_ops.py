@@ -20,8 +20,8 @@ class _Ops(TorchDispatchMode):
         return out
 
 
-class OpRecorder:
-    """`Recorder` of layer_graphs.py. Python runs once, and results stay where they were written first."""
+class OpCapturer:
+    """`GraphCapturer` of layer_graphs.py. Python runs once, and results stay where they were written first."""
 
     def __init__(self, device):
         self.device = device
@@ -39,7 +39,7 @@ class OpRecorder:
     def clear(self):
         pass
 
-    def record(self, work):
+    def capture(self, work):
         with _Ops() as ops:
             work()
 

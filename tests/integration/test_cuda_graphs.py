@@ -11,7 +11,7 @@ import packed_models
 import pytest
 import torch
 from packed_models import labelled, losses
-from recorded_ops import OpRecorder
+from recorded_ops import OpCapturer
 from transformers_models import tiny
 
 from hf_flashbsa import cuda_graph_counts, disable_padding_free, enable_padding_free, padding_free
@@ -24,9 +24,9 @@ T5 = ("t5", "mt5")
 
 
 @pytest.fixture(autouse=True)
-def recorder(monkeypatch):
+def graphs_of_operations(monkeypatch):
     if DEVICE == "cpu":
-        monkeypatch.setattr(graphs, "Recorder", OpRecorder)
+        monkeypatch.setattr(graphs, "GraphCapturer", OpCapturer)
 
 
 def model_of(name: str, dropout: float = 0.0, cuda_graphs: bool = True, **changes) -> torch.nn.Module:

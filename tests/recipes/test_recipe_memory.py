@@ -134,6 +134,7 @@ def test_padding_free_run_resumes_to_the_last_bit(tmp_path, unequal, monkeypatch
     records = [line for line in lines(tmp_path / "full") if "loss" in line]
     assert records[0]["options"] == {
         "padding_free": True,
+        "cuda_graphs": False,
         "fused_linear_cross_entropy": False,
         "token_budget": 200,
         "group_by_length": False,
@@ -221,6 +222,8 @@ def test_ledger_is_written_once_and_leaves_training_untouched(tmp_path, monkeypa
 def test_combinations_that_cannot_work_are_named(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="padding_free needs attn_implementation: bsa_dense or bsa_sparse, not sdpa"):
         load_config(write_config(tmp_path, padding_free=True))
+    with pytest.raises(ConfigError, match="cuda_graphs needs padding_free: true"):
+        load_config(write_config(tmp_path, cuda_graphs=True))
 
     def trained(**values):
         config = load_config(write_config(tmp_path, output_dir=str(tmp_path / "run"), **values))

@@ -30,9 +30,9 @@ from hf_flashbsa.integration.padding_free.forward_pass import current_plan
 from hf_flashbsa.integration.padding_free.layer_graphs import (
     PREVIOUS,
     CannotCapture,
+    GraphCapturer,
     LayerCall,
     LayerGraphs,
-    Recorder,
     StaticMask,
     StaticTensor,
     document_capacity,
@@ -62,8 +62,8 @@ def capacity_of(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
-class Capture:
-    """All layers of a stack for one capacity: noted first, captured later."""
+class StackCapture:
+    """All layers of a stack for one capacity: recorded first, captured later."""
 
     def __init__(self, stack: StackGraphs, capacities: dict[str, int]):
         self.stack, self.capacities = stack, capacities
@@ -73,11 +73,11 @@ class Capture:
         self._static: dict[int, tuple[object, StaticTensor | StaticMask]] = {}
 
     @property
-    def is_noted(self) -> bool:
+    def is_recorded(self) -> bool:
         return len(self._calls) == len(self.stack.layers)
 
-    def note(self, call: LayerCall, previous: object, lengths: dict[str, int]) -> None:
-        """Notes how the next layer is called; `previous` is what the layer before returned, if any.
+    def record(self, call: LayerCall, previous: object, lengths: dict[str, int]) -> None:
+        """Records how the next layer is called; `previous` is what the layer before returned, if any.
 
         Raises:
             CannotCapture: graphs cannot take its arguments.
@@ -102,37 +102,37 @@ class Capture:
         self._static[id(x)] = (x, static)
         return static
 
-    def begin_notes(self) -> None:
-        """Forgets the notes of a pass that did not call every layer."""
+    def begin_recording(self) -> None:
+        """Forgets a pass that did not call every layer."""
         self._static.clear()
         self._calls.clear()
 
-    def end_notes(self) -> None:
+    def end_recording(self) -> None:
         self._static.clear()
 
-    def run(self, recorder: Recorder, gradients: list[list[torch.Tensor]]) -> None:
+    def run(self, capturer: GraphCapturer, gradients: list[list[torch.Tensor]]) -> None:
         """Captures the layers."""
         begin, layers = time.perf_counter(), self.stack.layers
         forwards = [layer.forward.args[1] for layer in layers]  # see `_call_layer`
         parts = zip(layers, forwards, gradients, self._calls, strict=True)
         graphs = [LayerGraphs(*part) for part in parts]
-        device = recorder.device.type
+        device = capturer.device.type
         # Without autocast's cache, replays cast the weights that they find.
         autocast = torch.autocast(
             device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), cache_enabled=False
         )
-        with recorder.session(), torch.enable_grad(), autocast:
+        with capturer.session(), torch.enable_grad(), autocast:
             output = None
             for layer in graphs:
                 output = layer.warm_up(output)
             del output
-            recorder.clear()
+            capturer.clear()
             for mask in {id(x): x for call in self._calls for x in call.leaves if isinstance(x, StaticMask)}.values():
                 mask.renew()
             for layer, previous in zip(graphs, [None, *graphs], strict=False):
-                layer.capture_forward(recorder, previous)
+                layer.capture_forward(capturer, previous)
             for layer, following in zip(reversed(graphs), [None, *reversed(graphs)], strict=False):
-                layer.capture_backward(recorder, following)
+                layer.capture_backward(capturer, following)
         self.graphs = graphs
         self.stack.counts["captured"] += 1
         rows = " and ".join(str(capacity) for capacity in self.capacities.values())
@@ -141,9 +141,9 @@ class Capture:
 
 
 class GraphPass:
-    """One forward pass of a stack: notes how its layers are called, or replays their graphs."""
+    """One forward pass of a stack: records how its layers are called, or replays their graphs."""
 
-    def __init__(self, capture: Capture, lengths: dict[str, int]):
+    def __init__(self, capture: StackCapture, lengths: dict[str, int]):
         self.capture, self.lengths = capture, lengths
         self.previous: torch.Tensor | None = None
         #: The layers called so far, None once one of them ran without graphs.
@@ -163,10 +163,10 @@ class GraphPass:
             call = LayerCall.of(args, kwargs)
             if self.capture.graphs:
                 return self._replay(index, call)
-            self.capture.note(call, self.previous, self.lengths)
+            self.capture.record(call, self.previous, self.lengths)
         except CannotCapture as reason:
             self._next = None
-            self.capture.stack.note(str(reason))
+            self.capture.stack.count(str(reason))
             return forward(*args, **kwargs)
         self.previous = output = forward(*args, **kwargs)
         if not isinstance(output, torch.Tensor) or output.shape[:2] != (1, self.lengths["q"]):
@@ -201,7 +201,7 @@ class GraphPass:
     def end(self) -> None:
         """Called where the stack's forward has ended."""
         if not self.capture.graphs:
-            self.capture.end_notes()
+            self.capture.end_recording()
         elif self._next == len(self.capture.graphs):
             self.capture.stack.counts["replayed"] += 1
         # What autograd holds holds this pass: it must not hold what autograd made.
@@ -273,10 +273,10 @@ class StackGraphs:
     def _forget(self, state: tuple | None) -> None:
         """Drops all graphs. `state` is what the next ones depend on."""
         self._state = state
-        self._captures: dict[tuple, Capture] = {}
-        self._recorder: Recorder | None = None
+        self._captures: dict[tuple, StackCapture] = {}
+        self._capturer: GraphCapturer | None = None
         self._gradients: list[list[torch.Tensor]] = []
-        self._refusal: str | None = None
+        self._why_unsupported: str | None = None
         self.latest: Callable[[], GraphPass | None] = lambda: None
 
     def __getstate__(self) -> dict:
@@ -300,10 +300,10 @@ class StackGraphs:
 
     def refuse(self, reason: str) -> None:
         """From now on, passes run without graphs."""
-        self._refusal = reason
-        self.note(reason)
+        self._why_unsupported = reason
+        self.count(reason)
 
-    def note(self, reason: str) -> None:
+    def count(self, reason: str) -> None:
         if reason not in self.counts:
             logger.info("padding_free: %s runs without CUDA graphs: %s", type(self.stack).__name__, reason)
         self.counts[reason] += 1
@@ -317,8 +317,8 @@ class StackGraphs:
         try:
             if (state := self._checked_state(device)) != self._state:
                 self._forget(state)
-            if self._refusal is not None:
-                raise CannotCapture(self._refusal)
+            if self._why_unsupported is not None:
+                raise CannotCapture(self._why_unsupported)
             earlier = self.latest()
             if earlier is not None and earlier.backward_at > 0:
                 raise CannotCapture("an earlier pass still waits for its backward pass")
@@ -326,15 +326,15 @@ class StackGraphs:
                 raise CannotCapture("both stacks have as many tokens")
             capture = self._capture_of(lengths, document_capacity(rows.batch), device)
         except CannotCapture as reason:
-            self.note(str(reason))
+            self.count(str(reason))
             return None
         graph_pass = GraphPass(capture, lengths)
         if capture.graphs:
             self.latest = weakref.ref(graph_pass)
         return graph_pass
 
-    def _capture_of(self, lengths: dict[str, int], documents: int, device: torch.device) -> Capture:
-        """The capture for such a batch, made where a pass has been noted for it."""
+    def _capture_of(self, lengths: dict[str, int], documents: int, device: torch.device) -> StackCapture:
+        """The capture for such a batch, made where a pass has been recorded for it."""
         capacities = {side: capacity_of(length) for side, length in lengths.items()}
         autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
         key = (*capacities.values(), documents, autocast)
@@ -342,18 +342,18 @@ class StackGraphs:
         if capture is None:
             if len(self._captures) == MAX_CAPTURES:
                 raise CannotCapture(f"batches of more than {MAX_CAPTURES} sizes")
-            capture = self._captures[key] = Capture(self, capacities)
-        elif capture.is_noted and not capture.graphs:
-            if self._recorder is None:
-                self._recorder = Recorder(device)
+            capture = self._captures[key] = StackCapture(self, capacities)
+        elif capture.is_recorded and not capture.graphs:
+            if self._capturer is None:
+                self._capturer = GraphCapturer(device)
                 self._gradients = [[torch.empty_like(p) for p in trained(layer)] for layer in self.layers]
             try:
-                capture.run(self._recorder, self._gradients)
+                capture.run(self._capturer, self._gradients)
             except (RuntimeError, NotImplementedError) as error:
-                self._refusal = f"they cannot be captured ({str(error).splitlines()[0]})"
-                raise CannotCapture(self._refusal) from error
-        if not capture.is_noted:
-            capture.begin_notes()
+                self._why_unsupported = f"they cannot be captured ({str(error).splitlines()[0]})"
+                raise CannotCapture(self._why_unsupported) from error
+        if not capture.is_recorded:
+            capture.begin_recording()
         return capture
 
     def _checked_state(self, device: torch.device) -> tuple:
@@ -362,7 +362,7 @@ class StackGraphs:
         Raises:
             CannotCapture: the stack does what graphs would leave out.
         """
-        Recorder.check(device)
+        GraphCapturer.check(device)
         if not is_eager() or forward_ad._current_level >= 0:
             raise CannotCapture("a compiler, tracer or transform is active")
         if self.stack.config._attn_implementation != DENSE:

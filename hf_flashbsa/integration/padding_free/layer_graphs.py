@@ -22,8 +22,8 @@ class CannotCapture(Exception):
     """Why layers run without graphs."""
 
 
-class Recorder:
-    """Captures work on a CUDA device. The graphs of one recorder share memory, so that they are replayed in the order
+class GraphCapturer:
+    """Captures work on a CUDA device. The graphs of one capturer share memory, so that they are replayed in the order
     of their capture."""
 
     def __init__(self, device: torch.device):
@@ -59,7 +59,7 @@ class Recorder:
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
 
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """Captures what `work` launches; returns a function that launches it again."""
         graph = torch.cuda.CUDAGraph()
         # Other threads, those that load data, may pin memory meanwhile.
@@ -267,7 +267,7 @@ class LayerGraphs:
         torch.autograd.grad(result, self._sources(hidden), torch.zeros_like(result), allow_unused=True)
         return result.detach()
 
-    def capture_forward(self, recorder: Recorder, previous: LayerGraphs | None) -> None:
+    def capture_forward(self, capturer: GraphCapturer, previous: LayerGraphs | None) -> None:
         if self.is_chained:
             assert previous is not None
             self.hidden = previous.output.detach().requires_grad_()
@@ -275,11 +275,11 @@ class LayerGraphs:
         def work() -> None:
             self._result = self._run(self.hidden)
 
-        self.replay_forward = recorder.record(work)
+        self.replay_forward = capturer.capture(work)
         assert self._result is not None
         self.output = self._result.detach()
 
-    def capture_backward(self, recorder: Recorder, following: LayerGraphs | None) -> None:
+    def capture_backward(self, capturer: GraphCapturer, following: LayerGraphs | None) -> None:
         chained = following is not None and following.is_chained
         self.grad_output = following.grad_hidden if chained else torch.zeros_like(self.output)
 
@@ -293,11 +293,11 @@ class LayerGraphs:
                 if (gradient := made.pop(0)) is not None:
                     static.gradient.add_(gradient)
             self.has_gradient = [x is not None for x in made]
-            kept = [(memory, x) for memory, x in zip(self.gradients, made, strict=True) if x is not None]
-            if kept:
-                torch._foreach_copy_([memory for memory, _ in kept], [x for _, x in kept])
+            pairs = [(memory, x) for memory, x in zip(self.gradients, made, strict=True) if x is not None]
+            if pairs:
+                torch._foreach_copy_([memory for memory, _ in pairs], [x for _, x in pairs])
 
-        self.replay_backward = recorder.record(work)
+        self.replay_backward = capturer.capture(work)
         self._result = None
 
     def _run(self, hidden: torch.Tensor | None) -> torch.Tensor:
