@@ -151,9 +151,11 @@ def _bsa_forward(
 
 def _check_keywords(keywords: dict) -> None:
     """Raises for keywords that would change the result; warns of attention weights, which nobody gets."""
-    for name, meaning in _UNSUPPORTED.items():
-        if keywords.get(name) is not None:
-            raise ValueError(f"{name}: hf_flashbsa does not support {meaning}; use attn_implementation='eager'.")
+    for name in keywords:
+        if name in _UNSUPPORTED and keywords[name] is not None:
+            raise ValueError(
+                f"{name}: hf_flashbsa does not support {_UNSUPPORTED[name]}; use attn_implementation='eager'."
+            )
     if keywords.get("output_attentions") and not torch.compiler.is_compiling():
         logger.warning_once("hf_flashbsa keeps no attention weights; use attn_implementation='eager' to see them.")
 
@@ -218,11 +220,14 @@ def _learns_bias(module: torch.nn.Module) -> bool:
 
 def _one_dtype(module: torch.nn.Module, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors in the dtype that Transformers' flash attention would run in, under autocast or when they differ."""
-    query = tensors[0]
+    query, key, value = tensors
+    alike = query.dtype is key.dtype is value.dtype
+    if alike and not torch._C._is_any_autocast_enabled():  # most calls, at once
+        return tensors
     device = query.device.type
     has_autocast = torch.amp.is_autocast_available(device)  # the meta device has none
     autocast = has_autocast and torch.is_autocast_enabled(device)
-    if autocast or any(t.dtype != query.dtype for t in tensors):
+    if autocast or not alike:
         if not has_autocast:
             target = min((t.dtype for t in tensors), key=lambda dtype: dtype.itemsize)
         else:
