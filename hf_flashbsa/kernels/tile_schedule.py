@@ -53,6 +53,26 @@ class Sequences(NamedTuple):
         return torch.stack([*self.q[:3], *self.k[:3], self.query_offset], dim=1).contiguous()
 
 
+class LiveKeys(NamedTuple):
+    """The keys of each batch row that are no padding, tensors `(n,)`: none lies outside `[begin, end)` (int32), and all
+    within are live where `is_whole`."""
+
+    begin: torch.Tensor
+    end: torch.Tensor
+    is_whole: torch.Tensor
+
+
+def live_keys(live: torch.Tensor) -> LiveKeys:
+    """`LiveKeys` of a bool mask `(B, n)`."""
+    place = torch.arange(live.shape[1], device=live.device, dtype=torch.int32)
+    if live.shape[1] == 0:
+        none = live.new_zeros(live.shape[0], dtype=torch.int32)
+        return LiveKeys(none, none, live.new_ones(live.shape[0]))
+    end = torch.where(live, place + 1, 0).amax(1)
+    begin = torch.minimum(torch.where(live, place, live.shape[1]).amin(1), end)
+    return LiveKeys(begin, end, live.sum(1, dtype=torch.int32) == end - begin)
+
+
 class BlockCounts(NamedTuple):
     """How much of its row of a block layout a tile visits: blocks `(B or 1, H or 1, rows)`, and tokens of a block."""
 
@@ -87,6 +107,7 @@ def tile_schedule(
     tile: int = SCHEDULE_TILE,
     split_segments: bool = True,
     block_counts: BlockCounts | None = None,
+    padding: LiveKeys | None = None,
 ) -> torch.Tensor:
     """The schedule of one side, longest tiles first.
 
@@ -97,12 +118,15 @@ def tile_schedule(
         split_segments: whether tiles may begin where segment ids change; otherwise they begin at multiples of `tile`,
             counted from the first row of a sequence.
         block_counts: what a block layout visits, by block row of this side.
+        padding: instead of segment ids that only say which keys are padding, what takes a third of the operations.
 
     Returns:
         int32 `(tiles, 12)`, columns see `ScheduleColumn`. Every own row is in exactly one tile; where it sees nothing,
         `LO == HI`, unless the rows of the tile have several segment ids. Unused rows have `BEGIN == END`.
     """
-    if segment_ids is None:
+    if padding is not None:
+        used, columns = _tiles_of_padding(side, sequences, padding, tile, split_segments)
+    elif segment_ids is None:
         used, columns = _tiles_of_lengths(side, sequences, tile)
     else:
         used, columns = _tiles_of_segments(side, sequences, segment_ids, tile, split_segments)
@@ -147,6 +171,32 @@ def _tiles_of_lengths(side: str, sequences: Sequences, tile: int) -> tuple[torch
     own_end = torch.minimum(own_begin + tile, end[index])
     other_row, lo, hi, *rest = (x[index] for x in of_sequence)
     return used, [row[index], own_begin, own_end, other_row, lo, lo, hi, hi, *rest]
+
+
+def _tiles_of_padding(
+    side: str, sequences: Sequences, padding: LiveKeys, tile: int, split: bool
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The same where all that hides keys is padding, within sequences that fill their batch rows."""
+    k = sequences.k
+    if side == "q":
+        keys = k._replace(begin=padding.begin, end=padding.end)
+        used, columns = _tiles_of_lengths(side, sequences._replace(k=keys), tile)
+        row, _, _, _, lo, full_lo, _, hi, offset, query_origin, _ = columns
+        full_hi = torch.where(padding.is_whole[row], hi, full_lo)
+        return used, [*columns[:4], lo, full_lo, full_hi, hi, offset, query_origin, k.begin[row]]
+    if split:  # tiles of live keys, and tiles of padding
+        keys = k._replace(begin=padding.begin, end=padding.end, padded_left=True, padded_right=True)
+        sequences = sequences._replace(k=keys)
+    used, (row, begin, end, other_row, lo, _, _, hi, offset, query_origin, _) = _tiles_of_lengths(
+        side, sequences, tile
+    )
+    live_begin, live_end = padding.begin[row], padding.end[row]
+    is_live = (begin < live_end) & (end > live_begin)
+    is_full = is_live & padding.is_whole[row] & (begin >= live_begin) & (end <= live_end)
+    lo, hi = torch.where(is_live, lo, 0), torch.where(is_live, hi, 0)
+    return used, [
+        row, begin, end, other_row, lo, lo, torch.where(is_full, hi, lo), hi, offset, query_origin, k.begin[row],
+    ]  # fmt: skip
 
 
 def _tiles_of_segments(

@@ -22,8 +22,10 @@ from hf_flashbsa.kernels.dropout import drop_threshold
 from hf_flashbsa.kernels.tables import SCHEDULE_TILE
 from hf_flashbsa.kernels.tile_schedule import (
     BlockCounts,
+    LiveKeys,
     Sequences,
     Sizes,
+    live_keys,
     sequence_rows,
     tile_schedule,
 )
@@ -213,17 +215,24 @@ def _schedule(
     spec: AttentionSpec, side: str, sizes: Sizes, device: torch.device, tile: int, split: bool
 ) -> torch.Tensor:
     sequences, layout = sequences_of(spec, sizes, device), spec.layout
-    counts = ids = None
+    counts = ids = padding = None
     if layout is not None:
         counts = BlockCounts(layout.lists(side).total, layout.block_size)
         if side == "q":
             validation.assert_layout_covers(layout, sequences)
-    if spec.segment_ids_k is not None:
+    if spec.segment_ids_k is not None and spec.segment_ids_q is None and layout is None and not _has_own_lengths(spec):
+        padding = remember(spec, "live keys", (sizes.batch_k,), lambda: _live_keys(spec, sizes))
+    elif spec.segment_ids_k is not None:
         ids_q = spec.segment_ids_q
         if ids_q is None:  # then every query has id 0
             ids_q = spec.segment_ids_k.new_zeros(1, 1).expand(-1, sizes.len_q)
         ids = ids_q.expand(sizes.batch_q, -1), spec.segment_ids_k.expand(sizes.batch_k, -1)
-    return tile_schedule(side, sequences, ids, tile, split, counts)
+    return tile_schedule(side, sequences, ids, tile, split, counts, padding)
+
+
+def _live_keys(spec: AttentionSpec, sizes: Sizes) -> LiveKeys:
+    """What segment ids say where every query has id 0."""
+    return live_keys((spec.segment_ids_k == 0).expand(sizes.batch_k, -1))
 
 
 def _block_table(layout: BlockLayout, side: str) -> torch.Tensor:
