@@ -54,7 +54,7 @@ class Sequences(NamedTuple):
 
 
 class LiveKeys(NamedTuple):
-    """The keys of each batch row that are no padding, tensors `(n,)`: none lies outside `[begin, end)` (int32), and all
+    """The keys of each batch row that are no padding, tensors `(n,)`: none is outside `[begin, end)` (int32), and all
     within are live where `is_whole`."""
 
     begin: torch.Tensor
