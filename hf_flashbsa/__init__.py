@@ -18,6 +18,7 @@ from hf_flashbsa.integration.padding_free.graphs import cuda_graph_counts  # noq
 from hf_flashbsa.integration.padding_free.hooks import disable_padding_free, enable_padding_free, padding_free  # noqa: E402
 from hf_flashbsa.integration.padding_free.layer_stacks import LayerStack, register_layer_stack  # noqa: E402
 from hf_flashbsa.integration.sparse_layers import set_block_sparse  # noqa: E402
+from hf_flashbsa.integration.warm_up import WarmUp, warm_up  # noqa: E402
 
 configure = renamed("configure", set_block_sparse)
 register_stack = renamed("register_stack", register_layer_stack)
@@ -27,6 +28,7 @@ __all__ = [
     "BlockLayout",
     "BlockSparseConfig",
     "LayerStack",
+    "WarmUp",
     "attention",
     "backends_used",
     "choose_backend",
@@ -43,5 +45,6 @@ __all__ = [
     "selection",
     "set_block_sparse",
     "use_deterministic",
+    "warm_up",
 ]
 __version__ = "0.1.0"

@@ -14,6 +14,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Hashable, Iterator
+from contextvars import ContextVar
 from operator import itemgetter
 
 import torch
@@ -51,6 +52,19 @@ if not _caches:
     logger.info("every launch goes through Triton's JIT: launches are repeated with %s only", known)
 
 
+_launches_nothing: ContextVar[bool] = ContextVar("launches_nothing", default=False)
+
+
+@contextlib.contextmanager
+def launches_nothing() -> Iterator[None]:
+    """Within, in this thread, a `Recorder` compiles what it would launch, and fills outputs with zeros."""
+    before = _launches_nothing.set(True)
+    try:
+        yield
+    finally:
+        _launches_nothing.reset(before)
+
+
 class Recorder:
     """Launches kernels the ordinary way, `recorder(kernel, grid, *arguments, **options)`, and remembers how.
 
@@ -78,8 +92,11 @@ class Recorder:
         return self
 
     def __call__(self, kernel, grid: tuple[int, ...], *arguments, **options) -> None:
-        # Triton 3.10 will not fuse products and sums unless told to.
-        compiled = kernel[grid](*arguments, **options, enable_fp_fusion=True)
+        options["enable_fp_fusion"] = True  # Triton 3.10 will not fuse products and sums unless told to
+        if _launches_nothing.get():
+            kernel.warmup(*arguments, grid=grid, **options)
+            return
+        compiled = kernel[grid](*arguments, **options)
         if isinstance(compiled, CompiledKernel):  # the interpreter gives None
             arguments += tuple(options[name] for name in kernel.arg_names[len(arguments) :])
         self.launched.append((compiled, (*grid, 1, 1)[:3], arguments))
@@ -90,7 +107,11 @@ class Recorder:
             return
         if self.ran is not None:
             note_forward(self.ran)
-        if self._keep is not None and all(isinstance(compiled, CompiledKernel) for compiled, _, _ in self.launched):
+        if _launches_nothing.get():
+            for x in self.outputs:
+                if x is not None:
+                    x.zero_()
+        elif self._keep is not None and all(isinstance(compiled, CompiledKernel) for compiled, _, _ in self.launched):
             self._keep(Launches(self))
 
 

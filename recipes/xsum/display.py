@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -90,6 +92,15 @@ class Display:
         if self.progress.disable:
             left = timedelta(seconds=round((self.total_steps - record["step"]) * seconds / steps))
             self.say(f"step {record['step']}/{self.total_steps}  {numbers}  {left} left")
+
+    @contextmanager
+    def counting(self, description: str) -> Iterator[Callable[[int, int], None]]:
+        """A bar of its own for work beside training; yields what is called with how much is done, and of how much."""
+        task = self.progress.add_task(description, total=None)
+        try:
+            yield lambda done, total: self.progress.update(task, completed=done, total=total)
+        finally:
+            self.progress.remove_task(task)
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)

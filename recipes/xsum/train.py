@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 import time
@@ -27,7 +28,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration, send_to_device, set_seed
 
-import hf_flashbsa  # noqa: F401 - registers bsa_dense
+from hf_flashbsa import warm_up  # and registers bsa_dense
 from recipes.xsum.batches import RunData
 from recipes.xsum.checkpoint import NEWEST, check_run_dir, load_checkpoint, open_run_dir, save_checkpoint
 from recipes.xsum.config import Config, ConfigError, load_config, parse_arguments
@@ -40,7 +41,7 @@ from recipes.xsum.evaluate import (
     write_scores,
     write_untrained_scores,
 )
-from recipes.xsum.files import new_folder, writing
+from recipes.xsum.files import new_folder, write_atomically, writing
 from recipes.xsum.loop import StopSignal, check_trackers, learning_rate_at
 from recipes.xsum.memory import apply_options, options_record, write_ledger
 from recipes.xsum.metrics import GIB, Meter, MetricsLog, TrainingState, Window, run_environment
@@ -179,6 +180,7 @@ class Training:
         batches = self.data.steps(self.collator, state.step)
         self.model.train()
         with self.stop:
+            self._warm_up()
             self.meter.start()
             for micro_batches in islice(batches, self.total_steps - state.step):
                 grad_norm, learning_rate = self._optimiser_step(micro_batches)
@@ -224,6 +226,23 @@ class Training:
         self.accelerator.end_training()
 
     # Steps
+
+    def _warm_up(self) -> None:
+        """Compile the kernels of the next step, and write warm_up.json; on a CPU there are none."""
+        if self.config.attn_implementation not in ("bsa_dense", "bsa_sparse"):
+            return
+        steps = islice(self.data.steps(self.collator, self.state.step), 1)
+        with self._aside(), self.display.counting("Compiling kernels") as progress:
+            done = warm_up(
+                self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=True),  # with its autocast
+                (batch for micro_batches in steps for batch in micro_batches),
+                loss=lambda model, batch: training_loss(model, batch, self.config),
+                progress=progress,
+            )
+        if done.kernels:
+            self.display.say(f"{done.kernels} kernels are ready after {done.seconds:.1f} s, {done.compiled} compiled")
+            path = self.run_dir / "warm_up.json"
+            on_main(self.accelerator, lambda: write_atomically(path, json.dumps(done._asdict(), indent=2) + "\n"))
 
     def _optimiser_step(self, micro_batches: list[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, float]:
         """Descend the mean loss per target token of all micro-batches; returns gradient norm and learning rate."""

@@ -42,6 +42,7 @@ ALLOWED = {
     "hf_flashbsa.kernels.launch_cache": {
         "torch", "triton", "hf_flashbsa.kernels.backends", "hf_flashbsa.kernels.tuning",
     },
+    "hf_flashbsa.kernels.compile_only": {"torch", "triton", "hf_flashbsa.kernels"},
     "hf_flashbsa.kernels.arguments": {
         "torch", "hf_flashbsa.kernels.dropout", "hf_flashbsa.kernels.call_plan", "hf_flashbsa.kernels.structs",
         "hf_flashbsa.kernels.tables",
@@ -67,6 +68,7 @@ ALLOWED = {
         "torch", "transformers", "packaging", "hf_flashbsa.ops.api", "hf_flashbsa.ops.lowering", "hf_flashbsa.masks",
         "hf_flashbsa.integration", "hf_flashbsa.kernels.backends", "hf_flashbsa.kernels.block_tables",
     },
+    "hf_flashbsa.integration.warm_up": {"torch", "transformers"},
     "hf_flashbsa.integration.forward": {"hf_flashbsa._deprecated", "hf_flashbsa.integration"},
     "hf_flashbsa.integration.mask": {"hf_flashbsa._deprecated", "hf_flashbsa.integration"},
     "hf_flashbsa.integration.fused_loss": {"torch", "transformers", "liger_kernel", "hf_flashbsa.integration"},
@@ -81,7 +83,7 @@ ALLOWED = {
     },
 }  # fmt: skip
 #: Loaded by nobody who does not ask for them.
-HEAVY = ("hf_flashbsa.kernels.triton", "hf_flashbsa.kernels.launch_cache",
+HEAVY = ("hf_flashbsa.kernels.triton", "hf_flashbsa.kernels.launch_cache", "hf_flashbsa.kernels.compile_only",
          "hf_flashbsa.bench", "datasets", "matplotlib", "rich", "liger_kernel",
          "transformers.models.bart.modeling_bart")  # fmt: skip
 

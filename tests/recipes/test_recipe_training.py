@@ -24,6 +24,7 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.trainer_pt_utils import LabelSmoother
 
 import hf_flashbsa
+from recipes.xsum import train as script
 from recipes.xsum.config import load_config
 from recipes.xsum.loop import learning_rate_at
 from recipes.xsum.model import attention_layers, attention_record, build_model, summed_loss
@@ -88,6 +89,26 @@ def test_training_starts_from_saved_weights(tmp_path):
         assert lines(second)[0]["source_tokens"] == lines(first)[0]["source_tokens"]
     saved, own = (AutoTokenizer.from_pretrained(first / folder) for folder in ("model", "tokenizer"))
     assert saved.get_vocab() == own.get_vocab() and saved("A storm.")["input_ids"] == own("A storm.")["input_ids"]
+
+
+def test_kernels_are_compiled_before_the_first_step(tmp_path, monkeypatch):
+    """With the first step's micro-batches and the loss of training; only where there is something to compile."""
+    losses = []
+
+    def warm_up(model, batches, *, loss, progress):
+        losses.extend(loss(model, batch).item() for batch in batches)
+        progress(1, 2)
+        return hf_flashbsa.WarmUp(2, 1, 0.5)
+
+    given = {"attn_implementation": "bsa_dense", "max_steps": 1, "gradient_accumulation_steps": 2, "dropout": 0.0}
+    plain = run_main(tmp_path, name="plain", **given)
+    monkeypatch.setattr(script, "warm_up", warm_up)
+    run = run_main(tmp_path, **given)
+    assert json.loads((run / "warm_up.json").read_text()) == {"kernels": 2, "compiled": 1, "seconds": 0.5}
+    assert not (plain / "warm_up.json").exists()
+    (line,) = (line for line in lines(run) if "loss" in line)
+    assert curve(run) == curve(plain) and len(losses) == 2
+    assert sum(losses) == pytest.approx(line["loss"] * line["target_tokens"], rel=1e-4)
 
 
 def test_evaluation_leaves_training_untouched(tmp_path):

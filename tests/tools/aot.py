@@ -64,6 +64,9 @@ class _Driver:
         # A device for each architecture: kernels keep what they compiled by device.
         return self.target.arch
 
+    def set_current_device(self, device: int) -> None:
+        pass
+
     def get_current_stream(self, device: int) -> int:
         return 0
 
