@@ -286,3 +286,38 @@ def test_passes_are_freed():
         assert replayed(model) == [3, 3] and passes == [None, None]
     finally:
         gc.enable()
+
+
+def test_data_parallel_gradients_are_reduced(tmp_path):
+    """`DistributedDataParallel` gets the gradients of replayed layers as those of any others."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped, without = model_of("bart"), model_of("bart", cuda_graphs=False)
+        parallel = torch.nn.parallel.DistributedDataParallel(wrapped)
+        reduced = []
+
+        def hook(state, bucket):
+            reduced.append(bucket.buffer().numel())
+            future = torch.futures.Future()
+            future.set_result(2 * bucket.buffer())
+            return future
+
+        parallel.register_comm_hook(None, hook)
+        inputs = batch("bart")
+        for _ in range(3):
+            parallel(**inputs).loss.backward()
+            for (name, p), (_, gradient) in zip(
+                wrapped.named_parameters(), sorted_gradients(without, inputs), strict=True
+            ):
+                torch.testing.assert_close(
+                    p.grad, 2 * gradient, rtol=1e-4, atol=5e-6, msg=lambda m, n=name: f"{n}: {m}"
+                )
+            wrapped.zero_grad()
+        assert replayed(wrapped) == [2, 2] and sum(reduced) == 3 * sum(p.numel() for p in wrapped.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def sorted_gradients(model: torch.nn.Module, inputs: dict) -> list[tuple[str, torch.Tensor]]:
+    gradients = losses(model, inputs)[1]
+    return [(name, gradients[name]) for name, _ in model.named_parameters()]
