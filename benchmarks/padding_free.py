@@ -198,11 +198,16 @@ class Bench:
         ms = statistics.mean(statistics.median(spent) for spent in times)
         positions = sum(batch[name].numel() for batch in batches for name in ("input_ids", "labels"))
         live = sum(int(batch["attention_mask"].sum() + (batch["labels"] != -100).sum()) for batch in batches)
-        peak = torch.cuda.max_memory_allocated(self.device) / GIB if self.device.type == "cuda" else None
+        peak = reserved = None
+        if self.device.type == "cuda":
+            peak = round(torch.cuda.max_memory_allocated(self.device) / GIB, 2)
+            # What CUDA graphs hold on to between their replays counts as reserved only.
+            reserved = round(torch.cuda.max_memory_reserved(self.device) / GIB, 2)
         return {
             "ms": round(ms, 2),
             "examples_per_s": round(1e3 * size / ms, 1),
-            "peak_gib": peak and round(peak, 2),
+            "peak_gib": peak,
+            "reserved_gib": reserved,
             "live_share": round(live / positions, 3),
         }
 

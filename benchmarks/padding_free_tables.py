@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from rich.box import SIMPLE
 from rich.table import Table
 
-STEPS = ("variant", "batch", "ms", "examples_per_s", "peak_gib", "live_share")
+STEPS = ("variant", "batch", "ms", "examples_per_s", "peak_gib", "reserved_gib", "live_share")
 COLUMNS = {
     "steps": STEPS,
     "train": STEPS,
