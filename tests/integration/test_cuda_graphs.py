@@ -95,6 +95,17 @@ def test_batches_of_one_capacity_share_graphs(name):
     assert all(counts == {"captured": 1, "replayed": 5} for counts in cuda_graph_counts(with_graphs).values())
 
 
+@pytest.mark.parametrize("name", ["bart", "llama"])
+def test_batches_without_padding_are_packed_too(name):
+    with_graphs, without = model_of(name), model_of(name, cuda_graphs=False)
+    inputs = batch(name)
+    for mask in [key for key in inputs if key.endswith("attention_mask")]:
+        del inputs[mask]
+    for _ in range(3):
+        assert_same(losses(with_graphs, inputs), losses(without, inputs))
+    assert set(replayed(with_graphs)) == {2}
+
+
 def test_gradients_are_accumulated():
     with_graphs, without = model_of("bart"), model_of("bart", cuda_graphs=False)
     inputs = batch("bart")

@@ -244,7 +244,9 @@ def _enter_stack(stack: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
     rows = packing_of(forward, mask, tokens.device)
     memory_rows = None if memory is None else packing_of(forward, memory_mask, tokens.device)
     packings = [r for r in (rows, memory_rows) if r is not None]
-    if not packings or any(r.total == 0 for r in packings):  # nothing to skip, or nothing left
+    graphs = stack.__dict__.get(GRAPHS)
+    for_graphs = graphs is not None and stack.training and torch.is_grad_enabled()
+    if not (packings or for_graphs) or any(r.total == 0 for r in packings):  # nothing to skip, or nothing left
         return call.result()
     # Where one side is packed, the other is too: layers project both with one batch size.
     rows = rows or Packing.full(tokens.shape[0], tokens.shape[1], tokens.device)
@@ -260,7 +262,7 @@ def _enter_stack(stack: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
     if takes(stack, "use_cache"):
         call.set("use_cache", False)
     plan.rows = rows
-    if (graphs := stack.__dict__.get(GRAPHS)) is not None:
+    if graphs is not None:
         plan.graph_pass = graphs.begin(rows, memory_rows)
     return call.result()
 
