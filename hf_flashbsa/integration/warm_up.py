@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from transformers.utils.logging import tqdm
 
+from hf_flashbsa.integration.padding_free.graphs import without_cuda_graphs
+
 logger = logging.getLogger("hf_flashbsa")
 
 #: Threads that compile. Triton works for a second or so on each of the dozen kernels of a training step.
@@ -83,6 +85,7 @@ def _compile(model: nn.Module, batches, loss, generate, workers: int, progress):
         if progress is None:
             progress = stack.enter_context(_bar())
         stack.enter_context(_left_as_it_was(model))
+        stack.enter_context(without_cuda_graphs())  # they would hold passes without attention
         kernels = stack.enter_context(compile_only(device, workers, progress))
         for batch in _made_up(model) if batches is None else batches:
             batch = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}

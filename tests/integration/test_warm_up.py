@@ -10,11 +10,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from aot import run_compiling
+from packed_models import labelled, losses
+from recorded_ops import OpCapturer
 from transformers_models import batch_for, tiny
 from triton.runtime import _async_compile
 
-from hf_flashbsa import enable_padding_free, warm_up
+from hf_flashbsa import cuda_graph_counts, enable_padding_free, warm_up
 from hf_flashbsa.integration import warm_up as module
+from hf_flashbsa.integration.padding_free import graphs
 from hf_flashbsa.kernels import backends, launch_cache
 from hf_flashbsa.kernels.compile_only import compile_only
 
@@ -132,6 +135,23 @@ def test_afterwards_attention_runs(by_triton):
         assert by_triton == []
         torch.testing.assert_close(model(**batch).logits, want, rtol=1e-4, atol=1e-4)
     assert by_triton
+
+
+def test_cuda_graphs_hold_nothing_of_it(by_triton, monkeypatch):
+    """They would be graphs without attention."""
+    monkeypatch.setattr(graphs, "GraphCapturer", OpCapturer)
+    monkeypatch.setattr(graphs, "MAX_CAPTURES", 1)  # another size would leave no room
+    model, batch = tiny("llama", "bsa_dense").train(), labelled("llama", "right")
+    enable_padding_free(model, cuda_graphs=True)
+    compile_(model, [batch] * 3)
+    compile_(model)
+    assert cuda_graph_counts(model) == {"model": {}}
+    monkeypatch.undo()
+    monkeypatch.setattr(graphs, "GraphCapturer", OpCapturer)
+    want = losses(tiny("llama", "eager"), batch)[0]
+    for _ in range(2):
+        torch.testing.assert_close(losses(model, batch)[0], want, rtol=1e-4, atol=1e-4)
+    assert cuda_graph_counts(model) == {"model": {"captured": 1, "replayed": 1}}
 
 
 def test_a_failing_model_leaves_no_trace(by_triton):

@@ -12,12 +12,14 @@ it is.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -54,6 +56,20 @@ MAX_CAPTURES = 24
 #: Where a stack holds its graphs.
 GRAPHS = "_padding_free_graphs"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+#: False within `without_cuda_graphs`.
+_allowed: ContextVar[bool] = ContextVar("cuda_graphs_allowed", default=True)
+
+
+@contextlib.contextmanager
+def without_cuda_graphs() -> Iterator[None]:
+    """Within, passes neither replay graphs nor are recorded for them: what runs is not what will."""
+    token = _allowed.set(False)
+    try:
+        yield
+    finally:
+        _allowed.reset(token)
 
 
 def capacity_of(tokens: int) -> int:
@@ -310,7 +326,7 @@ class StackGraphs:
 
     def begin(self, rows: Packing, memory_rows: Packing | None) -> GraphPass | None:
         """Begins a training pass over packed rows; None where it runs without graphs."""
-        if not torch.is_grad_enabled() or not self.stack.training:
+        if not torch.is_grad_enabled() or not self.stack.training or not _allowed.get():
             return None
         lengths = {"q": rows.total} if memory_rows is None else {"q": rows.total, "k": memory_rows.total}
         device = rows.cu_seqlens.device
