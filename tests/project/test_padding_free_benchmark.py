@@ -68,7 +68,7 @@ def test_all_parts(run):
         f"{PACKED}+checkpointing",
         "nonsense",
     )
-    sizes = ("--batches", "3", "--window", "2", "--ledger-batch", "4", "--budgets", "1", "2")
+    sizes = ("--batches", "3", "--window", "2", "--ledger-batch", "4", "--budgets", "1")
     rows = run("--model", "bart-large", *sizes, "--variants", *variants, "--commit", "abc")
     assert {row["commit"] for row in rows} == {"abc"}
     by_part = {

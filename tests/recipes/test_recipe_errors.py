@@ -1,17 +1,17 @@
 """Errors of the training script: one line that names cause and remedy, nothing written, nothing lost."""
 
 import json
+import runpy
 import shutil
+import sys
 
 import pytest
 from datasets import Dataset
 from recipe_runs import (
     BART,
     command,
-    finish,
     fresh_accelerate,  # noqa: F401 - used by every test
     run_main,
-    start,
     steps_logged,
     write_config,
 )
@@ -35,10 +35,14 @@ def error_of(capsys, config, out, *argv):
     return error
 
 
-def test_errors_come_without_traceback_from_the_real_script(tmp_path):
-    config = write_config(tmp_path)
-    code, out, err = finish(start(*command(config, tmp_path / "run", "--learnig_rate", "1")))
-    assert (code, out) == (2, "")
+def test_errors_come_without_traceback_from_the_real_script(tmp_path, monkeypatch, capsys):
+    _, *argv = command(write_config(tmp_path), tmp_path / "run", "--learnig_rate", "1")
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the script adds to it
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(argv[0], run_name="__main__")
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out) == (2, "")
     assert err == "error: unknown argument '--learnig_rate'; did you mean --learning_rate?\n"
 
 

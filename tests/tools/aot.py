@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -130,6 +131,7 @@ def read(kernel, log: str) -> dict:
 
 def recorded_verdicts() -> kernel_record.Verdicts:
     """For a script that `run_compiling` runs: what is known comes on its standard input."""
+    gc.freeze()  # Triton's frontend makes much garbage; to go through all imported modules for it takes a tenth longer
     return kernel_record.Verdicts(json.load(sys.stdin), read)
 
 
