@@ -283,6 +283,7 @@ class TestScript:
         assert (scores["split"], scores["examples"]) == ("validation", 2)
         assert "untrained" not in scores
 
+    @pytest.mark.parametrize("setup", ["seq2seq"], indirect=True)
     def test_two_processes_write_what_one_writes(self, run_dir):
         # As a user starts it, from elsewhere, without the repository on the path.
         environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
