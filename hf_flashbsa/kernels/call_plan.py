@@ -23,7 +23,7 @@ class CallTensors(NamedTuple):
         segment_ids_q, segment_ids_k: integers `(B, Sq)` and `(B, Sk)`.
         schedule_q, schedule_k: tile schedules of queries and of keys, see tile_schedule.py. The latter is there for
             the backward pass only.
-        query_offset: an integer, key position of query row 0 where the device knows it and no schedule says it.
+        query_offset_tensor: an integer, key position of query row 0 where the device knows it and no schedule says it.
         sequences: `Sequences.table`, for the gradient of a bias and for the torch back end only.
         block_grid: a layout's int32 `(B or 1, H or 1, query blocks, key blocks)`: 0 not visited, 1 full, `i >= 2` the
             partial block whose entries are `block_masks[i - 2]`.
@@ -41,7 +41,7 @@ class CallTensors(NamedTuple):
     segment_ids_k: torch.Tensor | None = None
     schedule_q: torch.Tensor | None = None
     schedule_k: torch.Tensor | None = None
-    query_offset: torch.Tensor | None = None
+    query_offset_tensor: torch.Tensor | None = None
     sequences: torch.Tensor | None = None
     block_grid: torch.Tensor | None = None
     block_masks: torch.Tensor | None = None

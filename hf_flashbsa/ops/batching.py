@@ -45,7 +45,7 @@ def _differ_by_row(call: dict, mapped: set[str]) -> bool:
     return (
         call["drop_threshold"] is not None
         or "block_masks" in mapped
-        or "query_offset" in mapped
+        or "query_offset_tensor" in mapped
         or ("sinks" in mapped and "dout" not in call)
         or "sinks_t" in mapped
         or (packed and (call.get("need_dbias", False) or not mapped.isdisjoint(_SHARED)))

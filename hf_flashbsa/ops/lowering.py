@@ -120,7 +120,7 @@ def _tensors(spec: AttentionSpec, sizes: Sizes, heads: int, device: torch.device
         segment_ids_k=None if ids_k is None else _side_by_side(ids_k).expand(sizes.batch_k, -1),
         schedule_q=schedule_of(spec, "q", sizes, device, tile, split_q) if by_tiles and not unscheduled else None,
         schedule_k=schedule_of(spec, "k", sizes, device, tile, split_k) if tiles_of_keys else None,
-        query_offset=spec.query_offset if unscheduled and isinstance(spec.query_offset, torch.Tensor) else None,
+        query_offset_tensor=spec.query_offset if unscheduled and isinstance(spec.query_offset, torch.Tensor) else None,
         sequences=sequence_table_of(spec, sizes, device) if has_sequences else None,
         block_grid=None if layout is None else layout.grid,
         block_masks=None if layout is None else _block_masks(layout),

@@ -173,9 +173,9 @@ def test_few_queries_get_no_schedule():
     offset = torch.tensor([3])
     spec = AttentionSpec(causal=True, query_offset=offset, segment_ids_k=torch.zeros(2, 6, dtype=torch.int32))
     plan = lower(spec, *tensors(), forward_only).tensors
-    assert plan.schedule_q is None and plan.query_offset is offset and plan.segment_ids_k is not None
+    assert plan.schedule_q is None and plan.query_offset_tensor is offset and plan.segment_ids_k is not None
     assert lower(spec, *tensors(), TRITON).tensors.schedule_q is not None
-    assert lower(spec, *tensors(), TRITON).tensors.query_offset is None
+    assert lower(spec, *tensors(), TRITON).tensors.query_offset_tensor is None
     lengths = AttentionSpec(seqlens_k=torch.tensor([3, 6]))
     assert lower(lengths, *tensors(), forward_only).tensors.schedule_q is not None
     many = lowering.FEW_QUERIES + 1

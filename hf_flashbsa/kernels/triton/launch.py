@@ -83,7 +83,7 @@ def launch_forward(launch, q, k, v, out, lse, plan: CallPlan) -> None:
         forward_kernel, (tiles * heads * batch,),
         tensor_view(q), tensor_view(k), tensor_view(v), tensor_view(out), lse, tensors.sinks, tensors.schedule_q,
         *attn_mods(tensors.block_table_q, plan),
-        scalars.query_offset if tensors.query_offset is None else tensors.query_offset,
+        scalars.query_offset if tensors.query_offset_tensor is None else tensors.query_offset_tensor,
         heads, heads // heads_k, len_q, len_k, tiles, **_meta(config, q, v, plan, tensors.block_table_q),
     )  # fmt: skip
 
