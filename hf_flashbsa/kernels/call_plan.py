@@ -66,6 +66,7 @@ class CallScalars(NamedTuple):
     """Numbers of a call.
 
     Args:
+        num_splits: parts of the keys that the Triton back end visits side by side and combines, see triton/split.py.
         window_left, window_right: most keys visible before and after a query's own; causality is folded in.
         query_offset: key position of query row 0 where neither a schedule nor a tensor says it.
         drop_threshold: dropout drops a weight whose 16-bit random number lies below it, see dropout.py.
@@ -81,6 +82,7 @@ class CallScalars(NamedTuple):
     block_size: int | None
     deterministic: bool
     backend: str
+    num_splits: int = 1
 
     @property
     def window(self) -> int | None:

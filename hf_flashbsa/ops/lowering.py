@@ -29,6 +29,7 @@ from hf_flashbsa.kernels.tile_schedule import (
     sequence_rows,
     tile_schedule,
 )
+from hf_flashbsa.kernels.tuning import multiprocessors
 from hf_flashbsa.masks.block_layout import BlockLayout, TracedLayout
 from hf_flashbsa.masks.modes import may_keep
 from hf_flashbsa.masks.spec import AttentionSpec
@@ -40,6 +41,10 @@ _T = TypeVar("_T")
 MANY_SCORES = 1 << 18
 #: Up to so many queries, one tile holds those of a head, and a tile schedule takes longer to make than it saves.
 FEW_QUERIES = 16
+#: Keys are split for so many programs on each multiprocessor, into parts of at least so many keys, and so many parts.
+PROGRAMS_PER_PROCESSOR = 2
+KEYS_OF_A_SPLIT = 256
+MAX_SPLITS = 32
 
 
 class CallOptions(NamedTuple):
@@ -88,6 +93,7 @@ def _plan(spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
         block_size=None if spec.layout is None else spec.layout.block_size,
         deterministic=options.deterministic,
         backend=backend,
+        num_splits=_num_splits(spec, sizes, k.shape[1], device, options._replace(backend=backend)),
     )
     tensors = _tensors(spec, sizes, heads, device, options._replace(backend=backend))
     return CallPlan(tensors, scalars, {} if backend == "torch" and not torch.compiler.is_compiling() else None)
@@ -142,6 +148,21 @@ def _is_decoding_step(spec: AttentionSpec, sizes: Sizes) -> bool:
     """Whether a call has few queries, and kernels can read from the tensors of its mask what hides keys."""
     few = type(sizes.len_q) is int and sizes.len_q <= FEW_QUERIES  # not a symbol of something that traces
     return few and spec.layout is None and not _has_own_lengths(spec)
+
+
+def _num_splits(spec: AttentionSpec, sizes: Sizes, heads_k: int, device: torch.device, options: CallOptions) -> int:
+    """Into how many parts the keys of a call with few queries are split, so that there is work for a whole GPU.
+
+    Calls with a gradient or dropout are not split, nor those whose keys a schedule or a layout divides.
+    """
+    fixed = options.backend != "triton" or options.needs_grad or options.dropout_p > 0.0
+    if fixed or not _is_decoding_step(spec, sizes) or type(sizes.len_k) is not int or type(sizes.batch_k) is not int:
+        return 1
+    left, _ = spec.window
+    keys = sizes.len_k if left is None else min(sizes.len_k, left + sizes.len_q)
+    programs = max(1, sizes.batch_k * heads_k)
+    wanted = -(-PROGRAMS_PER_PROCESSOR * multiprocessors(device) // programs)
+    return max(1, min(wanted, keys // KEYS_OF_A_SPLIT, MAX_SPLITS))
 
 
 def _longest(sizes: Sizes) -> int:

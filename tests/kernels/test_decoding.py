@@ -51,8 +51,11 @@ def assert_like_oracle(case: Case) -> None:
     torch.testing.assert_close(got, tuple(x.float() for x in want), atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("case", [decoding_case(seed) for seed in range(15)], ids=str)
-def test_random_without_a_schedule(case, no_schedules):
+@pytest.mark.parametrize("case", [decoding_case(seed) for seed in range(18)], ids=str)
+def test_random_without_a_schedule(case, no_schedules, monkeypatch):
+    """With the keys in one part, and in some that are partly empty."""
+    assert_like_oracle(case)
+    monkeypatch.setattr(lowering, "_num_splits", lambda *args: 2 + case.seed % 4)
     assert_like_oracle(case)
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from unittest import mock
 
-from hf_flashbsa.kernels import launch_cache
+from hf_flashbsa.kernels import launch_cache, tuning
 from hf_flashbsa.kernels.gluon_sm90 import dispatch
 
 #: Kernels of a call that has to repeat bit by bit, and of one that need not.
@@ -20,7 +20,6 @@ def every_call_on_hopper(programs: int, choice: int = 0) -> Iterator[Counter]:
     """Within, configs/gluon_sm90.json lists every call of its head dims, and `programs` programs share the tiles of a
     forward call. Where the file has several options for a kernel and head dim, `choice` goes round them. Counts
     launches by kernel and whether it was the Hopper one."""
-    from hf_flashbsa.kernels.gluon_sm90 import launch
 
     entries = {}
     for kernel in {*KERNELS, *FUSED_KERNELS}:
@@ -43,7 +42,7 @@ def every_call_on_hopper(programs: int, choice: int = 0) -> Iterator[Counter]:
     launch_cache._launches_of.cache_clear()
     try:
         with (
-            mock.patch.object(launch, "_multiprocessors", lambda device: programs),
+            mock.patch.object(tuning, "multiprocessors", lambda device: programs),
             mock.patch.object(dispatch, "_entries", entries.__getitem__),
             mock.patch.object(dispatch, "select_launcher", counted),
         ):

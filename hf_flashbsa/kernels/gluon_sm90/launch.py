@@ -8,6 +8,7 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from hf_flashbsa.kernels import tuning
 from hf_flashbsa.kernels.arguments import attn_mods, cdiv, max_blocks_of, score_mod_of, tensor_view, tiles_of
 from hf_flashbsa.kernels.call_plan import CallPlan
 from hf_flashbsa.kernels.gluon_sm90.bwd_dkdv import dkdv_kernel
@@ -45,11 +46,6 @@ def _descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, dim], _layout(rows, dim, x.dtype))
 
 
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-
-
 def _meta(
     options: dict, q: torch.Tensor, lists: torch.Tensor | None, plan: CallPlan, resources: dict = RESOURCES
 ) -> dict:
@@ -69,7 +65,7 @@ def _grid_size(
     short = tiles <= PERSISTENT_MAX_TILES or (
         plan.scalars.window is not None and plan.scalars.window <= PERSISTENT_MAX_WINDOW
     )
-    return min(total_tiles, _multiprocessors(device)) if short or tile_counter is not None else total_tiles
+    return min(total_tiles, tuning.multiprocessors(device)) if short or tile_counter is not None else total_tiles
 
 
 def launch_forward(options: dict, tile_counter, launch, q, k, v, out, lse, plan: CallPlan) -> None:

@@ -15,15 +15,29 @@ def forward(q, k, v, out, lse, plan: CallPlan) -> None:
     if q.numel() == 0:
         return
     counters = dispatch.new_tile_counters(plan.tensors.schedule_q, 1, q.device)
-    recorder = launch_cached("forward", (q, k, v, *given(plan.tensors)), (out, lse, *counters), plan.scalars)
+    outputs = (out, lse, *counters, *_new_parts(q, v, plan.scalars.num_splits))
+    recorder = launch_cached("forward", (q, k, v, *given(plan.tensors)), outputs, plan.scalars)
     if recorder is not None:
         with recorder:
             _launch_forward(recorder, plan.scalars)
 
 
+def _new_parts(q: torch.Tensor, v: torch.Tensor, num_splits: int) -> tuple[torch.Tensor, ...]:
+    """Scratch memory of `launch_forward`; none where keys are not split."""
+    if num_splits == 1:
+        return ()
+    batch, heads, len_q, _ = q.shape
+    rows = num_splits * batch, heads, len_q
+    return q.new_empty(*rows, v.shape[-1], dtype=torch.float32), q.new_empty(rows, dtype=torch.float32)
+
+
 def _launch_forward(launch: Recorder, scalars: CallScalars) -> None:
-    (q, k, v, *tensors), (out, lse, tile_counter) = launch.inputs, launch.outputs
+    (q, k, v, *tensors), (out, lse, tile_counter, *parts) = launch.inputs, launch.outputs
     plan = CallPlan(CallTensors(*tensors), scalars)
+    if parts:
+        launch.ran = "triton"
+        launch_forward(launch, q, k, v, out, lse, plan, tuple(parts))
+        return
     on_hopper = dispatch.select_launcher("forward", q, k, v, (), tile_counter, plan)
     launch.ran = "gluon_sm90" if on_hopper else "triton"
     (on_hopper or launch_forward)(launch, q, k, v, out, lse, plan)

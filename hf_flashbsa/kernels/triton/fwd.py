@@ -1,6 +1,7 @@
 """Portable forward kernel: one program per (query tile, head), online softmax over key blocks (FlashAttention-2).
 
-Masked blocks first, then full blocks without masks; the same block function serves both.
+Masked blocks first, then full blocks without masks; the same block function serves both. Where queries are few, a tile
+holds the rows of all query heads that share keys (`PACK`), and programs may share the keys of a tile (split.py).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from hf_flashbsa.kernels.triton.block_range import (
     load_work_tile,
     partial_block_position,
 )
-from hf_flashbsa.kernels.triton.load import head_view, load_tile, store_tile
+from hf_flashbsa.kernels.triton.load import head_view, load_rows, load_tile, store_rows
 from hf_flashbsa.kernels.triton.mask import apply_segment_mask, needs_segment_mask, visible_mask, window_mask
 from hf_flashbsa.kernels.triton.score import (
     LN2,
@@ -30,15 +31,18 @@ from hf_flashbsa.kernels.triton.score import (
     load_bias,
     softmax_scale_log2,
 )
+from hf_flashbsa.kernels.triton.split import keys_of_split
 
 
 @triton.jit
 def _forward_block(
-    acc, row_max, row_sum, q_tile, k, v, n0, work_tile, block_range, mods, head, pad, factor,
+    acc, row_max, row_sum, q_tile, k, v, n0, work_tile, block_range, mods, queries, head, pad, factor,
     tiles: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One key block from row `n0`: returns the updated `acc`, `row_max` (log2 units) and `row_sum`."""
-    queries = work_tile.begin + tl.arange(0, tiles.m)
+    """One key block from row `n0`: returns the updated `acc`, `row_max` (log2 units) and `row_sum`.
+
+    `head` is that of all rows, or `[m, 1]`.
+    """
     keys = n0 + tl.arange(0, tiles.n)
     in_window = None
     if MASKED:
@@ -91,35 +95,47 @@ def _forward_block(
     return acc, new_max, row_sum
 
 
-@triton.jit(do_not_specialize=["query_offset", "len_q", "len_k", "num_tiles"])
+@triton.jit(do_not_specialize=["query_offset", "len_q", "len_k", "num_tiles", "batches"])
 def forward_kernel(
     q, k, v, out, lse, sinks, schedule, bounds, dense_mask, blocks, score_mod, bias, query_offset, heads, group, len_q,
-    len_k, num_tiles, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, SPARSE_BLOCK: tl.constexpr, MAX_BLOCKS_POW2: tl.constexpr,
+    len_k, num_tiles, split_keys, batches, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, SPARSE_BLOCK: tl.constexpr,
+    MAX_BLOCKS_POW2: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
-    """Writes `out` and the natural-log `lse` `(B, Hq, Sq)`. Grid: tiles * heads * batch, tiles of a head adjacent."""
+    """Writes `out` and the natural-log `lse` `(B, Hq, Sq)`. Grid: tiles * heads / PACK * batch, tiles of a head
+    adjacent; parts of the keys.
+
+    `split_keys` is the number of keys of a part, if there are several: `out` and `lse` have `batches` batch rows of
+    each, one behind the other. With `PACK` > 1, that many query heads share keys, and a tile has the rows of all.
+    """
     tiles: tl.constexpr = Tiles(
         BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, SPARSE_BLOCK, MAX_BLOCKS_POW2
     )
     mods = AttnMods(bounds, dense_mask, blocks, score_mod, bias)
-    batch, head, tile = decode_tile_index(schedule, tl.program_id(0), num_tiles, heads, BLOCK_M)
+    batch, head, tile = decode_tile_index(schedule, tl.program_id(0), num_tiles, heads // PACK, BLOCK_M)
+    head *= PACK
     if schedule is None:
         # Causal: later tiles have more keys, so run them first (LPT), as a tile schedule does.
         tile = num_tiles - 1 - tile
     work_tile = load_work_tile(schedule, tile, batch, len_q, len_k, query_offset, bounds, BLOCK_M)
     if work_tile.begin >= work_tile.end:
         return
+    out_batch = work_tile.batch
+    if split_keys is not None:
+        work_tile = keys_of_split(work_tile, tl.program_id(1), split_keys)
+        out_batch += tl.program_id(1) * batches
+    rows = tl.arange(0, BLOCK_M)
+    queries, row_head, tile_head = work_tile.begin + rows, head, head
+    if PACK > 1:
+        queries, row_head = work_tile.begin + rows // PACK, head + rows % PACK
+        tile_head = row_head[:, None]
     block_range = get_block_range(work_tile, mods, head, block_list_offsets(tiles), tiles, False)
-    q_tile = load_tile(
-        head_view(q, work_tile.batch, head), work_tile.begin, 0, work_tile.end, HEAD_DIM, BLOCK_M, BLOCK_D, True
-    )
+    q_tile = load_rows(q, work_tile.batch, head, work_tile.begin, work_tile.end, HEAD_DIM, BLOCK_M, BLOCK_D, PACK)
     k_head = head_view(k, work_tile.other_batch, head // group)
     v_head = head_view(v, work_tile.other_batch, head // group)
     pad, factor = 0, 0
     if score_mod.seed is not None:
-        pad, factor = dropout_row_words(
-            score_mod, work_tile.batch * heads + head, work_tile.begin + tl.arange(0, BLOCK_M)
-        )
+        pad, factor = dropout_row_words(score_mod, work_tile.batch * heads + head, queries)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -136,7 +152,8 @@ def forward_kernel(
             work_tile,
             block_range,
             mods,
-            head,
+            queries,
+            tile_head,
             pad,
             factor,
             tiles,
@@ -161,7 +178,8 @@ def forward_kernel(
             work_tile,
             block_range,
             mods,
-            head,
+            queries,
+            tile_head,
             pad,
             factor,
             tiles,
@@ -169,7 +187,7 @@ def forward_kernel(
         )
     if sinks is not None:
         # Rows without visible keys keep weight 0.
-        sink = tl.where(row_max == float("-inf"), float("-inf"), tl.load(sinks + head) * LOG2E)
+        sink = tl.where(row_max == float("-inf"), float("-inf"), tl.load(sinks + row_head) * LOG2E)
         new_max = tl.maximum(row_max, sink)
         new_max = tl.where(new_max == float("-inf"), 0.0, new_max)
         row_scale = tl.math.exp2(row_max - new_max)
@@ -179,8 +197,9 @@ def forward_kernel(
     inverse = tl.where(row_sum > 0.0, 1.0 / row_sum, 0.0)
     if score_mod.seed is not None:
         inverse = inverse * score_mod.keep_scale
-    queries = work_tile.begin + tl.arange(0, BLOCK_M)
-    lse_offset = (tl.cast(work_tile.batch, tl.int64) * heads + head) * len_q + queries
+    lse_offset = (tl.cast(out_batch, tl.int64) * heads + row_head) * len_q + queries
     tl.store(lse + lse_offset, (row_max + tl.math.log2(row_sum)) * LN2, mask=queries < work_tile.end)
-    out_head = head_view(out, work_tile.batch, head)
-    store_tile(out_head, work_tile.begin, work_tile.end, acc * inverse[:, None], HEAD_DIM_V, BLOCK_M, BLOCK_DV)
+    store_rows(
+        out, out_batch, head, work_tile.begin, work_tile.end, acc * inverse[:, None], HEAD_DIM_V, BLOCK_M, BLOCK_DV,
+        PACK,
+    )  # fmt: skip

@@ -21,6 +21,7 @@ from hf_flashbsa.kernels.arguments import (
 from hf_flashbsa.kernels.call_plan import CallPlan
 from hf_flashbsa.kernels.triton.bwd import dbias_kernel, dkdv_kernel, dq_kernel
 from hf_flashbsa.kernels.triton.fwd import forward_kernel
+from hf_flashbsa.kernels.triton.split import combine_kernel
 
 _log_once = functools.cache(logging.getLogger(__name__).info)
 
@@ -73,19 +74,51 @@ def _meta(
     }
 
 
-def launch_forward(launch, q, k, v, out, lse, plan: CallPlan) -> None:
+def _packed(config: tuning.Config, group: int, len_q: int, plan: CallPlan) -> tuple[int, tuning.Config]:
+    """How many query heads that share keys have their rows in one tile, and the configuration for such tiles.
+
+    A bias, dropout and block lists go by head and by row of a tile; more rows fill tiles of their own.
+    """
+    tensors = plan.tensors
+    by_head = tensors.bias is not None or plan.scalars.drop_threshold is not None
+    if tensors.schedule_q is not None or tensors.block_grid is not None:
+        return 1, config
+    pack = 1 if by_head or group * len_q > config.block_m else group
+    if dict(tuning.overrides()).get("forward") is not None:
+        return pack, config
+    rows = 1 << (max(16, len_q * pack) - 1).bit_length()
+    if rows >= config.block_m:
+        return pack, config
+    return pack, config._replace(block_m=rows, num_warps=min(config.num_warps, 4))
+
+
+def launch_forward(launch, q, k, v, out, lse, plan: CallPlan, parts: tuple[torch.Tensor, ...] = ()) -> None:
+    """`parts` are float32 scratch memory for `out` and `lse` of each part of the keys, where they are split."""
     tensors, scalars, _ = plan
     (batch, heads, len_q, _), (_, heads_k, len_k, _) = q.shape, k.shape
     _warn_unaligned((q, k, v), tensors.bias)
     config = _config("forward", (q, k, v), plan)
-    tiles, batch = tiles_of(tensors.schedule_q, len_q, batch, config.block_m)
+    pack, config = _packed(config, heads // heads_k, len_q, plan)
+    tiles, batch = tiles_of(tensors.schedule_q, len_q * pack, batch, config.block_m)
+    to_out, to_lse, sinks, splits, split_keys = out, lse, tensors.sinks, 1, None
+    if parts:
+        (to_out, to_lse), sinks, splits = parts, None, scalars.num_splits
+        split_keys = cdiv(cdiv(len_k, splits), config.block_n) * config.block_n
     launch(
-        forward_kernel, (tiles * heads * batch,),
-        tensor_view(q), tensor_view(k), tensor_view(v), tensor_view(out), lse, tensors.sinks, tensors.schedule_q,
+        forward_kernel, (tiles * (heads // pack) * batch, splits),
+        tensor_view(q), tensor_view(k), tensor_view(v), tensor_view(to_out), to_lse, sinks, tensors.schedule_q,
         *attn_mods(tensors.block_table_q, plan),
         scalars.query_offset if tensors.query_offset_tensor is None else tensors.query_offset_tensor,
-        heads, heads // heads_k, len_q, len_k, tiles, **_meta(config, q, v, plan, tensors.block_table_q),
+        heads, heads // heads_k, len_q, len_k, tiles, split_keys, batch,
+        **_meta(config, q, v, plan, tensors.block_table_q), PACK=pack,
     )  # fmt: skip
+    if parts:
+        launch(
+            combine_kernel, (len_q * heads * batch,),
+            tensor_view(out), lse, tensor_view(to_out), to_lse, tensors.sinks, batch, heads, len_q,
+            HEAD_DIM_V=v.shape[-1], BLOCK_DV=padded(v.shape[-1]), SPLITS=splits,
+            SPLITS_POW2=1 << (splits - 1).bit_length(), num_warps=4,
+        )  # fmt: skip
 
 
 def launch_dq(launch, dout, dq, q, k, v, out, lse, dlse, stats, stats_stride: int, plan: CallPlan) -> None:

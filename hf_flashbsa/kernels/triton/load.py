@@ -72,6 +72,42 @@ def store_tile(x, begin, end, tile, DIM: tl.constexpr, BLOCK: tl.constexpr, BLOC
 
 
 @triton.jit
+def _packed_pointers(x, batch, head, begin, BLOCK: tl.constexpr, BLOCK_DIM: tl.constexpr, PACK: tl.constexpr):
+    """Pointers `[BLOCK, BLOCK_DIM]` to rows of a TensorView: row `i` is query `begin + i // PACK` of head
+    `head + i % PACK`."""
+    rows = tl.arange(0, BLOCK)
+    heads = tl.cast(rows % PACK, tl.int64) * _aligned_stride(x, x.stride_h)
+    queries = tl.cast(begin + rows // PACK, tl.int64) * _aligned_stride(x, x.stride_s)
+    return head_view(x, batch, head).base + (heads + queries)[:, None] + tl.arange(0, BLOCK_DIM)[None, :]
+
+
+@triton.jit
+def load_rows(
+    x, batch, head, begin, end, DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_DIM: tl.constexpr, PACK: tl.constexpr
+):
+    """`[BLOCK, BLOCK_DIM]` rows of queries `[begin, end)` of `PACK` heads of a TensorView from `head` on, else 0."""
+    if PACK == 1:
+        return load_tile(head_view(x, batch, head), begin, 0, end, DIM, BLOCK, BLOCK_DIM, True)
+    else:
+        mask = (begin + tl.arange(0, BLOCK) // PACK < end)[:, None] & (tl.arange(0, BLOCK_DIM) < DIM)[None, :]
+        return tl.load(_packed_pointers(x, batch, head, begin, BLOCK, BLOCK_DIM, PACK), mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(
+    x, batch, head, begin, end, tile, DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    PACK: tl.constexpr,
+):  # fmt: skip
+    """Store what `load_rows` would load."""
+    if PACK == 1:
+        store_tile(head_view(x, batch, head), begin, end, tile, DIM, BLOCK, BLOCK_DIM)
+    else:
+        mask = (begin + tl.arange(0, BLOCK) // PACK < end)[:, None] & (tl.arange(0, BLOCK_DIM) < DIM)[None, :]
+        pointers = _packed_pointers(x, batch, head, begin, BLOCK, BLOCK_DIM, PACK)
+        tl.store(pointers, tile.to(x.ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def strided_pointers(x, batch, head, queries, keys):
     """Pointers into a StridedTensor at broadcastable `queries` and `keys`."""
     base = (
