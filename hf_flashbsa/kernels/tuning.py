@@ -44,11 +44,15 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+@torch.compiler.assume_constant_result
 def multiprocessors(device: torch.device) -> int:
     """Those of a GPU, or of an H200 for the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    return _multiprocessors(device)
 
 
 _overrides: dict[str, Config] = {}

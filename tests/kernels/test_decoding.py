@@ -10,6 +10,8 @@ import torch
 from cases import Case, make_problem
 
 from hf_flashbsa import AttentionSpec, attention
+from hf_flashbsa.kernels.triton import backend as triton_backend
+from hf_flashbsa.kernels.triton.launch import launch_forward
 from hf_flashbsa.ops import lowering
 from hf_flashbsa.ops.reference import reference_attention
 
@@ -97,3 +99,18 @@ def test_forward_mode_has_the_schedule_that_its_rule_reads():
         out = attention(q, k, dual, spec, backend="triton")
         tangent = torch.autograd.forward_ad.unpack_dual(out).tangent
     torch.testing.assert_close(tangent, torch.ones_like(tangent))
+
+
+def test_a_compiled_step_splits_its_keys_too(monkeypatch):
+    """How often follows from shapes, which a graph takes for constant."""
+    monkeypatch.setattr(lowering, "KEYS_OF_A_SPLIT", 32)
+    launched = []
+    monkeypatch.setattr(triton_backend, "launch_forward", lambda *args: launched.append(args) or launch_forward(*args))
+    q, k, v = (torch.randn(1, heads, n, 16, device=DEVICE) for heads, n in ((4, 1), (2, 130), (2, 130)))
+    torch._dynamo.reset()
+    with torch.no_grad():
+        got = torch.compile(attention, fullgraph=True, backend="eager")(q, k, v, causal=True, backend="triton")
+        want, _ = reference_attention(q, k, v)
+    torch.testing.assert_close(got, want.float(), atol=2e-6, rtol=1e-5)
+    ((*_, plan, parts),) = launched
+    assert plan.scalars.num_splits == 4 and parts[0].shape == (4, 4, 1, 16)

@@ -183,6 +183,22 @@ def test_few_queries_get_no_schedule():
     assert lower(ids, *tensors(many), forward_only).tensors.schedule_q is not None
 
 
+def test_keys_are_split_where_programs_are_few():
+    """By shapes alone. One H200 has 132 multiprocessors, which the interpreter stands for."""
+    forward_only = TRITON._replace(needs_grad=False)
+
+    def splits(options: CallOptions = forward_only, batch: int = 1, keys: int = 32768, spec=None) -> int:
+        q, k = (torch.empty(batch, heads, 1, 8).expand(-1, -1, n, -1) for heads, n in ((8, 1), (2, keys)))
+        return lower(spec or AttentionSpec(causal=True), q, k, k, options).scalars.num_splits
+
+    assert splits() == lowering.MAX_SPLITS
+    assert splits(batch=16) == 9 and splits(batch=131) == 2 and splits(batch=132) == 1
+    assert splits(keys=2048) == 8 and splits(keys=300) == splits(keys=0) == 1
+    assert splits(spec=AttentionSpec(causal=True, window_size=(99, None))) == 1
+    assert splits(TRITON) == splits(PLAIN) == splits(forward_only._replace(dropout_p=0.1)) == 1
+    assert splits(spec=AttentionSpec(seqlens_k=torch.tensor([5]))) == 1
+
+
 def test_what_a_fake_mode_made_stays_there():
     layout = BlockLayout(torch.ones(1, 1, 1, 1, dtype=torch.int32), 32)
     for side in "qk":
