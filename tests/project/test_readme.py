@@ -163,7 +163,7 @@ def test_ci_runs_the_test_command():
     assert block_after("test command") == "make test\n"
     assert recipe_of("test") == ["$(BIN)/python -m pytest -n $(WORKERS)"]
     script = (ROOT / ".ci" / "run").read_text()
-    targets = re.findall(r'^make VENV="\$venv" .*?(\w+)$', script, flags=re.MULTILINE)
+    targets = re.findall(r'^"\$\{make\[@\]\}" VENV="\$venv/\w+" (\w+)', script, flags=re.MULTILINE)
     assert targets == ["lint", "docs", "test"] and "venv=$(mktemp -d)" in script
     assert recipe_of("docs") == ["$(BIN)/mkdocs build --strict"]
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
