@@ -136,3 +136,14 @@ def test_tokens_of_the_triton_kernels(monkeypatch):
     options = {"do_sample": False, "num_beams": 2}
     want = generate(model, "eager", inputs, 2, **options)
     assert torch.equal(generate(model, "bsa_dense", inputs, 2, **options), want)
+
+
+def test_tokens_of_a_compiled_model_with_a_static_cache(monkeypatch):
+    """One graph, whose kernels read the position of the query from the device."""
+    monkeypatch.setattr(lowering, "resolve_backend", lambda backend, q: "triton")
+    model, inputs = llama(1), batch(left=True)
+    want = generate(model, "eager", inputs, 3, do_sample=False)
+    model.set_attn_implementation("bsa_dense")
+    torch._dynamo.reset()
+    monkeypatch.setattr(model, "forward", torch.compile(model.forward, backend="eager", fullgraph=True))
+    assert torch.equal(generate(model, "bsa_dense", inputs, 3, do_sample=False, **STATIC), want)
