@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import logging
 import os
 import threading
+from collections.abc import Iterator
+from contextvars import ContextVar
 from types import ModuleType
 from typing import NamedTuple
 
@@ -83,3 +86,21 @@ def take_forward() -> str | None:
     """What computed this thread's last forward pass since the last time that it was asked; None where none ran."""
     ran, _last_forward.ran = _last_forward.ran, None
     return ran
+
+
+_launching: ContextVar[bool] = ContextVar("launching", default=True)
+
+
+@contextlib.contextmanager
+def launches_nothing() -> Iterator[None]:
+    """Within, in this thread, Triton kernels are compiled instead of launched, and give zeros."""
+    before = _launching.set(False)
+    try:
+        yield
+    finally:
+        _launching.reset(before)
+
+
+def is_launching() -> bool:
+    """Whether Triton kernels run: not within `launches_nothing`."""
+    return _launching.get()

@@ -12,8 +12,8 @@ from triton import AsyncCompileMode, knobs
 from triton.runtime import driver
 
 from hf_flashbsa.kernels import tuning
+from hf_flashbsa.kernels.backends import launches_nothing
 from hf_flashbsa.kernels.gluon_sm90 import dispatch
-from hf_flashbsa.kernels.launch_cache import launches_nothing
 
 #: Called with the number of kernels that are ready, and that of all.
 Progress = Callable[[int, int], object]

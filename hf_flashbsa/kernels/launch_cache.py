@@ -14,7 +14,6 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Hashable, Iterator
-from contextvars import ContextVar
 from operator import itemgetter
 
 import torch
@@ -25,7 +24,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 from hf_flashbsa.kernels import tuning
-from hf_flashbsa.kernels.backends import note_forward
+from hf_flashbsa.kernels.backends import is_launching, note_forward
 
 Tensors = tuple[torch.Tensor | None, ...]
 
@@ -52,25 +51,12 @@ if not _caches:
     logger.info("every launch goes through Triton's JIT: launches are repeated with %s only", known)
 
 
-_launches_nothing: ContextVar[bool] = ContextVar("launches_nothing", default=False)
-
-
-@contextlib.contextmanager
-def launches_nothing() -> Iterator[None]:
-    """Within, in this thread, a `Recorder` compiles what it would launch, and fills outputs with zeros."""
-    before = _launches_nothing.set(True)
-    try:
-        yield
-    finally:
-        _launches_nothing.reset(before)
-
-
 class Recorder:
     """Launches kernels the ordinary way, `recorder(kernel, grid, *arguments, **options)`, and remembers how.
 
     Its `with` block is for the launches of one call. `inputs` and `outputs` are aliases of the call's tensors: one
     tensor may stand in two places, and Triton wants bytes where torch has bool. `ran` names the kernels that computed
-    a forward pass.
+    a forward pass. Within `launches_nothing` it compiles what it would launch, and fills the outputs with zeros.
     """
 
     def __init__(self, inputs: Tensors, outputs: Tensors, keep: Callable[[Launches], None] | None = None) -> None:
@@ -93,7 +79,7 @@ class Recorder:
 
     def __call__(self, kernel, grid: tuple[int, ...], *arguments, **options) -> None:
         options["enable_fp_fusion"] = True  # Triton 3.10 will not fuse products and sums unless told to
-        if _launches_nothing.get():
+        if not is_launching():
             kernel.warmup(*arguments, grid=grid, **options)
             return
         compiled = kernel[grid](*arguments, **options)
@@ -107,7 +93,7 @@ class Recorder:
             return
         if self.ran is not None:
             note_forward(self.ran)
-        if _launches_nothing.get():
+        if not is_launching():
             for x in self.outputs:
                 if x is not None:
                     x.zero_()

@@ -68,7 +68,7 @@ ALLOWED = {
         "torch", "transformers", "packaging", "hf_flashbsa.ops.api", "hf_flashbsa.ops.lowering", "hf_flashbsa.masks",
         "hf_flashbsa.integration", "hf_flashbsa.kernels.backends", "hf_flashbsa.kernels.block_tables",
     },
-    "hf_flashbsa.integration.warm_up": {"torch", "transformers"},
+    "hf_flashbsa.integration.warm_up": {"torch", "transformers", "hf_flashbsa.integration.padding_free.graphs"},
     "hf_flashbsa.integration.forward": {"hf_flashbsa._deprecated", "hf_flashbsa.integration"},
     "hf_flashbsa.integration.mask": {"hf_flashbsa._deprecated", "hf_flashbsa.integration"},
     "hf_flashbsa.integration.fused_loss": {"torch", "transformers", "liger_kernel", "hf_flashbsa.integration"},
