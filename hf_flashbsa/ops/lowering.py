@@ -253,7 +253,8 @@ def _schedule(
 
 def _live_keys(spec: AttentionSpec, sizes: Sizes) -> LiveKeys:
     """What segment ids say where every query has id 0."""
-    return live_keys((spec.segment_ids_k == 0).expand(sizes.batch_k, -1))
+    assert spec.segment_ids_k is not None
+    return live_keys(spec.segment_ids_k.eq(0).expand(sizes.batch_k, -1))
 
 
 def _block_table(layout: BlockLayout, side: str) -> torch.Tensor:
