@@ -14,7 +14,7 @@ SOURCES = [*ROOT.glob("hf_flashbsa/**/*.py"), *ROOT.glob("recipes/**/*.py")]
 #: What lowers a mask, and what back ends are told: nothing that imports Triton.
 HOST_KERNELS = {
     f"hf_flashbsa.kernels.{name}"
-    for name in ("block_tables", "backends", "call_plan", "dropout", "tables", "tile_schedule")
+    for name in ("block_tables", "backends", "call_plan", "dropout", "tables", "tile_schedule", "tuning")
 }
 #: What a module may import beside the standard library; the longest prefix of its name counts. A name allows all
 #: that lies in it.
@@ -61,6 +61,7 @@ ALLOWED = {
     "hf_flashbsa.kernels.gluon_sm90.launch": {
         "torch", "triton", "hf_flashbsa.kernels.arguments", "hf_flashbsa.kernels.gluon_sm90",
         "hf_flashbsa.kernels.call_plan", "hf_flashbsa.kernels.tables", "hf_flashbsa.kernels.triton",
+        "hf_flashbsa.kernels.tuning",
     },
     "hf_flashbsa.kernels.triton.backend": {"torch", "hf_flashbsa.kernels"},
     "hf_flashbsa.kernels.triton.launch": {"torch", "hf_flashbsa.kernels"},
